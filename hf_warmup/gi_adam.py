@@ -1,0 +1,257 @@
+"""GI-Adam: AdamW whose second moment starts at the first squared gradient.
+
+Adam starts from v_0 = 0 and divides by 1 - β2^t to undo the bias that causes. GI-Adam starts from
+v_0 = g_0² and keeps that division [1]:
+
+    m_0 = 0, v_0 = g_0²
+    m_t = β1 m_{t-1} + (1-β1) g_t,    v_t = β2 v_{t-1} + (1-β2) g_t²
+    θ ← (1 - η w) θ - η (m_t / (1-β1^t)) / (√(v_t / (1-β2^t)) + ε)
+
+with g the gradient, η the learning rate, w the decoupled weight decay (the paper has none). v̂ starts
+1 / (1-β2) times too large and that bias decays, so under a constant gradient the step length is
+
+    η √(1 - β2^t),    t = 1, 2, ...
+
+which is a warmup nobody had to tune: 0.032 η at t = 1 and 0.9 η at t = 1660 for β2 = 0.999, but
+0.22 η and 0.9 η at t = 32 for the β2 = 0.95 of GPT recipes, a warmup of about 50 steps.
+
+Only the birth of the state is written here; the update is torch's own, in its single-tensor,
+foreach and fused kernels. Two choices differ from the authors' code [2]:
+
+* g_0 there is the gradient of one batch drawn before training, and step 1 uses the next batch. Here
+  it is the gradient of step 1 itself, which costs no backward pass. For their choice, call
+  `seed_second_moment` with that batch's gradients.
+* a parameter whose gradient is exactly zero (LoRA's A, a zero-initialised projection's input) would
+  be born with v_0 = 0 and get no warmup. Here it waits, with its step count at 0, for its first
+  non-zero gradient. This holds for whole parameters: the row of an embedding whose token is not in
+  the first batch still has v_0 = 0, and its first non-zero gradient makes a full Adam step.
+
+[1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements",
+    NeurIPS 2024, arXiv:2406.09405, GI-Adam; v_0 = α g_0² and RI-Adam are variants named there.
+[2] `adam_init(grads=...)`, github.com/dayal-kalra/why-warmup at 877d887 (JAX, MIT).
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+# Without the hooks that torch puts around every optimizer's `step`: GIAdamW.step has its own.
+_adamw_step = inspect.unwrap(torch.optim.AdamW.step)
+
+
+class GIAdamW(torch.optim.AdamW):
+    """AdamW with v_0 = g_0²: a drop-in replacement whose warmup is built in.
+
+    Takes `torch.optim.AdamW`'s arguments and one more. The state has AdamW's keys and dtypes, so each
+    loads the other's checkpoint and goes on.
+
+    Args:
+        params: As for AdamW; so are all the arguments not named here.
+        lr: Learning rate η.
+        betas: β1 and β2. β2 sets the length of the built-in warmup: it reaches 0.9 η after
+            about 1.66 / (1-β2) steps.
+        eps: ε, outside the root.
+        weight_decay: Decoupled weight decay w.
+        amsgrad: Divide by the largest v_t so far. It is counted from v_1 on.
+        v0: Where the second moment starts: `"gradient"` (g_0²), `"random"` (RI-Adam: r², r normal and
+            scaled so that ‖r‖ = ‖g_0‖ over the parameters born together; drawn from a generator of its
+            own seeded with `torch.initial_seed()`, so ranks that share a seed share r), or a positive
+            number α (α g_0²).
+        maximize: Ascend.
+        foreach: Use torch's foreach kernel.
+        capturable: Safe to capture in a CUDA graph once every parameter is born.
+        differentiable: Let autograd through the step.
+        fused: Use torch's fused kernel. Under `torch.amp.GradScaler` gradients then arrive scaled; v_0
+            is the square of the unscaled gradient, and a step that overflows leaves no state.
+
+    Raises:
+        ValueError: If `v0` is none of these, or AdamW refuses an argument.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        v0: str | float = "gradient",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        is_number = isinstance(v0, int | float) and not isinstance(v0, bool)
+        if not (v0 in ("gradient", "random") or (is_number and 0 < float(v0) < math.inf)):
+            raise ValueError(f'v0 must be "gradient", "random" or a positive number, got {v0!r}')
+        self.v0 = v0
+        # Parameters with state whose gradients so far were exactly zero. Not in the state: whether a
+        # parameter waits can be read off its state, at the price of a device sync.
+        self._waiting: set[Tensor] = set()
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "v0": self.v0}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._waiting = {
+            p
+            for p in self._parameters()
+            if self.state.get(p) and self.state[p]["step"] == 0 and not self.state[p]["exp_avg_sq"].any()
+        }
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step: AdamW's, after v_0 has been set for parameters that are new.
+
+        Args:
+            closure: Computes the loss and the gradients again, and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            if self._waiting or any(p not in self.state for p in self._parameters()):
+                self._step_with_births()
+            else:
+                _adamw_step(self)
+        return loss
+
+    @torch.no_grad()
+    def seed_second_moment(self, grads: Sequence[Tensor | None]) -> None:
+        """Set v_0 from gradients of the caller's choice, as the authors' code does.
+
+        Call it before the first step, with the gradients of a batch drawn before training; `v0` says
+        what is made of them. A parameter whose gradient is None or zero is born later, as usual.
+
+        Args:
+            grads: One gradient (or None) per parameter, unscaled, in the order of the parameter groups.
+
+        Raises:
+            RuntimeError: If a parameter has state already.
+            ValueError: If the number of gradients or a shape differs from the parameters'.
+        """
+        params = list(self._parameters())
+        if self.state:
+            raise RuntimeError(
+                "seed_second_moment must be called before the first step: a parameter has state already"
+            )
+        if len(grads) != len(params):
+            raise ValueError(f"grads must hold one gradient per parameter: got {len(grads)} for {len(params)}")
+        for p, grad in zip(params, grads, strict=True):
+            if grad is not None and grad.shape != p.shape:
+                raise ValueError(f"grads must be shaped like the parameters: got {grad.shape} for {p.shape}")
+        kept = [p.grad for p in params]
+        try:
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = None if grad is None else grad.detach().to(p)
+            self._give_birth([p for p in params if p.grad is not None])
+        finally:
+            for p, grad in zip(params, kept, strict=True):
+                p.grad = grad
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @torch.compiler.disable  # Which parameters are born depends on the data; a compiled step is whole afterwards.
+    def _step_with_births(self) -> None:
+        unborn = [p for p in self._parameters() if p.grad is not None and (p not in self.state or p in self._waiting)]
+        found_inf = getattr(self, "found_inf", None)
+        overflow = bool(unborn) and found_inf is not None and bool(found_inf)
+        if not overflow:
+            self._give_birth(unborn)
+        idle = {p: p.grad for p in unborn if overflow or p in self._waiting}
+        try:
+            for p in idle:
+                p.grad = None  # AdamW passes over it: no state, no step counted.
+            _adamw_step(self)
+        finally:
+            for p, grad in idle.items():
+                p.grad = grad
+        if not overflow:
+            self._decay(idle)
+
+    def _give_birth(self, params: list[Tensor]) -> None:
+        """Make the state of `params`; those with a non-zero gradient get their v_0, the others wait."""
+        for group in self.param_groups:
+            self._init_group(group, [], [], [], [], [], [])
+        grads = [_real(p.grad) for p in params if p.grad is not None]
+        born = [p for p, nonzero in zip(params, _are_nonzero(grads), strict=True) if nonzero]
+        self._waiting = (self._waiting | set(params)) - set(born)
+        for p, square in zip(born, self._v0_squares([_real(p.grad) for p in born]), strict=True):
+            _real(self.state[p]["exp_avg_sq"]).copy_(square)
+
+    def _v0_squares(self, grads: list[Tensor]) -> list[Tensor]:
+        grad_scale = getattr(self, "grad_scale", None)
+        if grad_scale is not None:
+            # In single precision: a scaled half-precision gradient may be a normal number only there.
+            grads = [g.to(torch.promote_types(g.dtype, torch.float32)) / grad_scale.to(g.device) for g in grads]
+        if self.v0 == "gradient":
+            return [g.square() for g in grads]
+        if self.v0 != "random":
+            return [float(self.v0) * g.square() for g in grads]
+        # Later births must not draw the same numbers again; the count is the same after a resume.
+        seed = torch.initial_seed() + len(self.state) - len(grads)
+        generators = {g.device: torch.Generator(g.device).manual_seed(seed % 2**63) for g in grads}
+        draws = [
+            torch.randn(g.shape, generator=generators[g.device], device=g.device, dtype=_at_least_single(g))
+            for g in grads
+        ]
+        scale = _global_norm(grads) / _global_norm(draws)
+        return [(r * scale.to(r)).square() for r in draws]
+
+    def _decay(self, params: Sequence[Tensor] | dict[Tensor, Any]) -> None:
+        """Decay `params` as AdamW does under a zero gradient."""
+        chosen = set(params)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in chosen and group["weight_decay"] != 0:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+def _real(tensor: Tensor | None) -> Tensor:
+    """Complex numbers as pairs: Adam squares the parts one by one."""
+    assert tensor is not None
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _at_least_single(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _are_nonzero(tensors: list[Tensor]) -> list[bool]:
+    """Whether each tensor has an element that is not zero (a NaN is none), in one device sync."""
+    if not tensors:
+        return []
+    # The largest magnitude is exact in every dtype, where a sum of squares may underflow.
+    largest = [norm.ne(0).to(tensors[0].device) for norm in torch._foreach_norm(tensors, ord=math.inf)]
+    return torch.stack(largest).tolist()
+
+
+def _global_norm(tensors: list[Tensor]) -> Tensor:
+    norms = torch._foreach_norm([t.to(_at_least_single(t)) for t in tensors])
+    return torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).norm()

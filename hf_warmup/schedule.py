@@ -1,0 +1,143 @@
+"""Warmup from η_init: the learning rate at step t, then whatever decay the user chose.
+
+Warmup from an initial learning rate η_init to the target η_trgt has the slope of warmup from 0 [1]:
+
+    η_t = min(η_trgt, η_init + η_trgt t / T_wrm),    t = 0, 1, ...
+
+so it reaches η_trgt after T_reach = T_wrm (1 - η_init / η_trgt) steps, T_wrm η_init / η_trgt before warmup
+from 0 does. A search for η_init costs forward passes, of which [1] counts two as one step:
+
+    T_save = T_wrm η_init / η_trgt - T_fp / 2.
+
+A slope of (η_trgt - η_init) / T_wrm would save nothing.
+
+`WarmupSchedule` does this to a schedule that exists: a `LambdaLR` whose factor f(t) rises from t = 0 to
+f(T_wrm) = 1 and then decays until step N. The first T_reach steps follow the equation above, and the decay,
+which had N - T_wrm steps, is stretched over the N - T_reach that are left:
+
+    f(T_wrm + (t - T_reach) (N - T_wrm) / (N - T_reach)),    t >= T_reach,
+
+so that training still ends at step N with the learning rate it would have had. The first step trains at
+η_init, where most schedules waste it at 0.
+
+[1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements",
+    NeurIPS 2024, arXiv:2406.09405, "η_init from the loss catapult".
+"""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+
+def steps_saved(init_lr: float, target_lr: float, warmup_steps: int, forward_passes: int = 0) -> float:
+    """T_save = T_wrm η_init / η_trgt - T_fp / 2, negative where the search cost more than it saved.
+
+    Args:
+        init_lr: η_init.
+        target_lr: η_trgt.
+        warmup_steps: T_wrm, optimizer steps that warmup from 0 takes.
+        forward_passes: T_fp, forward passes over one step's batch that were spent to find η_init.
+
+    Returns:
+        Optimizer steps.
+    """
+    return warmup_steps * min(1.0, init_lr / target_lr) - forward_passes / 2
+
+
+class WarmupSchedule:
+    """Makes an existing `LambdaLR` warm up from an η_init that is known later, or from a checkpoint.
+
+    The schedule is changed in place and stays the user's object. Until `start` it gives the learning rates
+    it gave before. η_init is part of the schedule's `state_dict`, so a run that resumes goes on exactly.
+
+    Args:
+        scheduler: The schedule; every factor must reach 1 when warmup ends and accept a fractional step.
+        warmup_steps: T_wrm, in optimizer steps. At least 1.
+        num_training_steps: N, the step at which the decay ends.
+
+    Raises:
+        ValueError: If `scheduler` is no `LambdaLR`, if a factor is not 1 when warmup ends, or if
+            `warmup_steps` is not between 1 and `num_training_steps`.
+    """
+
+    def __init__(self, scheduler: LRScheduler, warmup_steps: int, num_training_steps: int) -> None:
+        if not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"warmup needs a schedule that is a factor per step (LambdaLR), got {type(scheduler).__name__}: "
+                "one that reacts to the loss, or has a state of its own, has no factor to warm up"
+            )
+        if not 1 <= warmup_steps <= num_training_steps:
+            raise ValueError(f"warmup_steps must be between 1 and {num_training_steps} steps, got {warmup_steps}")
+        factors = [f.inner if isinstance(f, _Factor) else f for f in scheduler.lr_lambdas]
+        for factor in factors:
+            # cosine_warmup_with_min_lr is at its peak one step earlier.
+            peak = max(factor(warmup_steps - 1), factor(warmup_steps))
+            if not math.isclose(peak, 1.0, rel_tol=1e-6):
+                raise ValueError(
+                    f"the schedule's factor must be 1 when warmup ends, got {peak} at warmup_steps={warmup_steps}"
+                )
+        self.scheduler = scheduler
+        scheduler.lr_lambdas = [_Factor(f, warmup_steps, num_training_steps) for f in factors]
+
+    @property
+    def init_fraction(self) -> float | None:
+        """η_init / η_trgt; None before `start`."""
+        return self._factors[0].init_fraction
+
+    def start(self, init_fraction: float) -> None:
+        """Start warmup with the step that comes next, at η_init = `init_fraction` η_trgt.
+
+        Args:
+            init_fraction: η_init / η_trgt. At 1 or above there is no warmup.
+
+        Raises:
+            ValueError: If `init_fraction` is not positive and finite.
+        """
+        if not 0 < init_fraction < math.inf:
+            raise ValueError(f"init_fraction must be positive and finite, got {init_fraction}")
+        for factor in self._factors:
+            factor.init_fraction = min(1.0, init_fraction)
+            factor.first_step = self.scheduler.last_epoch
+        now = self.scheduler.last_epoch
+        lrs = [float(base) * f(now) for f, base in zip(self._factors, self.scheduler.base_lrs, strict=True)]
+        for group, lr in zip(self.scheduler.optimizer.param_groups, lrs, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        self.scheduler._last_lr = list(lrs)
+
+    @property
+    def _factors(self) -> list["_Factor"]:
+        return [f for f in self.scheduler.lr_lambdas if isinstance(f, _Factor)]
+
+
+class _Factor:
+    """f with another warmup.
+
+    `LambdaLR.state_dict` saves the `__dict__` of its factors, and only plain numbers may be in there if the
+    checkpoint is to load: the wrapped function lives in a slot.
+    """
+
+    __slots__ = ("__dict__", "inner", "num_training_steps", "warmup_steps")
+
+    def __init__(self, inner: Callable[[float], float], warmup_steps: int, num_training_steps: int) -> None:
+        self.inner = inner
+        self.warmup_steps = warmup_steps
+        self.num_training_steps = num_training_steps
+        self.init_fraction: float | None = None
+        self.first_step = 0
+
+    def __call__(self, step: int) -> float:
+        if self.init_fraction is None:
+            return self.inner(step)
+        t = step - self.first_step
+        factor = self.init_fraction + t / self.warmup_steps
+        if factor < 1:
+            return factor
+        reach = self.warmup_steps * (1 - self.init_fraction)
+        left = self.num_training_steps - self.first_step - reach
+        stretch = (self.num_training_steps - self.warmup_steps) / left if left > 0 else 1.0
+        return self.inner(self.warmup_steps + (t - reach) * stretch)

@@ -1,0 +1,44 @@
+import logging
+import os
+import socket
+
+# Before transformers or datasets are imported: a look-up of the hub would stall for half a minute.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import pytest
+import torch
+
+
+class FailOnDeprecation(logging.Handler):
+    """transformers announces many deprecations by logging, where filterwarnings cannot see them."""
+
+    def emit(self, record):
+        if "deprecat" in record.getMessage().lower():
+            raise AssertionError(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def deprecations_fail():
+    handler = FailOnDeprecation()
+    logging.getLogger("transformers").addHandler(handler)
+    yield
+    logging.getLogger("transformers").removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    connect = socket.socket.connect
+
+    def refuse(self, address):
+        if self.family == socket.AF_UNIX or (isinstance(address, tuple) and address[0] in ("127.0.0.1", "::1")):
+            return connect(self, address)  # processes of one test talk to each other
+        raise RuntimeError(f"tests run offline, refused {address}; build the model from a config")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)

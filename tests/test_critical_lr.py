@@ -1,0 +1,181 @@
+import math
+
+import pytest
+import torch
+
+from hf_warmup import find_critical_lr
+
+GUESSES = pytest.mark.parametrize("guess", [1e-6, 0.04, 1e6], ids=["far below", "near", "far above"])
+
+
+def quadratic(hessian, update=None, offset=0.0):
+    """Loss ½ θᵀHθ + offset at θ = 1 and the loss after a step along `update` (the gradient), in float64."""
+    theta = torch.ones(len(hessian), dtype=torch.float64)
+    gradient = hessian @ theta
+    update = gradient if update is None else update
+    loss_at = lambda lr: (0.5 * (theta - lr * update) @ hessian @ (theta - lr * update)).item() + offset  # noqa: E731
+    return loss_at, (2 * gradient @ update / (update @ hessian @ update)).item()
+
+
+@GUESSES
+def test_isotropic_quadratic_gives_two_over_sharpness(guess):
+    loss_at, critical = quadratic(40.0 * torch.eye(3, dtype=torch.float64))
+    assert critical == pytest.approx(2 / 40)
+
+    found = find_critical_lr(loss_at, guess=guess, delta=1e-9, rtol=1e-6, max_evals=100)
+
+    assert found.status == "found"
+    assert found.lower <= critical <= found.upper == found.value
+    assert found.value == pytest.approx(critical, rel=1e-6)
+
+
+@GUESSES
+def test_the_bracket_is_true_and_its_upper_end_within_delta(guess):
+    # Twice the curvature in one direction, and a constant so that δ has something to be relative to.
+    update = torch.tensor([1.0, 0.3, 2.0], dtype=torch.float64)
+    loss_at, critical = quadratic(torch.diag(torch.tensor([5.0, 50.0, 10.0], dtype=torch.float64)), update, offset=3.0)
+
+    found = find_critical_lr(loss_at, guess=guess, max_evals=60)
+
+    assert found.lower <= critical <= found.upper
+    assert loss_at(found.lower) <= loss_at(0.0) < loss_at(found.upper) <= 1.1 * loss_at(0.0)
+    assert found.num_evals <= abs(math.log2(critical / guess)) + 2 + 10
+    assert all(loss == loss_at(lr) for lr, loss in found.evals)
+    assert found.evals[0] == (0.0, loss_at(0.0))
+
+
+def printed_algorithms(loss_at, eta, target, delta):
+    """Algorithms 1 and 2 as printed, for a loss that does not rise at the first η; stops at η_trgt itself."""
+    start = loss_at(0.0)
+    while loss_at(eta) < start:
+        if eta >= target:
+            return target
+        eta = min(2 * eta, target)
+    lower, upper = eta / 2, eta
+    while loss_at(upper) > start * (1 + delta):
+        middle = (lower + upper) / 2
+        if loss_at(middle) < start:
+            lower = middle
+        else:
+            upper = middle
+    return upper
+
+
+@pytest.mark.parametrize("guess", [1e-4, 3e-4, 7e-3])
+@pytest.mark.parametrize("delta", [0.1, 0.01])
+def test_agrees_with_the_algorithms_as_printed(guess, delta):
+    loss_at, _ = quadratic(torch.diag(torch.tensor([1.0, 7.0, 20.0], dtype=torch.float64)), offset=1.0)
+    found = find_critical_lr(loss_at, guess=guess, target=64 * guess * 16, delta=delta)
+    assert found.value == printed_algorithms(loss_at, guess, 64 * guess * 16, delta)
+
+
+def test_starts_at_1e_minus_4_or_at_a_smaller_target():
+    loss_at, _ = quadratic(torch.eye(2, dtype=torch.float64))
+    assert find_critical_lr(loss_at).evals[1][0] == 1e-4
+    assert find_critical_lr(loss_at, target=1e-5).evals[1][0] == 1e-5
+
+
+def test_no_rise_up_to_the_target_ends_there():
+    loss_at, critical = quadratic(torch.eye(2, dtype=torch.float64))
+    found = find_critical_lr(loss_at, guess=1.0, target=1.9)
+    assert (found.status, found.value, found.lower, found.upper) == ("above_target", 1.9, 1.9, math.inf)
+    assert critical == pytest.approx(2.0)
+    assert find_critical_lr(loss_at, guess=1.0, target=2.1).status == "found"
+    assert find_critical_lr(loss_at, guess=5.0, target=1.9).num_evals == 2
+
+
+def test_any_loss_that_is_not_finite_has_risen():
+    for bad in (math.nan, math.inf, -math.inf):
+        found = find_critical_lr(lambda lr, bad=bad: 1.0 - lr if lr < 0.3 else bad, guess=1e-3, max_evals=60)
+        # A cliff: no η above it has a loss within δ, so the answer is the last safe one.
+        assert found.status == "found"
+        assert found.value == found.lower < 0.3 <= found.upper
+        assert found.value == pytest.approx(0.3, rel=1 / 256)
+
+
+def test_a_finite_cliff_ends_at_the_safe_end():
+    found = find_critical_lr(lambda lr: 1.0 - lr if lr < 0.3 else 50.0, guess=1e-3, max_evals=60)
+    assert found.status == "found"
+    assert found.value == found.lower < 0.3 <= found.upper
+
+
+@pytest.mark.parametrize("loss_at", [lambda lr: 2.0, lambda lr: -lr], ids=["zero update", "falls for ever"])
+def test_a_loss_that_never_rises_says_so(loss_at):
+    found = find_critical_lr(loss_at)
+    assert (found.status, found.value, found.upper) == ("never_rises", math.inf, math.inf)
+    assert found.num_evals == 40
+
+
+@pytest.mark.parametrize("guess", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_uphill_update_is_not_a_descent(guess, dtype):
+    def loss_at(lr):
+        return torch.tensor(1.0, dtype=dtype).add(lr).item()
+
+    found = find_critical_lr(loss_at, guess=guess, max_evals=60)
+    assert (found.status, found.value, found.lower) == ("not_descent", 0.0, 0.0)
+
+
+@pytest.mark.parametrize("factor", [1 + 1e-9, 2 * (1 + 1e-9), 4 * (1 + 1e-9)])
+def test_a_guess_a_hair_above_critical_is_no_uphill(factor):
+    loss_at, critical = quadratic(torch.eye(2, dtype=torch.float64))
+    found = find_critical_lr(loss_at, guess=critical * factor)
+    assert found.status == "found"
+    assert found.lower <= critical <= found.upper
+
+
+def test_a_known_slope_that_does_not_descend_needs_no_trial():
+    found = find_critical_lr(lambda lr: 1.0 + lr, slope=-1.0)
+    assert (found.status, found.num_evals) == ("not_descent", 1)
+
+
+@pytest.mark.parametrize("start", [math.nan, math.inf, -math.inf])
+def test_a_start_that_is_not_finite_ends_the_search(start):
+    found = find_critical_lr(lambda lr: start)
+    assert found.status == "nonfinite"
+    assert math.isnan(found.value)
+    assert found.num_evals == 1
+
+
+def test_ties_on_the_way_up_are_not_rises():
+    # A loss in bfloat16 does not move for small η.
+    def loss_at(lr):
+        return torch.tensor(4.0 - 3 * lr + lr**2).bfloat16().item()
+
+    found = find_critical_lr(loss_at, guess=1e-6)
+    assert found.status == "found"
+    assert found.lower <= 3.1
+    assert found.upper >= 3
+
+
+@pytest.mark.parametrize(("guess", "target"), [(1e-4, 1.0), (1e6, None), (3e-2, None)])
+def test_a_spent_budget_says_so_and_claims_nothing(guess, target):
+    loss_at, _ = quadratic(40.0 * torch.eye(3, dtype=torch.float64))
+    found = find_critical_lr(loss_at, guess=guess, target=target, max_evals=4, delta=1e-9)
+    assert (found.status, found.num_evals) == ("budget_spent", 4)
+    assert found.value == found.lower
+
+
+@pytest.mark.parametrize("loss", [0.0, -5.0])
+def test_losses_at_or_below_zero_work(loss):
+    loss_at, critical = quadratic(torch.eye(2, dtype=torch.float64), offset=loss - 1.0)
+    assert loss_at(0.0) == loss
+    found = find_critical_lr(loss_at, max_evals=100)
+    assert found.status == "found"
+    assert found.lower <= critical <= found.upper
+
+
+@pytest.mark.parametrize(
+    "bad", [{"guess": 0.0}, {"guess": math.inf}, {"target": -1.0}, {"rtol": 0.0}, {"delta": math.nan}]
+)
+def test_bad_arguments_are_named(bad):
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"{name} must be positive and finite, got"):
+        find_critical_lr(lambda lr: 1.0, **bad)
+
+
+def test_bad_method_and_budget_are_named():
+    with pytest.raises(ValueError, match="method must be .* got 'newton'"):
+        find_critical_lr(lambda lr: 1.0, method="newton")
+    with pytest.raises(ValueError, match="max_evals must be at least 2, got 1"):
+        find_critical_lr(lambda lr: 1.0, max_evals=1)

@@ -1,0 +1,231 @@
+import copy
+import random
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from hf_warmup import GIAdamW, find_critical_lr, loss_after_step
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.1),
+    "SGD momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1),
+    "AdamW amsgrad": lambda p: torch.optim.AdamW(p, 0.1, amsgrad=True, foreach=False),
+    "GIAdamW": lambda p: GIAdamW(p, 0.1, weight_decay=0.1, fused=True),
+    "RI-Adam": lambda p: GIAdamW(p, 0.1, v0="random"),
+    "RAdam": lambda p: torch.optim.RAdam(p, 0.1, weight_decay=0.1),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 0.1),
+}
+every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+after = pytest.mark.parametrize("num_steps", [0, 3], ids=["first step", "later step"])
+
+
+class Net(nn.Module):
+    """Everything a forward pass can leave a trace in: dropout, running statistics, a buffer put in another's place."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 3))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        random.random()
+        numpy.random.rand()
+        return self.net(x)
+
+
+def training(make):
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = make(model.parameters())
+    x, y = torch.randn(32, 6), torch.randint(3, (32,))
+    return model, optimizer, lambda: nn.functional.cross_entropy(model(x), y)
+
+
+def train(model, optimizer, loss_fn, num_steps, probe=None):
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        loss_fn().backward()
+        if probe is not None:
+            probe()
+        optimizer.step()
+
+
+def everything(model, optimizer):
+    """All that a step or a forward could change; tensors as they are, so that a copy is up to the caller."""
+    return {
+        "model": model.state_dict(),
+        "modes": [m.training for m in model.modules()],
+        "gradients": [p.grad for p in model.parameters()],
+        "optimizer": optimizer.state_dict(),
+        "random numbers": (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state()),
+    }
+
+
+def assert_same(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+@every_optimizer
+@after
+def test_the_loss_is_that_after_a_real_step_bit_for_bit(make, num_steps):
+    model, optimizer, loss_fn = training(make)
+    train(model, optimizer, loss_fn, num_steps)
+    optimizer.zero_grad()
+    loss_fn().backward()
+    probed = [loss_after_step(optimizer, loss_fn, lr, module=model) for lr in (0.0, 1e-3, 0.7)]
+
+    for lr, loss in zip((0.0, 1e-3, 0.7), probed, strict=True):
+        twin_model, twin = copy.deepcopy((model, optimizer))  # one copy: the optimizer's parameters are the model's
+        for p, q in zip(model.parameters(), twin_model.parameters(), strict=True):
+            q.grad = p.grad.clone()
+        rng = torch.get_rng_state()
+        twin.param_groups[0]["lr"] = lr
+        if lr > 0:
+            twin.step()
+        x, y = [cell.cell_contents for cell in loss_fn.__closure__ if isinstance(cell.cell_contents, torch.Tensor)]
+        assert nn.functional.cross_entropy(twin_model(x), y).item() == loss
+        torch.set_rng_state(rng)
+
+
+@every_optimizer
+@after
+@pytest.mark.parametrize("outcome", ["returns", "raises"])
+def test_a_probe_leaves_no_trace(make, num_steps, outcome):
+    model, optimizer, loss_fn = training(make)
+    train(model, optimizer, loss_fn, num_steps)
+    optimizer.zero_grad()
+    loss_fn().backward()
+    model.net[1].eval()  # a mode that model.train() would not give back
+    objects = [id(t) for p in optimizer.state.values() for t in p.values()]
+    attributes = dict(vars(optimizer))
+    before = copy.deepcopy(everything(model, optimizer))
+
+    def loss():
+        model.eval()
+        value = loss_fn()
+        if outcome == "raises":
+            raise RuntimeError("out of memory")
+        return value
+
+    for lr in (0.0, 0.5):
+        if outcome == "raises":
+            with pytest.raises(RuntimeError, match="out of memory"):
+                loss_after_step(optimizer, loss, lr, module=model)
+        else:
+            loss_after_step(optimizer, loss, lr, module=model)
+        assert_same(everything(model, optimizer), before)
+    assert [id(t) for p in optimizer.state.values() for t in p.values()] == objects
+    assert vars(optimizer).keys() == attributes.keys()
+
+
+@every_optimizer
+def test_training_with_a_search_at_every_step_is_bitwise_the_same(make):
+    plain, searched = training(make), training(make)
+
+    def search():
+        model, optimizer, loss_fn = searched
+        find_critical_lr(lambda lr: loss_after_step(optimizer, loss_fn, lr, module=model), target=1.0, max_evals=5)
+
+    torch.manual_seed(1)
+    train(*plain, 5)
+    torch.manual_seed(1)
+    train(*searched, 5, search)
+    assert_same(plain[0].state_dict(), searched[0].state_dict())
+    assert_same(plain[1].state_dict(), searched[1].state_dict())
+
+
+def test_dropout_draws_the_same_masks_at_every_learning_rate():
+    model, optimizer, loss_fn = training(OPTIMIZERS["SGD"])
+    loss_fn().backward()
+    assert loss_after_step(optimizer, loss_fn, 0.0, module=model) == loss_after_step(
+        optimizer, loss_fn, 1e-30, module=model
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "direction"),
+    [
+        (lambda p: torch.optim.SGD(p, 1.0), lambda g, p: g),
+        # m_1 = g, whatever the momentum
+        (lambda p: torch.optim.SGD(p, 1.0, momentum=0.9, weight_decay=0.5), lambda g, p: g + 0.5 * p),
+        (lambda p: torch.optim.AdamW(p, 1.0, eps=1e-3, weight_decay=0.5), lambda g, p: g / (g.abs() + 1e-3) + 0.5 * p),
+        (
+            lambda p: GIAdamW(p, 1.0, (0.9, 0.99), eps=1e-3, weight_decay=0.5),
+            lambda g, p: g / (g.abs() / 0.01**0.5 + 1e-3) + 0.5 * p,
+        ),
+    ],
+    ids=["SGD", "SGD momentum decay", "AdamW", "GIAdamW"],
+)
+@pytest.mark.parametrize("guess", [1e-4, 1e2])
+def test_critical_lr_of_a_quadratic_is_two_gu_over_uhu(make, direction, guess):
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    hessian = root @ root.T + torch.eye(8, dtype=torch.float64)
+    theta = torch.randn(8, generator=generator, dtype=torch.float64, requires_grad=True)
+    loss_fn = lambda: 0.5 * theta @ hessian @ theta  # noqa: E731
+    optimizer = make([theta])
+    loss_fn().backward()
+    u = direction(theta.grad, theta.detach())
+    critical = (2 * theta.grad @ u / (u @ hessian @ u)).item()
+
+    found = find_critical_lr(
+        lambda lr: loss_after_step(optimizer, loss_fn, lr), guess=guess, delta=1e-9, rtol=1e-6, max_evals=90
+    )
+    assert found.lower <= critical <= found.upper
+    assert found.value == pytest.approx(critical, rel=1e-6)
+
+
+def test_groups_keep_the_ratio_of_their_learning_rates():
+    params = [torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    groups = [{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": torch.tensor(0.4, dtype=torch.float64)}]
+    optimizer = torch.optim.SGD(groups, foreach=False)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)  # lr is 0 now, initial_lr is not
+    for p in params:
+        p.grad = torch.ones_like(p)
+    seen = []
+    loss_after_step(optimizer, lambda: seen.append([p.detach().clone() for p in params]) or 0.0, 2.0)
+    torch.testing.assert_close(torch.stack(seen[0])[:, 0], torch.tensor([1 - 0.5, 1 - 2.0], dtype=torch.float64))
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.0, 0.0]
+
+
+def test_inside_autocast_the_probed_weights_are_seen():
+    # autocast keeps the weights it has cast until its region ends.
+    layer = nn.Linear(4, 4)
+    x = torch.randn(2, 4)
+    optimizer = torch.optim.SGD(layer.parameters(), 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_fn = lambda: layer(x).float().square().mean()  # noqa: E731
+        loss_fn().backward()
+        moved = [loss_after_step(optimizer, loss_fn, lr) for lr in (0.0, 0.5)]
+        assert moved[0] != moved[1]
+        assert loss_fn().item() == moved[0]
+
+
+def test_step_hooks_are_refused():
+    _, optimizer, loss_fn = training(OPTIMIZERS["SGD"])
+    optimizer.register_step_pre_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="cannot probe SGD: it has step hooks"):
+        loss_after_step(optimizer, loss_fn, 0.1)
+    assert loss_after_step(optimizer, loss_fn, 0.0) > 0
+
+
+@pytest.mark.parametrize("lr", [-1.0, float("nan"), float("inf")])
+def test_bad_learning_rate_is_named(lr):
+    _, optimizer, loss_fn = training(OPTIMIZERS["SGD"])
+    with pytest.raises(ValueError, match="lr must be at least 0 and finite, got"):
+        loss_after_step(optimizer, loss_fn, lr)

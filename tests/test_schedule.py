@@ -1,0 +1,171 @@
+import io
+import math
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from hf_warmup.schedule import WarmupSchedule, steps_saved
+
+N, T_WRM, TARGET = 100, 20, 0.5
+# Every LambdaLR that transformers makes, with its extra arguments.
+SCHEDULES = {
+    "linear": {},
+    "cosine": {},
+    "cosine_with_restarts": {"num_cycles": 2},
+    "polynomial": {"power": 2.0, "lr_end": 1e-3},
+    "constant": {},
+    "constant_with_warmup": {},
+    "inverse_sqrt": {},
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1, "warmup_lr_rate": 0.01},
+    "warmup_stable_decay": {"num_decay_steps": 30},
+}
+every_schedule = pytest.mark.parametrize("name", SCHEDULES)
+
+
+def schedule(name, target=TARGET, **options):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], target)
+    kwargs = {**SCHEDULES[name], **options}
+    return optimizer, get_scheduler(name, optimizer, T_WRM, N, scheduler_specific_kwargs=kwargs)
+
+
+def run(optimizer, scheduler, num_steps=N):
+    lrs = []
+    for _ in range(num_steps):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        assert scheduler.get_last_lr() == [lrs[-1]]
+        optimizer.step()
+        scheduler.step()
+    assert len(lrs) == num_steps
+    return lrs
+
+
+@every_schedule
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.03])
+def test_warmup_follows_the_equation_and_the_decay_is_stretched(name, fraction):
+    _, plain = schedule(name)
+    factor = plain.lr_lambdas[0]
+    optimizer, scheduler = schedule(name)
+    warmup = WarmupSchedule(scheduler, T_WRM, N)
+    assert warmup.init_fraction is None
+    warmup.start(fraction)
+    lrs = run(optimizer, scheduler)
+
+    reach = T_WRM * (1 - fraction)
+    assert lrs[0] == pytest.approx(fraction * TARGET, rel=1e-12)
+    for t, lr in enumerate(lrs):
+        ramp = fraction * TARGET + TARGET * t / T_WRM
+        stretched = factor(T_WRM + (t - reach) * (N - T_WRM) / (N - reach))
+        assert lr == pytest.approx(ramp if ramp < TARGET else TARGET * stretched, rel=1e-12, abs=1e-15)
+    # The last step of the decay is where it was.
+    assert scheduler.get_last_lr()[0] == pytest.approx(TARGET * factor(N), rel=1e-6, abs=1e-9)
+
+
+@every_schedule
+def test_until_the_start_nothing_changes(name):
+    plain = run(*schedule(name))
+    optimizer, scheduler = schedule(name)
+    WarmupSchedule(scheduler, T_WRM, N)
+    assert run(optimizer, scheduler) == plain
+
+
+@every_schedule
+@pytest.mark.parametrize("stop", [1, 10, 40], ids=["first", "in warmup", "in decay"])
+def test_a_resumed_run_has_the_learning_rates_of_an_unbroken_one(name, stop):
+    optimizer, scheduler = schedule(name)
+    WarmupSchedule(scheduler, T_WRM, N).start(0.1)
+    unbroken = run(optimizer, scheduler)
+
+    optimizer, scheduler = schedule(name)
+    WarmupSchedule(scheduler, T_WRM, N).start(0.1)
+    before = run(optimizer, scheduler, stop)
+    file = io.BytesIO()
+    torch.save([optimizer.state_dict(), scheduler.state_dict()], file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+
+    optimizer, scheduler = schedule(name)
+    warmup = WarmupSchedule(scheduler, T_WRM, N)
+    for target, state in zip((optimizer, scheduler), saved, strict=True):
+        target.load_state_dict(state)
+    assert warmup.init_fraction == 0.1
+    assert before + run(optimizer, scheduler, N - stop) == unbroken
+
+
+def test_a_late_start_begins_where_it_stands():
+    # Overflows under a GradScaler: the search waits for a finite gradient.
+    optimizer, scheduler = schedule("linear")
+    warmup = WarmupSchedule(scheduler, T_WRM, N)
+    run(optimizer, scheduler, 3)
+    warmup.start(0.1)
+    lrs = run(optimizer, scheduler, N - 3)
+    assert lrs[:5] == pytest.approx([TARGET * (0.1 + t / T_WRM) for t in range(5)])
+    assert max(lrs) == pytest.approx(TARGET, rel=0.01)
+    assert scheduler.get_last_lr()[0] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_an_init_lr_at_or_above_the_target_means_no_warmup():
+    for fraction in (1.0, 7.0):
+        optimizer, scheduler = schedule("linear")
+        WarmupSchedule(scheduler, T_WRM, N).start(fraction)
+        assert run(optimizer, scheduler) == pytest.approx([TARGET * (1 - t / N) for t in range(N)])
+
+
+def test_groups_keep_their_own_targets():
+    params = [torch.zeros(1, requires_grad=True) for _ in range(2)]
+    optimizer = torch.optim.SGD(
+        [{"params": params[:1], "lr": 0.5}, {"params": params[1:], "lr": torch.tensor(0.02)}], foreach=False
+    )
+    tensor = optimizer.param_groups[1]["lr"]
+    scheduler = get_scheduler("cosine", optimizer, T_WRM, N)
+    WarmupSchedule(scheduler, T_WRM, N).start(0.1)
+    assert [float(g["lr"]) for g in optimizer.param_groups] == pytest.approx([0.05, 0.002])
+    assert optimizer.param_groups[1]["lr"] is tensor
+
+
+def test_warmup_of_the_whole_run_is_allowed():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], TARGET)
+    scheduler = get_scheduler("constant_with_warmup", optimizer, N, N)
+    WarmupSchedule(scheduler, N, N).start(0.1)
+    lrs = run(optimizer, scheduler)
+    assert lrs[50] == pytest.approx(TARGET * 0.6)
+    assert lrs[95] == TARGET
+
+
+def test_wrapping_again_does_not_nest():
+    _, scheduler = schedule("cosine")
+    WarmupSchedule(scheduler, T_WRM, N).start(0.5)
+    warmup = WarmupSchedule(scheduler, T_WRM, N)
+    assert warmup.init_fraction is None
+    assert scheduler.lr_lambdas[0](T_WRM // 2) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_schedules_that_react_to_the_loss_are_refused(name):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], TARGET)
+    scheduler = get_scheduler(name, optimizer)
+    with pytest.raises(ValueError, match="needs a schedule that is a factor per step"):
+        WarmupSchedule(scheduler, T_WRM, N)
+
+
+def test_a_schedule_that_peaks_elsewhere_is_refused():
+    _, scheduler = schedule("linear")
+    with pytest.raises(ValueError, match="got 0.8.* at warmup_steps=30"):
+        WarmupSchedule(scheduler, T_WRM + 10, N)
+    for steps in (0, N + 1):
+        with pytest.raises(ValueError, match=f"warmup_steps must be between 1 and 100 steps, got {steps}"):
+            WarmupSchedule(scheduler, steps, N)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -1.0, math.nan, math.inf])
+def test_bad_fraction_is_named(fraction):
+    _, scheduler = schedule("linear")
+    with pytest.raises(ValueError, match="init_fraction must be positive and finite, got"):
+        WarmupSchedule(scheduler, T_WRM, N).start(fraction)
+
+
+def test_steps_saved_counts_two_forward_passes_as_a_step():
+    assert steps_saved(0.05, 0.5, 200, 10) == pytest.approx(200 * 0.1 - 5)
+    assert steps_saved(0.05, 0.5, 20, 10) == pytest.approx(2 - 5)
+    assert steps_saved(7.0, 0.5, 200) == 200
