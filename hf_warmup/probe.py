@@ -50,7 +50,7 @@ def loss_after_step(
     if not 0 <= lr < float("inf"):
         raise ValueError(f"lr must be at least 0 and finite, got {lr}")
     with ExitStack() as restored:
-        restored.enter_context(_same_random_numbers())
+        restored.callback(RandomNumbers().restore)
         if module is not None:
             restored.enter_context(_same_module(module))
         if lr > 0:
@@ -73,7 +73,14 @@ def _set_lr(optimizer: Optimizer, lr: float) -> None:
 
 @contextmanager
 def _same_optimizer(optimizer: Optimizer) -> Iterator[None]:
-    """Restore parameters, state and options to what they were, bit for bit and in the same tensors."""
+    """Restore parameters, state and options to what they were, bit for bit and in the same tensors.
+
+    Raises:
+        RuntimeError: If the optimizer has step hooks.
+
+    Yields:
+        Nothing.
+    """
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise RuntimeError(
             f"cannot probe {type(optimizer).__name__}: it has step hooks, which a probe would run once per learning "
@@ -111,21 +118,27 @@ def _restored(live: dict[str, Any], copies: dict[str, Tensor]) -> dict[str, Any]
     return live
 
 
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Give back the state of every random number generator: Python's, numpy's if it is loaded, torch's."""
-    numpy = sys.modules.get("numpy")
-    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device_type = accelerator.type if accelerator else "cuda"
-    devices = range(torch.accelerator.device_count()) if accelerator else []
-    try:
-        with torch.random.fork_rng(devices, device_type=device_type):
-            yield
-    finally:
-        random.setstate(python_state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
+class RandomNumbers:
+    """The state of every random number generator when this was made: Python's, numpy's (if loaded), torch's."""
+
+    def __init__(self) -> None:
+        numpy = sys.modules.get("numpy")
+        self._python, self._numpy = random.getstate(), numpy.random.get_state() if numpy else None
+        self._cpu = torch.get_rng_state()
+        self._devices = [_device_module().get_rng_state(i) for i in range(torch.accelerator.device_count())]
+
+    def restore(self) -> None:
+        """Set every generator to that state."""
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        for i, state in enumerate(self._devices):
+            _device_module().set_rng_state(state, i)
+
+
+def _device_module() -> Any:
+    return torch.get_device_module(torch.accelerator.current_accelerator())
 
 
 @contextmanager

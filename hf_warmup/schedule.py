@@ -26,6 +26,7 @@ so that training still ends at step N with the learning rate it would have had. 
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -71,7 +72,7 @@ class WarmupSchedule:
         if not 1 <= warmup_steps <= num_training_steps:
             raise ValueError(f"warmup_steps must be between 1 and {num_training_steps} steps, got {warmup_steps}")
         factors = [f.inner if isinstance(f, _Factor) else f for f in scheduler.lr_lambdas]
-        for factor in factors:
+        for factor in factors if warmup_steps < num_training_steps else ():
             # cosine_warmup_with_min_lr is at its peak one step earlier.
             peak = max(factor(warmup_steps - 1), factor(warmup_steps))
             if not math.isclose(peak, 1.0, rel_tol=1e-6):
@@ -79,6 +80,7 @@ class WarmupSchedule:
                     f"the schedule's factor must be 1 when warmup ends, got {peak} at warmup_steps={warmup_steps}"
                 )
         self.scheduler = scheduler
+        self.warmup_steps = warmup_steps
         scheduler.lr_lambdas = [_Factor(f, warmup_steps, num_training_steps) for f in factors]
 
     @property
@@ -123,7 +125,7 @@ class _Factor:
 
     __slots__ = ("__dict__", "inner", "num_training_steps", "warmup_steps")
 
-    def __init__(self, inner: Callable[[float], float], warmup_steps: int, num_training_steps: int) -> None:
+    def __init__(self, inner: Callable[[Any], float], warmup_steps: int, num_training_steps: int) -> None:
         self.inner = inner
         self.warmup_steps = warmup_steps
         self.num_training_steps = num_training_steps
@@ -137,7 +139,9 @@ class _Factor:
         factor = self.init_fraction + t / self.warmup_steps
         if factor < 1:
             return factor
+        decay_steps = self.num_training_steps - self.warmup_steps
+        if decay_steps == 0:
+            return 1.0
         reach = self.warmup_steps * (1 - self.init_fraction)
         left = self.num_training_steps - self.first_step - reach
-        stretch = (self.num_training_steps - self.warmup_steps) / left if left > 0 else 1.0
-        return self.inner(self.warmup_steps + (t - reach) * stretch)
+        return self.inner(self.warmup_steps + (t - reach) * (decay_steps / left if left > 0 else 1.0))

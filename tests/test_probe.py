@@ -23,7 +23,7 @@ after = pytest.mark.parametrize("num_steps", [0, 3], ids=["first step", "later s
 
 
 class Net(nn.Module):
-    """Everything a forward pass can leave a trace in: dropout, running statistics, a buffer put in another's place."""
+    """All a forward can leave a trace in: dropout, running statistics, a buffer put in another's place."""
 
     def __init__(self):
         super().__init__()

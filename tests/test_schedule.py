@@ -124,9 +124,10 @@ def test_groups_keep_their_own_targets():
     assert optimizer.param_groups[1]["lr"] is tensor
 
 
-def test_warmup_of_the_whole_run_is_allowed():
+@pytest.mark.parametrize("name", ["constant_with_warmup", "linear"])
+def test_warmup_of_the_whole_run_is_allowed(name):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], TARGET)
-    scheduler = get_scheduler("constant_with_warmup", optimizer, N, N)
+    scheduler = get_scheduler(name, optimizer, N, N)
     WarmupSchedule(scheduler, N, N).start(0.1)
     lrs = run(optimizer, scheduler)
     assert lrs[50] == pytest.approx(TARGET * 0.6)

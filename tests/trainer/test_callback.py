@@ -1,0 +1,321 @@
+import json
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from hf_warmup import GIAdamW
+from hf_warmup.trainer import GIAdamWFactory, WarmupArguments, WarmupCallback
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def train(trainer, arguments=None, **kwargs):
+    WarmupCallback.attach(trainer, arguments)
+    set_seed(1)
+    trainer.train(**kwargs)
+    return trainer
+
+
+def learning_rates(trainer):
+    return [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
+
+
+def start_of(trainer):
+    (entry,) = [e for e in trainer.state.log_history if "warmup/init_lr" in e]
+    return entry
+
+
+def test_two_lines_give_gi_adam_a_search_and_warmup(make_trainer):
+    trainer = make_trainer(args_cls=TrainingArguments, adam_beta2=0.95, weight_decay=0.1)
+    WarmupCallback.attach(trainer)
+    trainer.train()
+
+    optimizer = trainer.optimizer.optimizer
+    assert isinstance(optimizer, GIAdamW)
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
+    assert optimizer.defaults["fused"] is True
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
+    # Adam's η_c is above η_trgt at initialization, so the cap decides: 0.1 η_trgt, and the paper's slope.
+    lrs = learning_rates(trainer)
+    assert lrs[:6] == pytest.approx([3e-3 * (0.1 + t / 6) for t in range(6)])
+    assert max(lrs) == pytest.approx(3e-3, rel=0.1)  # T_reach is 5.4 steps
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"label_smoothing_factor": 0.1},
+        {"bf16": True},
+        {"max_grad_norm": 0.1},
+        {"gradient_accumulation_steps": 1},
+        {"activation_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_the_search_starts_from_the_exact_training_loss(make_trainer, options):
+    trainer = train(make_trainer(max_steps=2, warmup_steps=2, **options))
+    logged = next(e["loss"] for e in trainer.state.log_history if "loss" in e)
+    assert start_of(trainer)["warmup/evals"][0] == [0.0, logged]
+
+
+def test_a_users_loss_is_the_one_that_is_searched(make_trainer):
+    class Doubled(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return 2 * super().compute_loss(*args, **kwargs)
+
+    single, double = (
+        train(make_trainer(max_steps=1, warmup_steps=1)),
+        train(make_trainer(Doubled, max_steps=1, warmup_steps=1)),
+    )
+    losses = [start_of(t)["warmup/evals"][0][1] for t in (single, double)]
+    assert losses[1] == pytest.approx(2 * losses[0])
+    assert losses[1] == next(e["loss"] for e in double.state.log_history if "loss" in e)
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"optim": "adamw_torch"}, {"gi_adam": False}], ids=str)
+def test_a_search_whose_answer_is_not_used_leaves_the_same_weights(make_trainer, options):
+    # With the cap deciding, η_init is the same number with a search and without; dropout is on.
+    searched = train(make_trainer(**options))
+    given = train(make_trainer(init_lr=repr(0.1 * 3e-3), **options))
+    assert start_of(searched)["warmup/capped"] == 1.0
+    assert start_of(searched)["warmup/forward_passes"] > 2
+    assert start_of(given)["warmup/forward_passes"] == 0
+    assert learning_rates(searched) == learning_rates(given)
+    assert same(weights(searched), weights(given))
+
+
+def test_zero_is_the_trainers_own_schedule(make_trainer):
+    plain = make_trainer(args_cls=TrainingArguments)
+    set_seed(1)
+    plain.train()
+    trainer = train(make_trainer(gi_adam=False, init_lr="zero"))
+    assert learning_rates(trainer) == learning_rates(plain)
+    assert learning_rates(trainer)[0] == 0.0
+    assert same(weights(trainer), weights(plain))
+
+
+def test_results_reach_the_reporters_and_trainer_state(make_trainer, tmp_path):
+    class Reporter(TrainerCallback):
+        def __init__(self):
+            self.logs = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.logs.append(dict(logs))
+
+    reporter = Reporter()
+    trainer = make_trainer(save_strategy="steps", save_steps=6, trainer_kwargs={"callbacks": [reporter]})
+    train(trainer)
+    keys = {"warmup/critical_lr", "warmup/init_lr", "warmup/steps_saved", "warmup/forward_passes"}
+    (logged,) = [logs for logs in reporter.logs if keys <= logs.keys()]
+    assert all(isinstance(logged[k], float | int) for k in logged)  # what TensorBoard takes
+    state = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
+    (saved,) = [e for e in state["log_history"] if keys <= e.keys()]
+    assert {k: saved[k] for k in keys} == {k: logged[k] for k in keys}
+    assert saved["warmup/init_lr"] == pytest.approx(3e-4)
+    assert saved["warmup/critical_lr"] == 3e-3
+    passes = saved["warmup/forward_passes"]
+    assert passes == len(saved["warmup/evals"])
+    assert saved["warmup/steps_saved"] == pytest.approx(6 * 0.1 - passes / 2)
+
+
+def test_a_critical_lr_below_the_target_is_where_warmup_starts(make_trainer):
+    trainer = train(make_trainer(learning_rate=1e3, optim="sgd", gi_adam=False, max_init_fraction=1.0, max_steps=8))
+    start = start_of(trainer)
+    assert start["warmup/status"] == "found"
+    assert start["warmup/capped"] == 0.0
+    critical = start["warmup/critical_lr"]
+    assert 0 < critical < 1e3
+    losses = dict(map(tuple, start["warmup/evals"]))
+    assert losses[0.0] < losses[critical] <= 1.1 * losses[0.0]
+    assert learning_rates(trainer)[:2] == pytest.approx([critical, critical + 1e3 / 6])
+
+
+def test_to_the_letter_of_the_paper_the_target_itself_is_allowed(make_trainer):
+    trainer = train(make_trainer(max_init_fraction=1.0))
+    assert start_of(trainer)["warmup/status"] == "above_target"
+    assert learning_rates(trainer)[0] == 3e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [3, 9], ids=["in warmup", "in decay"])
+@pytest.mark.parametrize("kind", ["cosine", "inverse_sqrt", "warmup_stable_decay"])
+def test_a_resumed_run_does_not_search_again_and_is_bitwise_the_same(make_trainer, tmp_path, stop, kind):
+    options = {"lr_scheduler_type": kind, "save_strategy": "steps", "save_steps": stop}
+    if kind == "warmup_stable_decay":
+        options["lr_scheduler_kwargs"] = {"num_decay_steps": 3}
+    unbroken = train(make_trainer(**options))
+    checkpoint = str(tmp_path / "run" / f"checkpoint-{stop}")
+
+    resumed = train(make_trainer(**options), resume_from_checkpoint=checkpoint)
+    assert start_of(resumed) == start_of(unbroken)  # one search, from the checkpoint's history
+    assert learning_rates(resumed) == learning_rates(unbroken)
+    assert same(weights(resumed), weights(unbroken))
+
+
+def test_a_checkpoint_made_without_us_keeps_its_schedule(make_trainer, tmp_path, caplog):
+    plain = make_trainer(args_cls=TrainingArguments, save_strategy="steps", save_steps=3)
+    set_seed(1)
+    plain.train()
+    trainer = make_trainer(gi_adam=False)
+    train(trainer, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert "its schedule goes on unchanged" in caplog.text
+    assert learning_rates(trainer) == learning_rates(plain)
+
+
+def test_a_model_only_checkpoint_is_a_new_start(make_trainer, tmp_path):
+    # Its schedule restarts at step 0 with an empty optimizer, so the search must run again.
+    options = {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}
+    train(make_trainer(**options))
+    trainer = train(make_trainer(**options), resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert [e["step"] for e in trainer.state.log_history if "warmup/init_lr" in e] == [0, 3]
+    assert learning_rates(trainer)[3] == pytest.approx(3e-4)
+
+
+def test_a_second_training_searches_again(make_trainer):
+    trainer = train(make_trainer())
+    trainer.train()
+    assert len([e for e in trainer.state.log_history if "warmup/init_lr" in e]) == 1  # a new history
+    assert learning_rates(trainer)[0] == pytest.approx(3e-4)
+
+
+def test_a_retry_with_a_smaller_batch_searches_for_that_batch(make_trainer):
+    class Memory(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if len(inputs["input_ids"]) > 2:
+                raise RuntimeError("CUDA out of memory. Tried to allocate")
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    trainer = train(make_trainer(Memory, auto_find_batch_size=True))
+    logged = next(e["loss"] for e in trainer.state.log_history if "loss" in e)
+    assert start_of(trainer)["warmup/evals"][0] == [0.0, logged]
+
+
+class Frozen(torch.nn.Module):
+    """A model whose first gradient is zero, as after an overflow that clipping turned into zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+        self.calls = 0
+
+    def forward(self, input_ids, labels=None):
+        self.calls += 1
+        factor = 0.0 if self.calls == 1 else 1.0
+        return {"loss": factor * ((self.weight - input_ids.float().mean()) ** 2).sum()}
+
+
+def test_the_search_waits_for_a_gradient_that_is_not_zero(make_trainer):
+    trainer = train(make_trainer(model=Frozen(), gradient_accumulation_steps=1, weight_decay=0.0))
+    assert start_of(trainer)["step"] == 1
+    assert learning_rates(trainer)[:3] == pytest.approx([0.0, 3e-4, 3e-4 + 3e-3 / 6])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_advice(make_trainer):
+    class Broken(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss + (float("nan") if not torch.is_grad_enabled() else 0)
+
+    trainer = make_trainer(Broken)
+    with pytest.raises(RuntimeError, match="training loss of step 1 is nan before any update: check the data"):
+        train(trainer)
+    # Nothing of the search stays behind.
+    assert "get_batch_samples" not in vars(trainer)
+    assert "backward" not in vars(trainer.accelerator)
+
+
+def test_an_update_that_goes_uphill_starts_low_and_says_so(make_trainer, caplog):
+    trainer = make_trainer()
+    trainer.optimizer_cls_and_kwargs = (GIAdamW, {"lr": 3e-3, "maximize": True})
+    train(trainer)
+    assert "keeps the loss of the first batch from rising (not_descent)" in caplog.text
+    assert learning_rates(trainer)[0] == pytest.approx(3e-3 / 6)
+
+
+def test_no_warmup_steps_means_no_search_and_a_warning(make_trainer, caplog):
+    trainer = train(make_trainer(warmup_steps=0))
+    assert "warmup_steps is 0" in caplog.text
+    assert learning_rates(trainer)[0] == 3e-3
+    assert not any("warmup/init_lr" in e for e in trainer.state.log_history)
+
+
+def test_a_users_own_schedule_and_methods_stay_in_force(make_trainer):
+    class Own(Trainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, t / 6))
+            return self.lr_scheduler
+
+    trainer = train(make_trainer(Own))
+    assert learning_rates(trainer)[:3] == pytest.approx([3e-4, 3e-4 + 3e-3 / 6, 3e-4 + 2 * 3e-3 / 6])
+    assert learning_rates(trainer)[-1] == 3e-3
+
+
+def test_factory_has_the_trainers_decay_groups(make_trainer):
+    def groups(trainer):
+        optimizer = trainer.create_optimizer()
+        names = {id(p): n for n, p in trainer.model.named_parameters()}
+        return [(g["weight_decay"], g["lr"], [names[id(p)] for p in g["params"]]) for g in optimizer.param_groups]
+
+    plain = make_trainer(args_cls=TrainingArguments, weight_decay=0.3)
+    made = make_trainer(args_cls=TrainingArguments)
+    made.optimizer_cls_and_kwargs = (GIAdamWFactory, {"lr": 3e-3, "weight_decay": 0.3, "betas": (0.9, 0.95)})
+    for trainer in (plain, made):
+        trainer.model.lm_head.weight.requires_grad_(False)
+    assert groups(made) == groups(plain)
+    assert isinstance(made.optimizer, GIAdamW)
+    assert WarmupCallback.attach(made)
+
+
+REFUSED = [
+    ({"optim": "sgd"}, "gi_adam=True needs optim to be adamw_torch or adamw_torch_fused, got sgd"),
+    ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, "lr_scheduler_type .*reduce_lr_on_plat"),
+    ({"lr_scheduler_type": "greedy", "eval_strategy": "steps"}, "lr_scheduler_type .*greedy"),
+    ({"init_lr": "0.5"}, "init_lr must be at most learning_rate=0.003, got 0.5"),
+    ({"warmup_steps": 13}, "warmup_steps must be at most max_steps=12, got 13"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_what_cannot_work_is_refused_before_training(make_trainer, options, message):
+    with pytest.raises(ValueError, match=message):
+        WarmupCallback.attach(make_trainer(**options))
+
+
+def test_warmup_longer_than_the_epochs_is_refused_before_the_first_step(make_trainer):
+    with pytest.raises(ValueError, match="warmup_steps must be between 1 and 8 steps, got 100"):
+        train(make_trainer(max_steps=-1, num_train_epochs=1, warmup_steps=100))
+
+
+def test_another_optimizer_is_refused_wherever_it_comes_from(make_trainer):
+    class Own(Trainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
+            return self.optimizer
+
+    trainer = make_trainer()
+    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {})
+    with pytest.raises(ValueError, match="optimizer_cls_and_kwargs asks for SGD"):
+        WarmupCallback.attach(trainer)
+    trainer = make_trainer()
+    trainer.create_optimizer()
+    with pytest.raises(ValueError, match="has an optimizer of its own, AdamW"):
+        WarmupCallback.attach(trainer)
+    with pytest.raises(ValueError, match="Own made its own optimizer, SGD"):
+        train(make_trainer(Own))
+    train(make_trainer(Own), WarmupArguments(gi_adam=False))
+
+
+def test_attaching_twice_is_refused(make_trainer):
+    trainer = make_trainer()
+    WarmupCallback.attach(trainer)
+    with pytest.raises(ValueError, match="attached to this trainer already"):
+        WarmupCallback.attach(trainer)
