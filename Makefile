@@ -1,0 +1,43 @@
+# Every target sets up .venv by itself and does nothing there when it is up to date.
+PYTHON ?= python3
+# The build for machines without a torch. On a CPU machine this version comes as a small CPU build where
+# one is at hand; a torch that the chosen python has already is used as it is.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint types clean
+
+demo: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml \
+		recipes/pretrain.py recipes/tiny/gpt.yaml --overwrite
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@# A torch outside .venv is lent to it: .venv sees the folder it lives in, behind its own.
+	@$(PYTHON) -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' 2>/dev/null \
+		> $(VENV)/torch.pth || rm -f $(VENV)/torch.pth
+	@if [ -e $(VENV)/torch.pth ]; then \
+		mv $(VENV)/torch.pth $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/; fi
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install '$(TORCH)'
+	@# The tested versions of everything else; torch stays the one that is there.
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+		>> $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev]'
+	touch $(READY)

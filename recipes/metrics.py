@@ -1,0 +1,69 @@
+"""Metrics of language models, as `evaluate` metrics that need no hub."""
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from transformers import EvalPrediction
+
+_FEATURES = {
+    "perplexity": {"predictions": datasets.Value("float32"), "references": datasets.Value("int64")},
+    "token_accuracy": {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")},
+}
+
+
+class Perplexity(evaluate.Metric):
+    """exp of the mean negative log-likelihood over the tokens whose reference is not -100."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description="predictions: -log p of each reference token, in nats; references: token ids.",
+            features=datasets.Features(_FEATURES["perplexity"]),
+        )
+
+    def _compute(self, predictions: list[float], references: list[int]) -> dict[str, float]:
+        counted = np.asarray(references) != -100
+        return {"perplexity": float(np.exp(np.asarray(predictions, np.float64)[counted].mean()))}
+
+
+class TokenAccuracy(evaluate.Metric):
+    """Fraction of the tokens whose reference is not -100 that are predicted right."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description="predictions: the likeliest token ids; references: token ids.",
+            features=datasets.Features(_FEATURES["token_accuracy"]),
+        )
+
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
+        references = np.asarray(references)
+        counted = references != -100
+        return {"accuracy": float((np.asarray(predictions)[counted] == references[counted]).mean())}
+
+
+class LanguageModelMetrics:
+    """For a Trainer: `reduce` is its preprocess_logits_for_metrics, the object itself its compute_metrics."""
+
+    def __init__(self, shift: bool) -> None:
+        # A causal model's output at position i predicts token i + 1.
+        self.shift = shift
+        self.perplexity, self.accuracy = Perplexity(keep_in_memory=True), TokenAccuracy(keep_in_memory=True)
+
+    def reduce(self, logits: torch.Tensor | tuple, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep two numbers a token instead of the whole vocabulary's logits."""
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        logits, labels = (logits[:, :-1], labels[:, 1:]) if self.shift else (logits, labels)
+        losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+        return losses, logits.argmax(-1)
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        losses, likeliest = prediction.predictions
+        labels = (prediction.label_ids[:, 1:] if self.shift else prediction.label_ids).ravel()
+        return {
+            **self.perplexity.compute(predictions=losses.ravel(), references=labels),
+            **self.accuracy.compute(predictions=likeliest.ravel(), references=labels),
+        }

@@ -1,0 +1,282 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import EvalPrediction, pipeline
+
+import arguments
+import data
+import metrics
+import pretrain
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+TEXT = ROOT / "recipes" / "tiny" / "shakespeare.txt"
+
+# Small enough for a test; the recipes' own sizes take a minute.
+SMALL = {
+    "clm": ["--model", '{"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2}'],
+    "mlm": [
+        "--model",
+        '{"model_type": "bert", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,'
+        ' "intermediate_size": 128, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}',
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def recipe_of(objective):
+    return str(ROOT / "recipes" / "tiny" / ("gpt.yaml" if objective == "clm" else "bert.yaml"))
+
+
+def small(objective, folder, *options):
+    common = ["--output_dir", str(folder), "--use_cpu", "--disable_tqdm", "true", "--context", "32"]
+    return [recipe_of(objective), *common, *SMALL[objective], *options]
+
+
+def few_steps(objective, folder, *options):
+    text = folder.parent / "part.txt"
+    text.write_text(TEXT.read_text()[:60_000])
+    steps = ["--max_steps", "6", "--warmup_steps", "3", "--eval_steps", "3", "--vocab_size", "300"]
+    return small(objective, folder, *steps, "--text", str(text), *options)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_recipe_has_only_options_that_are_known(path):
+    args, recipe = arguments.parse([str(path), "--use_cpu"])
+    assert isinstance(args.learning_rate, float)
+    assert 0 < args.warmup_steps < args.max_steps
+    assert "tokens per step" in path.read_text()
+    tokens = recipe.context * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    assert f"= {tokens:,} tokens per step" in path.read_text()
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_a_run_leaves_model_card_plot_and_numbers(objective, tmp_path, capsys):
+    folder = tmp_path / "run"
+    pretrain.run(few_steps(objective, folder))
+
+    printed = capsys.readouterr().out
+    assert "critical learning rate η_c" in printed
+    assert "unigram entropy" in printed
+    for name in ("model.safetensors", "tokenizer.json", "README.md", "warmup.png", "trainer_state.json"):
+        assert (folder / name).stat().st_size > 0
+    report = json.loads((folder / "warmup.json").read_text())
+    assert report["optimizer"] == "GIAdamW"
+    assert report["initial_eval_loss"] > report["final_eval_loss"]
+    assert report["init_lr"] == pytest.approx(3e-4)
+    card = (folder / "README.md").read_text()
+    assert "- optimizer: GIAdamW" in card
+    assert f"| {report['final_eval_loss']:.4f}" in card
+
+
+def test_a_trained_model_generates_text(tmp_path):
+    folder = tmp_path / "run"
+    pretrain.run(few_steps("clm", folder))
+    generate = pipeline("text-generation", model=str(folder), device="cpu")
+    (out,) = generate("ROMEO.", max_new_tokens=8, do_sample=False)
+    assert out["generated_text"].startswith("ROMEO.")
+    assert len(out["generated_text"]) > len("ROMEO.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "steps"), [("clm", 150), ("mlm", 500)])
+def test_both_objectives_learn_more_than_frequencies(objective, steps, tmp_path):
+    options = ["--max_steps", str(steps), "--warmup_steps", "30", "--eval_strategy", "no", "--vocab_size", "512"]
+    args, recipe = arguments.parse(small(objective, tmp_path / "run", *options))
+    trainer, entropy = pretrain.make_trainer(args, recipe)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < entropy - 0.2
+
+
+@pytest.mark.slow
+def test_a_run_that_stopped_resumes_to_the_same_end(tmp_path):
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    saving = ["--save_strategy", "steps", "--save_steps", "2"]
+    pretrain.run(few_steps("clm", unbroken, *saving))
+    pretrain.run(few_steps("clm", broken, *saving))
+    for late in ("checkpoint-4", "checkpoint-6"):
+        subprocess.run(["rm", "-r", str(broken / late)], check=True)
+    pretrain.run(few_steps("clm", broken, *saving, "--resume_from_checkpoint", "latest"))
+    reports = [json.loads((folder / "warmup.json").read_text()) for folder in (unbroken, broken)]
+    assert reports[0] == reports[1]
+
+
+def test_the_tokenizer_is_trained_once_and_text_is_held_out_evenly(tmp_path, monkeypatch):
+    _, recipe = arguments.parse(small("clm", tmp_path, "--vocab_size", "300"))
+    train, held_out = data.load_text(recipe)
+    sizes = [sum(map(len, lines["text"])) for lines in (train, held_out)]
+    assert sum(sizes) == len(TEXT.read_text())
+    assert sizes[1] / sum(sizes) == pytest.approx(0.1, abs=0.01)
+    first = data.load_tokenizer(recipe, train)
+    monkeypatch.setattr(data, "_train_bpe", None)
+    assert data.load_tokenizer(recipe, train).get_vocab() == first.get_vocab()
+    blocks = data.pack(recipe, held_out, first)
+    assert all(len(ids) == 32 for ids in blocks["input_ids"])
+    stream = first("".join(held_out["text"][:50]), add_special_tokens=False)["input_ids"]
+    assert blocks[0]["input_ids"] == stream[:32]
+    assert first.decode(stream) == "".join(held_out["text"][:50])
+
+
+def test_held_out_masks_are_the_same_in_every_run(tmp_path):
+    _, recipe = arguments.parse(few_steps("mlm", tmp_path))
+    _, held_out = data.load_text(recipe)
+    tokenizer = data.load_tokenizer(recipe, held_out)
+    blocks = data.pack(recipe, held_out, tokenizer)
+    collator = data.make_collator(recipe, tokenizer)
+    before = torch.get_rng_state()
+    masked = [data.mask_once(blocks, collator)[:] for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert masked[0] == masked[1]
+    labels = np.array(masked[0]["labels"])
+    assert (labels != -100).mean() == pytest.approx(0.15, abs=0.02)
+    assert collator([masked_row := {k: v[0] for k, v in masked[0].items()}])["labels"].tolist() == [
+        masked_row["labels"]
+    ]
+
+
+@pytest.mark.parametrize("shift", [True, False], ids=["clm", "mlm"])
+def test_metrics_are_those_of_the_tokens_that_count(shift):
+    logits, labels = torch.randn(3, 5, 7), torch.randint(7, (3, 5))
+    labels[0, 3:] = -100
+    metric = metrics.LanguageModelMetrics(shift)
+    losses, likeliest = metric.reduce((logits, None), labels)
+    found = metric(EvalPrediction((losses.numpy(), likeliest.numpy()), labels.numpy()))
+    # Written out, token by token.
+    nll, hits = [], []
+    for i in range(3):
+        for j in range(5):
+            if labels[i, j] != -100 and (j > 0 or not shift):
+                scores = logits[i, j - 1 if shift else j].double()
+                nll.append(-(scores[labels[i, j]] - scores.logsumexp(0)).item())
+                hits.append(scores.argmax() == labels[i, j])
+    assert found["perplexity"] == pytest.approx(math.exp(np.mean(nll)), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(np.mean(hits))
+
+
+def test_unigram_entropy_of_known_frequencies(tmp_path):
+    class Tokens(list):
+        cls_token_id = sep_token_id = None
+
+    blocks = {"input_ids": [[0, 0, 1, 2], [0, 0, 1, 2]]}
+    assert data.unigram_entropy(blocks, Tokens(range(5))) == pytest.approx(1.5 * math.log(2))
+
+
+def yaml_with(tmp_path, **changes):
+    options = {
+        "text": str(TEXT),
+        "model": {"model_type": "gpt2"},
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 10,
+        "warmup_steps": 5,
+        "use_cpu": True,
+        **changes,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\n".join(f"{k}: {v}" for k, v in options.items()))
+    return str(path)
+
+
+BAD = [
+    ({"learning_rat": "1.0e-3"}, "unknown option learning_rat: 0.001 in .* did you mean learning_rate"),
+    ({"init_lr": "banana"}, "init_lr must be `catapult`, `zero` or a positive number, got 'banana'"),
+    ({"init_lr": -1.0}, "init_lr must be .* got '-1.0'"),
+    ({"learning_rate": "6e-4"}, "learning_rate must be a number, got '6e-4'; YAML needs the dot: 6.0e-4"),
+    ({"max_steps": "many"}, "max_steps must be a number, got 'many'"),
+    ({"use_cpu": "banana"}, "use_cpu must be true or false, got 'banana'"),
+    ({"objective": "seq2seq"}, "argument --objective: invalid choice: 'seq2seq'"),
+    ({"lr_scheduler_type": "cosin"}, "cosin"),
+    ({"text": "nowhere.txt"}, "text must be a file that exists, got .*nowhere.txt"),
+    ({"optim": "sgd"}, "gi_adam=True needs optim to be adamw_torch or adamw_torch_fused, got sgd"),
+    ({"warmup_steps": 11}, "warmup_steps must be at most max_steps=10, got 11"),
+    ({"context": 2}, "context must be at least 8, got 2"),
+    ({"vocab_size": 5}, "vocab_size must be at least 300, got 5"),
+    ({"model": "{model_type: nogpt}"}, "model must have a model_type that transformers knows, got 'nogpt'"),
+    ({"model": "{model_type: gpt2, n_emb: 64}"}, "model has an option that gpt2 does not know, got n_emb: 64"),
+    ({"model": "gpt2"}, "model must be a mapping with a model_type, got 'gpt2'"),
+    ({"resume_from_checkpoint": "latest"}, "resume_from_checkpoint must be .*none there"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[next(iter(c)) + str(i) for i, (c, _) in enumerate(BAD)])
+def test_bad_input_is_one_line_with_option_and_value(changes, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", yaml_with(tmp_path, **changes)])
+    with pytest.raises(SystemExit, match=message) as error:
+        pretrain.main()
+    assert error.value.code.startswith("error: ")
+    assert "\n" not in error.value.code
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_options_on_the_command_line_are_checked_too(tmp_path):
+    for extra, message in [
+        (["--banana", "1"], "--banana"),
+        (["--learning_rate", "x"], "--learning[_-]rate.*'x'"),
+        (["--learn", "1"], "--learn"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            arguments.parse([yaml_with(tmp_path), *extra])
+    args, _ = arguments.parse([yaml_with(tmp_path), "--learning_rate", "6e-4", "--no_gi_adam"])
+    assert (args.learning_rate, args.gi_adam) == (6e-4, False)
+
+
+@pytest.mark.parametrize("content", ["", " \n\n"], ids=["nothing", "white space"])
+def test_empty_text_is_named(content, tmp_path):
+    (tmp_path / "empty.txt").write_text(content)
+    with pytest.raises(ValueError, match=r"text must hold some text, got only white space in .*empty.txt"):
+        pretrain.run([yaml_with(tmp_path, text="empty.txt")])
+
+
+def test_short_text_is_named(tmp_path):
+    (tmp_path / "short.txt").write_text("To be, or not to be\n" * 3)
+    with pytest.raises(ValueError, match="text is too short: .* context=128"):
+        pretrain.run([yaml_with(tmp_path, text="short.txt")])
+
+
+def test_what_is_in_the_output_folder_is_not_written_over(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    for options in ([], ["--overwrite"]):
+        with pytest.raises(ValueError, match="output_dir must be empty, got .*it holds no earlier run"):
+            pretrain.run(few_steps("clm", folder, *options))
+    assert (folder / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_earlier_run_is_kept_unless_told_otherwise(tmp_path):
+    folder = tmp_path / "run"
+    pretrain.run(few_steps("clm", folder))
+    before = (folder / "warmup.json").read_bytes()
+    with pytest.raises(ValueError, match="--resume_from_checkpoint latest or --overwrite"):
+        pretrain.run(few_steps("clm", folder))
+    with pytest.raises(ValueError, match="text must be a file"):
+        pretrain.run(few_steps("clm", folder, "--overwrite", "--text", "nowhere.txt"))
+    assert (folder / "warmup.json").read_bytes() == before
+    pretrain.run(few_steps("clm", folder, "--overwrite", "--seed", "1"))
+    assert (folder / "warmup.json").read_bytes() != before
+
+
+@pytest.mark.slow
+def test_the_readmes_launch_command_works_and_fails_with_a_code(tmp_path):
+    def launch(*options):
+        command = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml"]
+        script = ["recipes/pretrain.py", *few_steps("clm", tmp_path / "run", *options)]
+        return subprocess.run([sys.executable, *command, *script], cwd=ROOT, capture_output=True, text=True)
+
+    failed = launch("--init_lr", "banana")
+    assert failed.returncode != 0
+    (line,) = [line for line in failed.stderr.splitlines() if "Traceback" in line or "error" in line.lower()]
+    assert line == "error: init_lr must be `catapult`, `zero` or a positive number, got 'banana'"
+    assert not (tmp_path / "run").exists()
+    done = launch()
+    assert done.returncode == 0, done.stderr
+    assert "validation loss before / after" in done.stdout
