@@ -1,5 +1,7 @@
 # Every target sets up .venv by itself and does nothing there when it is up to date.
 PYTHON ?= python3
+# Threads that spin while they wait make a busy machine several times slower.
+export OMP_WAIT_POLICY ?= passive
 # The build for machines without a torch. On a CPU machine this version comes as a small CPU build where
 # one is at hand; a torch that the chosen python has already is used as it is.
 TORCH ?= $(shell grep '^torch==' constraints.txt)

@@ -5,7 +5,7 @@ The integration with the Hugging Face Trainer is `hf_warmup.trainer`.
 
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.gi_adam import GIAdamW
-from hf_warmup.probe import loss_after_step
+from hf_warmup.probe import loss_after_step, update_slope
 from hf_warmup.schedule import WarmupSchedule, steps_saved
 
 __version__ = "0.1.0"
@@ -18,4 +18,5 @@ __all__ = [
     "find_critical_lr",
     "loss_after_step",
     "steps_saved",
+    "update_slope",
 ]

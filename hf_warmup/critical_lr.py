@@ -10,7 +10,11 @@ thrown to a flatter region (a catapult). Warmup that starts at η_c skips the st
 spends below it [1]. Only forward passes are needed. On a quadratic loss with gradient g and Hessian H
 the answer is known, and the tests check it: η_c = 2 gᵀu / uᵀHu, so 2/λ when u = g and H = λ I.
 
-Two searches of [1] are here, as `method="paper"`:
+`method="secant"`, the default, starts where the answer is wanted, models the curve with the points it has
+(`hf_warmup.secant`) and closes a bracket of relative width `rtol`: 5 to 7 forward passes from a guess that is
+wrong by 100 times, 2 if all that is asked is whether the loss rises up to η_trgt.
+
+`method="paper"` is the two searches of [1]:
 
     EXP_SEARCH(η_0):  double η from η_0 while the loss does not rise, up to η_trgt;
     BIN_SEARCH(δ):    halve the bracket until the loss at its upper end is below (1 + δ) L(0).
@@ -29,9 +33,12 @@ Where the printed algorithms say nothing, or would go wrong:
 """
 
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from hf_warmup.secant import Curve
 
 Status = Literal["found", "above_target", "never_rises", "not_descent", "nonfinite", "budget_spent"]
 
@@ -45,17 +52,21 @@ class CriticalLR:
 
     Attributes:
         value: The search's answer, in the units of the optimizer's `lr`; by `status`:
-            `found`: η_c, the bracket's upper end (the paper's choice), or its lower end when the loss at the
-            upper end is beyond (1 + δ) L(0), as at a cliff where it is not finite;
+            `found`: η_c. Of `secant`, the crossing of the model inside the bracket; of `paper`, the bracket's
+            upper end, or its lower end when the loss at the upper end is beyond (1 + δ) L(0), as at a cliff
+            where it is not finite;
             `above_target`: η_trgt, where the loss has not risen;
             `never_rises`: infinity, with no target to stop at no η up to `lower` raised the loss;
             `not_descent`: 0, the loss rises however small η is;
             `nonfinite`: NaN, L(0) itself is not finite;
             `budget_spent`: `lower`, as nothing larger is known to be safe.
-        lower: Largest η tried below `upper` that did not raise the loss.
+        lower: Largest η tried below `upper` that did not raise the loss; 0 if none. (On an exact parabola, known
+            from its slope and two losses, `secant` needs no trial there.)
         upper: Smallest η tried that raised the loss; infinity if none did.
         evals: Every (η, loss) tried, in order, the one at 0 included.
         status: How the search ended.
+        spread: Standard deviation of η_c between batches, if `loss_at` gave one loss per batch and the search
+            found a bracket: each batch's own crossing, by the line through its losses at the two ends.
     """
 
     value: float
@@ -63,20 +74,47 @@ class CriticalLR:
     upper: float
     evals: tuple[tuple[float, float], ...]
     status: Status
+    spread: float | None = None
 
     @property
     def num_evals(self) -> int:
         """Loss evaluations (forward passes) spent, the one at 0 included."""
         return len(self.evals)
 
+    def plot(self, ax: Any = None, *, target: float | None = None) -> Any:
+        """Draw the losses tried against the learning rate, L(0), the bracket and η_trgt. Needs matplotlib.
+
+        Args:
+            ax: Matplotlib axes to draw on; those of a new figure if None.
+            target: η_trgt, to mark it.
+
+        Returns:
+            The axes.
+        """
+        if ax is None:
+            from matplotlib.figure import Figure  # noqa: TID251  Only who plots needs it.
+
+            ax = Figure(layout="constrained").subplots()
+        tried = sorted((lr, loss) for lr, loss in self.evals if lr > 0 and math.isfinite(loss))
+        if tried:
+            ax.plot(*zip(*tried, strict=True), "o-", label="loss after the step")
+        ax.axhline(self.evals[0][1], color="gray", linestyle=":", label="loss before it")
+        if 0 < self.lower <= self.upper < math.inf:
+            ax.axvspan(self.lower, self.upper, alpha=0.2, label="bracket")
+        if target is not None:
+            ax.axvline(target, color="black", linestyle="--", label="target")
+        ax.set(xscale="log", xlabel="learning rate", ylabel="loss")
+        ax.legend()
+        return ax
+
 
 def find_critical_lr(
-    loss_at: Callable[[float], float],
+    loss_at: Callable[[float], float | Sequence[float]],
     *,
     guess: float | None = None,
     target: float | None = None,
     slope: float | None = None,
-    method: Literal["paper"] = "paper",
+    method: Literal["secant", "paper"] = "secant",
     rtol: float = 1 / 16,
     delta: float = 0.1,
     max_evals: int = 40,
@@ -88,28 +126,30 @@ def find_critical_lr(
 
     Args:
         loss_at: The loss after a step of the given learning rate; `loss_at(0.0)` is L(0). Must be
-            deterministic: the same batch, the same dropout masks.
-        guess: η_0, the first learning rate tried; sets the cost, not the answer. 1e-4 or `target`, whichever
-            is smaller, if None.
+            deterministic: the same batch, the same dropout masks. May give a sequence, the losses of several
+            batches: the search is on their mean, and `spread` says how much the batches differ.
+        guess: The first learning rate tried: the last answer, if there is one. Sets the cost, not the answer. If
+            None, `secant` starts at `target`, and `paper` at 1e-4 or `target`, whichever is smaller.
         target: η_trgt; the search ends there if the loss has not risen. No limit if None.
-        slope: -dL/dη at 0, gᵀu, if known: the search ends at once as `not_descent` unless it is positive.
-        method: `"paper"`.
-        rtol: Relative precision wanted. δ decides when the paper's search ends; where the loss at the upper
-            end is beyond (1 + δ) L(0) even in a bracket of relative width rtol², there is a cliff, and the
-            search ends there.
-        delta: δ, how far above L(0), relative to it, the loss at the upper end may be.
+        slope: -dL/dη at 0, gᵀu, if known (`hf_warmup.probe.update_slope`): saves `secant` a trial; not positive,
+            it ends either search at once as `not_descent`.
+        method: `"secant"` or `"paper"`.
+        rtol: Relative width of the bracket wanted. In the paper's search δ decides when to end; where the loss at
+            the upper end is beyond (1 + δ) L(0) even in a bracket of relative width rtol², there is a cliff,
+            and it ends there.
+        delta: δ of `paper`: how far above L(0), relative to it, the loss at the upper end may be.
         max_evals: Most evaluations to spend.
 
     Returns:
-        Bracket, estimate and status, after about |log2(η_c / guess)| + 2 evaluations and those BIN_SEARCH
-        needs, 0 to 10.
+        Bracket, estimate and status. `paper` costs about |log2(η_c / guess)| + 2 evaluations and those that
+        BIN_SEARCH needs, 0 to 10.
 
     Raises:
         ValueError: If an argument is out of range.
     """
     _check(guess=guess, target=target, rtol=rtol, delta=delta)
-    if method != "paper":
-        raise ValueError(f'method must be "paper", got {method!r}')
+    if method not in ("secant", "paper"):
+        raise ValueError(f'method must be "secant" or "paper", got {method!r}')
     if max_evals < 2:
         raise ValueError(f"max_evals must be at least 2, got {max_evals}")
     search = _Search(loss_at, max_evals)
@@ -117,15 +157,19 @@ def find_critical_lr(
         return search.result("nonfinite", math.nan)
     if slope is not None and not slope > 0:
         return search.result("not_descent", 0.0)
-    eta = min(1e-4 if guess is None else guess, math.inf if target is None else target)
-    return search.bracket(eta, target) or search.bisect(delta, rtol)
+    limit = math.inf if target is None else target
+    if method == "secant":
+        first = guess if guess is not None else 1e-4 if target is None else target
+        return search.secant(min(first, limit), limit, slope, rtol)
+    return search.bracket(min(1e-4 if guess is None else guess, limit), target) or search.bisect(delta, rtol)
 
 
 class _Search:
     """The evaluations so far and the bracket they give."""
 
-    def __init__(self, loss_at: Callable[[float], float], max_evals: int) -> None:
+    def __init__(self, loss_at: Callable[[float], float | Sequence[float]], max_evals: int) -> None:
         self.loss_at = loss_at
+        self.batches: dict[float, list[float]] = {}
         self.max_evals = max_evals
         self.evals: list[tuple[float, float]] = []
         self.lower, self.upper = 0.0, math.inf
@@ -133,7 +177,11 @@ class _Search:
         self.start = self.loss(0.0)
 
     def loss(self, eta: float) -> float:
-        loss = float(self.loss_at(eta))
+        losses = self.loss_at(eta)
+        if isinstance(losses, Sequence):
+            self.batches[eta] = [float(loss) for loss in losses]
+            losses = math.fsum(losses) / len(losses)
+        loss = float(losses)
         self.evals.append((eta, loss))
         return loss if math.isfinite(loss) or eta == 0 else math.inf
 
@@ -147,11 +195,79 @@ class _Search:
         return False
 
     @property
+    def noise(self) -> float:
+        """A change of the loss that rounding alone can make."""
+        return _ROUNDING * abs(self.start)
+
+    @property
+    def has_fallen(self) -> bool:
+        """Whether a trial has lowered the loss by more than rounding can."""
+        return any(math.isfinite(loss) and loss < self.start - self.noise for _, loss in self.evals)
+
+    def falls_at(self, eta: float) -> bool:
+        """Whether the loss at `eta` is lower by more than rounding can make it; tried if the budget allows."""
+        return not self.spent and self.loss(eta) < self.start - self.noise
+
+    @property
     def spent(self) -> bool:
         return len(self.evals) >= self.max_evals
 
     def result(self, status: Status, value: float) -> CriticalLR:
-        return CriticalLR(value, self.lower, self.upper, tuple(self.evals), status)
+        spread = self.spread() if status == "found" else None
+        return CriticalLR(value, self.lower, self.upper, tuple(self.evals), status, spread)
+
+    def spread(self) -> float | None:
+        """Standard deviation of the batches' own crossings."""
+        ends = [self.batches.get(eta) for eta in (0.0, self.lower, self.upper)]
+        if any(losses is None or len(losses) < 2 for losses in ends):
+            return None
+        crossings = []
+        for start, low, high in zip(*(losses or [] for losses in ends), strict=True):
+            rise = high - low
+            crossings.append(self.lower + (start - low) / rise * (self.upper - self.lower) if rise > 0 else math.nan)
+        return statistics.stdev(crossings)
+
+    def secant(self, eta: float, target: float, slope: float | None, rtol: float) -> CriticalLR:
+        """Close the bracket with the help of a model of the curve."""
+        curve = Curve(self.start, slope, rtol)
+        falls = False  # whether the loss has been seen to fall by more than rounding can explain
+        while True:
+            loss = self.loss(eta)
+            falls = falls or self.has_fallen
+            # Before it falls anywhere a rise within rounding says nothing: the way on is up.
+            if rises := loss > self.start + (0 if falls else self.noise):
+                self.loss_upper = loss
+            curve.add(eta, loss, rises)
+            self.lower, self.upper = self._tried(curve)
+            if curve.lower >= math.log(target):
+                return self.result("above_target", target)
+            if not curve.closed and (lower := curve.parabola_lower()) is not None:
+                curve.lower, self.lower, falls = lower, math.exp(lower), True
+            if curve.closed:
+                if falls:
+                    # At a cliff the model has nothing to stand on: the last safe η.
+                    value = curve.crossing() if math.isfinite(self.loss_upper) else self.lower
+                    return self.result("found", min(max(value, self.lower), self.upper))
+                # The first trial may have met the crossing itself: look once well below it.
+                eta = math.exp(curve.lower) / 2
+                falls = self.falls_at(eta)
+                if not falls:
+                    return self.result("not_descent", 0.0)
+                curve.restart(eta, self.evals[-1][1])
+            eta = curve.next()
+            if eta < 1e-300:
+                return self.result("not_descent", 0.0)
+            if eta > 1e300 or (self.spent and self.upper == math.inf == target):
+                return self.result("never_rises", math.inf)
+            if self.spent:
+                return self.result("budget_spent", self.lower)
+            eta = min(eta, target)
+
+    def _tried(self, curve: Curve) -> tuple[float, float]:
+        """The ends of the bracket as they were tried, without what is neither a rise nor a fall."""
+        safe = [eta for eta, loss in self.evals if 0 < eta and loss <= self.start and math.log(eta) <= curve.lower]
+        risen = [eta for eta, _ in self.evals if 0 < eta and math.log(eta) == curve.upper]
+        return max(safe, default=0.0), min(risen, default=math.inf)
 
     def bracket(self, eta: float, target: float | None) -> CriticalLR | None:
         """EXP_SEARCH, upwards or downwards from `eta`; None when there is a bracket."""
@@ -160,9 +276,8 @@ class _Search:
                 if self.spent:
                     return self.result("budget_spent", 0.0)
                 # Uphill the rise halves with η. Just above η_c it is small too, but large at twice that η.
-                noise = _ROUNDING * abs(self.start)
-                was_small = self.loss_upper - self.start <= 4 * noise
-                if self.rises(self.upper / 2) and was_small and self.loss_upper - self.start <= noise:
+                was_small = self.loss_upper - self.start <= 4 * self.noise
+                if self.rises(self.upper / 2) and was_small and self.loss_upper - self.start <= self.noise:
                     return self.result("not_descent", 0.0)
             return None
         while self.upper == math.inf:
@@ -178,6 +293,8 @@ class _Search:
 
     def bisect(self, delta: float, rtol: float) -> CriticalLR:
         """BIN_SEARCH: halve the bracket until the loss at its upper end is low enough."""
+        if not self.has_fallen and not self.falls_at(self.lower / 2):
+            return self.result("not_descent", 0.0)  # a plateau that ends in a rise
         highest = self.start + delta * abs(self.start)
         while self.loss_upper > highest:
             middle = (self.lower + self.upper) / 2

@@ -10,13 +10,17 @@ the optimizer itself for the step, so that momentum, bias corrections, weight de
 and v_0 = g_0² are those of the real step: the loss equals, bit for bit, the loss after a real step.
 
 A probe leaves no trace: parameters, optimizer state, gradients, random numbers, buffers and train/eval mode
-are what they were, bit for bit, also when the loss raises. It costs one optimizer step and one forward pass,
-and while it runs a copy of the parameters and of the optimizer's state.
+are what they were, bit for bit, also when the loss raises. It costs one optimizer step and one forward pass.
+While it runs it holds one copy of the parameters, on their device or on the CPU. torch's optimizers act on every
+element alone, so the step is made on one piece of the parameters after another, each with its own copy of its
+piece of the state; of an optimizer that is not known to do so the whole state is copied too.
 """
 
+import copy
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,24 +28,43 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_warmup.gi_adam import GIAdamW
+
+# Optimizers whose step moves every element by its own gradient and state only.
+_ELEMENTWISE = {
+    getattr(torch.optim, name)
+    for name in ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+} | {GIAdamW}
+# Elements stepped at once: at least so many, and at most about this part of all. A multiple of 64, so that a
+# kernel cuts a piece into the same vectors as the whole.
+_PIECE, _PIECES = 2**12, 64
+
 
 @torch.no_grad()
 def loss_after_step(
-    optimizer: Optimizer, loss_fn: Callable[[], Tensor | float], lr: float, *, module: nn.Module | None = None
-) -> float:
+    optimizer: Optimizer,
+    loss_fn: Callable[[], Tensor | float | Sequence[Tensor | float]],
+    lr: float,
+    *,
+    module: nn.Module | None = None,
+    copy_on_cpu: bool = False,
+) -> Any:
     """The loss after the step that `optimizer` would make now with learning rate `lr`.
 
     Args:
         optimizer: Holds the parameters, their gradients (as `step()` would see them: accumulated, unscaled,
-            clipped) and its state. Any torch optimizer whose `step()` needs no closure.
-        loss_fn: Returns the loss of one fixed batch at the current parameters, a 0-d tensor or a number. Runs
-            without autograd, on the same random numbers every time, so the same dropout masks.
+            clipped) and its state. Any torch optimizer whose `step()` needs no closure, in accelerate's wrapper
+            or not.
+        loss_fn: Returns the loss of one fixed batch at the current parameters, a 0-d tensor or a number, or a
+            sequence of the losses of several batches. Runs without autograd, on the same random numbers every
+            time, so the same dropout masks.
         lr: η. With parameter groups of several learning rates (`initial_lr`, where a scheduler has set it) the
             largest of them is meant, and the others keep their ratio to it. 0 evaluates the loss at θ.
         module: The model, to restore its buffers (BatchNorm's running statistics) and its train/eval mode.
+        copy_on_cpu: Keep the copy of the parameters in the CPU's memory: slower, for when the GPU's is full.
 
     Returns:
-        The loss, possibly not finite.
+        The loss as a float, possibly not finite; a list of floats if `loss_fn` returned a sequence.
 
     Raises:
         ValueError: If `lr` is negative or not finite.
@@ -49,37 +72,63 @@ def loss_after_step(
     """
     if not 0 <= lr < float("inf"):
         raise ValueError(f"lr must be at least 0 and finite, got {lr}")
+    optimizer = innermost(optimizer)
     with ExitStack() as restored:
         restored.callback(RandomNumbers().restore)
         if module is not None:
             restored.enter_context(_same_module(module))
         if lr > 0:
-            restored.enter_context(_same_optimizer(optimizer))
-            _set_lr(optimizer, lr)
-            optimizer.step()
+            restored.enter_context(_moved(optimizer, lr, copy_on_cpu))
         # Inside an autocast region of the caller, autocast would go on with the weights it cast before.
         restored.callback(torch.clear_autocast_cache)
         torch.clear_autocast_cache()
-        return float(loss_fn())
+        losses = loss_fn()
+        return [float(loss) for loss in losses] if isinstance(losses, Sequence) else float(losses)
 
 
-def _set_lr(optimizer: Optimizer, lr: float) -> None:
+@torch.no_grad()
+def update_slope(optimizer: Optimizer, lr: float) -> float:
+    """The slope gᵀu at which the loss starts down along the step that `optimizer` would make now.
+
+    Args:
+        optimizer: As for `loss_after_step`; its gradients must be those of the loss itself, not clipped.
+        lr: η at which the step is taken to measure u = (θ - step(η)(θ)) / η; any will do where u does not depend
+            on it. Of the size that is probed: rounding blurs a step that is far smaller than θ.
+
+    Returns:
+        gᵀu, in units of the loss per learning rate. Costs an optimizer step, no forward pass.
+
+    Raises:
+        ValueError: If `lr` is not positive and finite.
+    """
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"lr must be positive and finite, got {lr}")
+    optimizer = innermost(optimizer)
+    with _moved(optimizer, lr, copy_on_cpu=False) as starts:
+        products = [((v - p) * p.grad).sum(dtype=torch.float64) for p, v in starts if p.grad is not None]
+        return sum(float(product) for product in products) / lr
+
+
+def _lrs(optimizer: Optimizer, lr: float) -> list[float]:
+    """η for each group: the largest is meant, the others keep their ratio to it."""
     bases = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
-    for group, base in zip(optimizer.param_groups, bases, strict=True):
-        value = lr if base == max(bases) else lr * base / max(bases)
-        # A new tensor: the old one is what the group gets back.
-        group["lr"] = torch.full_like(group["lr"], value) if isinstance(group["lr"], Tensor) else value
+    return [lr if base == max(bases) else lr * base / max(bases) for base in bases]
+
+
+def _with_lr(group: dict[str, Any], lr: float) -> dict[str, Any]:
+    # A new tensor: the old one is what the group gets back.
+    return {**group, "lr": torch.full_like(group["lr"], lr) if isinstance(group["lr"], Tensor) else lr}
 
 
 @contextmanager
-def _same_optimizer(optimizer: Optimizer) -> Iterator[None]:
-    """Restore parameters, state and options to what they were, bit for bit and in the same tensors.
+def _moved(optimizer: Optimizer, lr: float, copy_on_cpu: bool) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Make the step on the parameters alone; undo it on the way out, bit for bit.
 
     Raises:
         RuntimeError: If the optimizer has step hooks.
 
     Yields:
-        Nothing.
+        Each parameter and its value before the step.
     """
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise RuntimeError(
@@ -87,15 +136,77 @@ def _same_optimizer(optimizer: Optimizer) -> Iterator[None]:
             "rate; remove them before the search and register them again after it"
         )
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    values = [p.clone() for p in params]  # copied back: θ - ηu + ηu is not θ in floating point
+    # Copied back: θ - ηu + ηu is not θ in floating point.
+    values = [p.to("cpu", copy=True) if copy_on_cpu else p.clone() for p in params]
+    try:
+        if _is_elementwise(optimizer):
+            for piece in _pieces(optimizer, lr):
+                piece.step()
+        else:
+            _step_and_restore_state(optimizer, lr)
+        yield list(zip(params, values, strict=True))
+    finally:
+        if params:
+            torch._foreach_copy_(params, values)
+
+
+def _is_elementwise(optimizer: Optimizer) -> bool:
+    # RI-Adam's norm is over all parameters.
+    return type(optimizer) in _ELEMENTWISE and getattr(optimizer, "v0", None) != "random"
+
+
+def _pieces(optimizer: Optimizer, lr: float) -> Iterator[Optimizer]:
+    """Optimizers like `optimizer` over its parameters' own memory, a piece at a time, with copies of their state."""
+    num_elements = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    size = max(_PIECE, num_elements // _PIECES // 64 * 64)
+    for group, group_lr in zip(optimizer.param_groups, _lrs(optimizer, lr), strict=True):
+        piece: dict[Tensor, dict[str, Any]] = {}
+        for part, state in _parts(optimizer, group["params"], size):
+            piece[part] = state
+            if sum(p.numel() for p in piece) >= size:
+                yield _like(optimizer, group, group_lr, piece)
+                piece = {}
+        if piece:
+            yield _like(optimizer, group, group_lr, piece)
+
+
+def _parts(optimizer: Optimizer, params: Iterable[Tensor], size: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Views of at most about `size` elements, with their gradient, and a copy of their state."""
+    for p in params:
+        if p.grad is None:
+            continue
+        state = optimizer.state.get(p, {})
+        like_p = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == p.shape}
+        plain = all(type(t) in (Tensor, nn.Parameter) and t.is_contiguous() for t in (p, p.grad, *like_p.values()))
+        whole = p.numel() <= size or not plain
+        for start in (0,) if whole else range(0, p.numel(), size):
+
+            def cut(tensor: Tensor, start: int = start, whole: bool = whole) -> Tensor:
+                return tensor.detach() if whole else tensor.detach().view(-1)[start : start + size]
+
+            part = cut(p)
+            part.grad = cut(p.grad)
+            yield part, {k: cut(v).clone() if k in like_p else copy.deepcopy(v) for k, v in state.items()}
+
+
+def _like(optimizer: Optimizer, group: dict[str, Any], lr: float, piece: dict[Tensor, dict[str, Any]]) -> Optimizer:
+    twin = object.__new__(type(optimizer))
+    groups = [{**_with_lr(group, lr), "params": list(piece)}]
+    state = defaultdict(dict, {p: s for p, s in piece.items() if s})
+    twin.__setstate__({**optimizer.__getstate__(), "param_groups": groups, "state": state})
+    return twin
+
+
+def _step_and_restore_state(optimizer: Optimizer, lr: float) -> None:
+    """Step `optimizer` itself, and give it back state, options and attributes, in the same tensors."""
     attributes = dict(vars(optimizer))
     groups = [dict(group) for group in optimizer.param_groups]
     state = {p: _snapshot(s) for p, s in optimizer.state.items()}
     try:
-        yield
+        for group, group_lr in zip(optimizer.param_groups, _lrs(optimizer, lr), strict=True):
+            group.update(_with_lr(group, group_lr))
+        optimizer.step()
     finally:
-        if params:
-            torch._foreach_copy_(params, values)
         for p in [p for p in optimizer.state if p not in state]:
             del optimizer.state[p]
         for p, (live, copies) in state.items():
@@ -113,9 +224,16 @@ def _snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def _restored(live: dict[str, Any], copies: dict[str, Tensor]) -> dict[str, Any]:
-    for key, copy in copies.items():
-        live[key].copy_(copy)
+    for key, value in copies.items():
+        live[key].copy_(value)
     return live
+
+
+def innermost(optimizer: Any) -> Optimizer:
+    """The optimizer inside wrappers that keep it as `optimizer`, as accelerate's do."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 class RandomNumbers:

@@ -1,12 +1,14 @@
 import copy
 import random
+from itertools import accumulate
 
 import numpy
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
-from hf_warmup import GIAdamW, find_critical_lr, loss_after_step
+from hf_warmup import GIAdamW, find_critical_lr, loss_after_step, update_slope
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1),
@@ -27,7 +29,8 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 3))
+        # The probe cuts the large matrix in pieces.
+        self.net = nn.Sequential(nn.Linear(6, 999), nn.BatchNorm1d(999), nn.Tanh(), nn.Dropout(0.5), nn.Linear(999, 9))
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x):
@@ -41,7 +44,7 @@ def training(make):
     torch.manual_seed(0)
     model = Net()
     optimizer = make(model.parameters())
-    x, y = torch.randn(32, 6), torch.randint(3, (32,))
+    x, y = torch.randn(32, 6), torch.randint(9, (32,))
     return model, optimizer, lambda: nn.functional.cross_entropy(model(x), y)
 
 
@@ -149,6 +152,39 @@ def test_training_with_a_search_at_every_step_is_bitwise_the_same(make):
     assert_same(plain[1].state_dict(), searched[1].state_dict())
 
 
+def memory(run):
+    """The most bytes that the allocator gave out during `run` at once, and what is still out after it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = list(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    return max(held), held[-1]
+
+
+@pytest.mark.parametrize("name", ["SGD momentum", "AdamW", "GIAdamW", "RAdam"])
+@after
+def test_a_probe_holds_one_copy_of_the_parameters_and_nothing_afterwards(name, num_steps):
+    model = nn.Sequential(nn.Linear(1000, 500), nn.Linear(500, 1000))  # one matrix is half of everything
+    optimizer = OPTIMIZERS[name](model.parameters())
+    x = torch.randn(2, 1000)
+    loss_fn = lambda: model(x).square().mean()  # noqa: E731
+    train(model, optimizer, loss_fn, num_steps)
+    loss_fn().backward()
+    peak, left = memory(lambda: loss_after_step(optimizer, loss_fn, 1e-3, module=model))
+    size = sum(p.nbytes for p in model.parameters())
+    assert size < peak < 1.1 * size
+    assert left == 0
+
+
+def test_the_copy_may_lie_on_the_cpu():
+    model, optimizer, loss_fn = training(OPTIMIZERS["GIAdamW"])
+    loss_fn().backward()
+    before = copy.deepcopy(everything(model, optimizer))
+    losses = [loss_after_step(optimizer, loss_fn, 0.5, module=model, copy_on_cpu=where) for where in (False, True)]
+    assert losses[0] == losses[1]
+    assert_same(everything(model, optimizer), before)
+
+
 def test_dropout_draws_the_same_masks_at_every_learning_rate():
     model, optimizer, loss_fn = training(OPTIMIZERS["SGD"])
     loss_fn().backward()
@@ -172,7 +208,8 @@ def test_dropout_draws_the_same_masks_at_every_learning_rate():
     ids=["SGD", "SGD momentum decay", "AdamW", "GIAdamW"],
 )
 @pytest.mark.parametrize("guess", [1e-4, 1e2])
-def test_critical_lr_of_a_quadratic_is_two_gu_over_uhu(make, direction, guess):
+@pytest.mark.parametrize("method", ["secant", "paper"])
+def test_critical_lr_of_a_quadratic_is_two_gu_over_uhu(make, direction, guess, method):
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(8, 8, generator=generator, dtype=torch.float64)
     hessian = root @ root.T + torch.eye(8, dtype=torch.float64)
@@ -183,8 +220,16 @@ def test_critical_lr_of_a_quadratic_is_two_gu_over_uhu(make, direction, guess):
     u = direction(theta.grad, theta.detach())
     critical = (2 * theta.grad @ u / (u @ hessian @ u)).item()
 
+    slope = update_slope(optimizer, guess)
+    assert slope == pytest.approx((theta.grad @ u).item(), rel=1e-6)
     found = find_critical_lr(
-        lambda lr: loss_after_step(optimizer, loss_fn, lr), guess=guess, delta=1e-9, rtol=1e-6, max_evals=90
+        lambda lr: loss_after_step(optimizer, loss_fn, lr),
+        guess=guess,
+        slope=slope,
+        method=method,
+        delta=1e-9,
+        rtol=1e-6,
+        max_evals=90,
     )
     assert found.lower <= critical <= found.upper
     assert found.value == pytest.approx(critical, rel=1e-6)

@@ -37,12 +37,23 @@ class WarmupArguments:
             "first step is often above learning_rate, and training that starts there fails."
         },
     )
+    critical_lr_method: str = field(
+        default="secant",
+        metadata={
+            "help": "How to search for the critical learning rate: `secant` (two forward passes if it is above "
+            "learning_rate, about seven if not) or `paper` (doubling from learning_rate / warmup_steps, then halving)."
+        },
+    )
     catapult_delta: float = field(
         default=0.1,
         metadata={
-            "help": "The search ends when the loss has risen by less than this fraction; the paper advises about 0.01 "
-            "for Adam."
+            "help": "The search of the paper ends when the loss has risen by less than this fraction; the paper "
+            "advises about 0.01 for Adam."
         },
+    )
+    search_copy_on_cpu: bool = field(
+        default=False,
+        metadata={"help": "Keep the search's copy of the weights in the CPU's memory, for when the GPU's is full."},
     )
     critical_lr_rtol: float = field(
         default=1 / 16,
@@ -67,6 +78,8 @@ class WarmupArguments:
             ValueError: If a value is out of range.
         """
         self.fixed_init_lr  # noqa: B018
+        if self.critical_lr_method not in ("secant", "paper"):
+            raise ValueError(f"critical_lr_method must be secant or paper, got {self.critical_lr_method!r}")
         if not 0 < self.max_init_fraction <= 1:
             raise ValueError(f"max_init_fraction must be above 0 and at most 1, got {self.max_init_fraction}")
         for name in ("catapult_delta", "critical_lr_rtol"):

@@ -21,11 +21,11 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.gi_adam import GIAdamW
-from hf_warmup.probe import loss_after_step
+from hf_warmup.probe import innermost, loss_after_step
 from hf_warmup.schedule import WarmupSchedule, steps_saved
 from hf_warmup.trainer.arguments import WarmupArguments
 from hf_warmup.trainer.model_card import write_card
-from hf_warmup.trainer.optimizer import GIAdamWFactory, gi_adam_cls_and_kwargs, innermost
+from hf_warmup.trainer.optimizer import GIAdamWFactory, gi_adam_cls_and_kwargs
 from hf_warmup.trainer.replay import StepReplay
 
 logger = logging.getLogger(__name__)
@@ -172,13 +172,17 @@ class WarmupCallback(TrainerCallback):
 
     def _search(self, optimizer: Optimizer, replay: StepReplay) -> CriticalLR:
         assert self._schedule is not None
-        trainer, target = self.trainer, self.trainer.args.learning_rate
+        trainer, arguments, target = self.trainer, self.arguments, self.trainer.args.learning_rate
+        paper = arguments.critical_lr_method == "paper"
         return find_critical_lr(
-            lambda lr: loss_after_step(optimizer, replay.loss, lr, module=trainer.model),
-            guess=target / self._schedule.warmup_steps,
+            lambda lr: loss_after_step(
+                optimizer, replay.loss, lr, module=trainer.model, copy_on_cpu=arguments.search_copy_on_cpu
+            ),
+            guess=target / self._schedule.warmup_steps if paper else None,
             target=target,
-            delta=self.arguments.catapult_delta,
-            rtol=self.arguments.critical_lr_rtol,
+            method="paper" if paper else "secant",
+            delta=arguments.catapult_delta,
+            rtol=arguments.critical_lr_rtol,
         )
 
     def _start(self, init_lr: float, found: CriticalLR | None, *, capped: bool) -> None:
@@ -254,6 +258,14 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
                     f"init_lr=catapult does not run under {name} yet: there the parameters that a search must move "
                     "are sharded; set init_lr to a number or to zero"
                 )
+        # What trl's on-policy trainers (GRPO, RLOO, GKD, online DPO, distillation) have in common; the names of
+        # their classes would miss the next one. The model's own `generation_config` is not looked at.
+        if vars(trainer).keys() & {"_buffered_inputs", "generation_config", "generation_kwargs"}:
+            raise ValueError(
+                f"init_lr=catapult does not run with {type(trainer).__name__}: its training steps generate their own "
+                "completions and may buffer them for later steps, so a step cannot be replayed on the same batch "
+                "without side effects; set init_lr to a number or to zero"
+            )
 
 
 def _use_gi_adam(trainer: Trainer) -> None:

@@ -17,7 +17,7 @@ from tabulate import tabulate
 from transformers import Trainer
 
 from hf_warmup.gi_adam import GIAdamW
-from hf_warmup.trainer.optimizer import innermost
+from hf_warmup.probe import innermost
 
 _BEGIN, _END = "<!-- hf-warmup begins -->", "<!-- hf-warmup ends -->"
 

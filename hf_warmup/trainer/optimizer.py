@@ -3,7 +3,6 @@
 from typing import Any, cast
 
 from torch import nn
-from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -67,10 +66,3 @@ def gi_adam_cls_and_kwargs(args: TrainingArguments) -> tuple[type[GIAdamW], dict
     if args.optim == OptimizerNames.ADAMW_TORCH_FUSED:
         kwargs["fused"] = True
     return GIAdamW, kwargs
-
-
-def innermost(optimizer: Any) -> Optimizer:
-    """The optimizer inside accelerate's wrappers."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer

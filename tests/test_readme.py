@@ -1,0 +1,38 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+LOOPS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=["torch", "accelerate"])
+def test_a_loop_of_the_readme_runs_as_printed(loop, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    ids = torch.randint(50, (64, 16))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    names = {
+        "model": LlamaForCausalLM(config),
+        "loader": torch.utils.data.DataLoader(data, batch_size=8),
+        "target_lr": 1e-2,
+        "warmup_steps": 4,
+        "num_steps": 8,
+    }
+    exec(loop, names)
+    assert names["found"].status == "above_target"
+    assert names["step"] == 7
+    # η_init = 0.1 η_trgt, then the slope η_trgt / T_wrm: at the target after 3.6 steps.
+    assert names["warmup"].init_fraction == 0.1
+    assert names["schedule"].get_last_lr() == [1e-2]
+    assert names["loss_fn"]().item() < 4.2
+
+
+def test_the_trainer_example_is_two_added_lines():
+    (diff,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    assert sum(line.startswith("+") for line in diff.splitlines()) == 2
