@@ -51,6 +51,13 @@ class WarmupArguments:
             "advises about 0.01 for Adam."
         },
     )
+    search_batches: int = field(
+        default=1,
+        metadata={
+            "help": "Optimizer steps' worth of batches that the loss of the search is averaged over: the first step's "
+            "own, and the next ones drawn ahead; their spread is logged. Each makes the search as much dearer."
+        },
+    )
     search_copy_on_cpu: bool = field(
         default=False,
         metadata={"help": "Keep the search's copy of the weights in the CPU's memory, for when the GPU's is full."},
@@ -80,6 +87,8 @@ class WarmupArguments:
         self.fixed_init_lr  # noqa: B018
         if self.critical_lr_method not in ("secant", "paper"):
             raise ValueError(f"critical_lr_method must be secant or paper, got {self.critical_lr_method!r}")
+        if self.search_batches < 1:
+            raise ValueError(f"search_batches must be at least 1, got {self.search_batches}")
         if not 0 < self.max_init_fraction <= 1:
             raise ValueError(f"max_init_fraction must be above 0 and at most 1, got {self.max_init_fraction}")
         for name in ("catapult_delta", "critical_lr_rtol"):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
@@ -39,6 +40,7 @@ class WarmupCallback(TrainerCallback):
         self.arguments = arguments
         self._schedule: WarmupSchedule | None = None
         self._replay: StepReplay | None = None
+        self._num_batches = 1
 
     @classmethod
     def attach(cls, trainer: Trainer, arguments: WarmupArguments | None = None) -> "WarmupCallback":
@@ -174,9 +176,12 @@ class WarmupCallback(TrainerCallback):
         assert self._schedule is not None
         trainer, arguments, target = self.trainer, self.arguments, self.trainer.args.learning_rate
         paper = arguments.critical_lr_method == "paper"
+        if arguments.search_batches > 1:
+            replay.draw(arguments.search_batches - 1)
+        self._num_batches = replay.num_steps
         return find_critical_lr(
             lambda lr: loss_after_step(
-                optimizer, replay.loss, lr, module=trainer.model, copy_on_cpu=arguments.search_copy_on_cpu
+                optimizer, replay.losses, lr, module=trainer.model, copy_on_cpu=arguments.search_copy_on_cpu
             ),
             guess=target / self._schedule.warmup_steps if paper else None,
             target=target,
@@ -189,7 +194,7 @@ class WarmupCallback(TrainerCallback):
         """Start warmup, and say so in the logs and in trainer_state.json."""
         trainer, schedule = self.trainer, self._schedule
         assert schedule is not None
-        target, passes = trainer.args.learning_rate, found.num_evals if found else 0
+        target, passes = trainer.args.learning_rate, found.num_evals * self._num_batches if found else 0
         schedule.start(init_lr / target)
         logs: dict[str, Any] = {
             "warmup/init_lr": init_lr,
@@ -200,6 +205,8 @@ class WarmupCallback(TrainerCallback):
         }
         if found is not None and math.isfinite(found.value):
             logs["warmup/critical_lr"] = found.value
+        if found is not None and found.spread is not None:
+            logs["warmup/critical_lr_spread"] = found.spread
         record: dict[str, Any] = {"warmup/warmup_steps": schedule.warmup_steps, "warmup/asked": self.arguments.init_lr}
         if found is not None:
             record |= {"warmup/status": found.status, "warmup/evals": [list(pair) for pair in found.evals]}
@@ -252,6 +259,11 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
             "init_lr=zero to use GI-Adam alone"
         )
     if fixed is None:
+        if arguments.search_batches > 1 and isinstance(trainer.train_dataset, IterableDataset):
+            raise ValueError(
+                f"search_batches must be 1 for a stream, got {arguments.search_batches}: drawing batches ahead would "
+                "move it"
+            )
         for name, enabled in [("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)]:
             if enabled:
                 raise ValueError(

@@ -3,10 +3,15 @@
 A Trainer's loss is more than the model's: micro-batches are summed by their token counts, labels smoothed,
 losses computed by the user's function or a subclass, scaled for accumulation and averaged over processes. So
 the step is replayed through the trainer's own `training_step`, only without the backward pass.
+
+Computing a loss may also count and gather: trl's trainers keep entropies and token counts for the next log
+line in attributes of the trainer. A replay works on copies of such attributes, as they were before the step's
+first micro-batch, and the trainer has its own back afterwards.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,15 +31,18 @@ class StepReplay:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self._batches: list[Any] = []
-        self._num_items: Tensor | int | None = None
+        # Of each step its batches and their number of items: the step itself, then those that `draw` added.
+        self._steps: list[tuple[list[Any], Tensor | int | None]] = []
         self._random_numbers: RandomNumbers | None = None
+        self._attributes: dict[str, Any] = {}
         self._own_method = vars(trainer).get("get_batch_samples")
-        get_batch_samples = trainer.get_batch_samples
+        self._get_batch_samples = trainer.get_batch_samples
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self._batches, self._num_items = get_batch_samples(*args, **kwargs)
-            return self._batches, self._num_items
+            batches, num_items = self._get_batch_samples(*args, **kwargs)
+            # Copies: a training step may take things out of its batch, put things in, and write into its tensors.
+            self._steps = [([_copy_of_batch(batch) for batch in batches], num_items)]
+            return batches, num_items
 
         trainer.get_batch_samples = watched  # type: ignore[method-assign]
 
@@ -44,28 +52,57 @@ class StepReplay:
             vars(self.trainer).pop("get_batch_samples", None)  # the class's method shows again
         else:
             self.trainer.get_batch_samples = self._own_method  # type: ignore[method-assign]
-        self._batches, self._random_numbers = [], None
+        self._steps, self._random_numbers, self._attributes = [], None, {}
 
     def step_begins(self) -> None:
-        """Note the random numbers before the step's first micro-batch."""
+        """Note the random numbers, and what the trainer has counted, before the step's first micro-batch."""
         self._random_numbers = RandomNumbers()
+        self._attributes = _copies_of_data(vars(self.trainer))
+
+    def draw(self, num_steps: int) -> None:
+        """Take in the batches of that many further steps, from a data loader of their own.
+
+        Data order and random numbers stay as they are. An epoch that is shorter gives fewer.
+
+        Args:
+            num_steps: Optimizer steps' worth of batches.
+        """
+        trainer, num_batches = self.trainer, self.trainer.args.gradient_accumulation_steps
+        before, loaders = RandomNumbers(), list(trainer.accelerator._dataloaders)
+        try:
+            iterator = iter(trainer.get_train_dataloader())
+            for i in range(num_steps + 1):
+                batches, num_items = self._get_batch_samples(iterator, num_batches, trainer.args.device)
+                if i > 0 and len(batches) == num_batches:  # the first are the step's own, if the order is seeded
+                    self._steps.append((batches, num_items))
+        finally:
+            trainer.accelerator._dataloaders = loaders  # preparing a loader adds it there, to be checkpointed
+            before.restore()
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps' batches a loss is made of."""
+        return len(self._steps)
 
     @torch.no_grad()
-    def loss(self) -> Tensor:
-        """The training loss of the step's batches at the current weights, averaged over the processes.
+    def losses(self) -> list[Tensor]:
+        """The training loss of each step's batches at the current weights, averaged over the processes.
 
         Returns:
-            A 0-d tensor. At unchanged weights it is, bit for bit, the loss that the step itself had.
+            0-d tensors. At unchanged weights the first is, bit for bit, the loss that the step itself had.
         """
         if self._random_numbers is not None:
             self._random_numbers.restore()
+        return [self._loss(batches, num_items) for batches, num_items in self._steps]
+
+    def _loss(self, batches: list[Any], num_items: Tensor | int | None) -> Tensor:
         trainer = self.trainer
         total = torch.zeros((), device=trainer.args.device)
-        with _without_backward(trainer.accelerator):
-            for batch in self._batches:
-                # A shallow copy: computing the loss may take the labels out, or put things in.
-                inputs: Any = copy.copy(batch) if isinstance(batch, Mapping) else batch
-                total += trainer.training_step(trainer.model_wrapped, inputs, self._num_items)
+        with _without_backward(trainer.accelerator), _same_attributes(trainer):
+            # The step itself may have made some of them.
+            vars(trainer).update(_copies_of_data(vars(trainer)) | _copies_of_data(self._attributes))
+            for batch in batches:
+                total += trainer.training_step(trainer.model_wrapped, _copy_of_batch(batch), num_items)
         return trainer.accelerator.reduce(total, reduction="mean")
 
 
@@ -76,3 +113,60 @@ def _without_backward(accelerator: Any) -> Iterator[None]:
         yield
     finally:
         del accelerator.backward
+
+
+@contextmanager
+def _same_attributes(trainer: Trainer) -> Iterator[None]:
+    """Give back every attribute, as the object that it was: a callback may hold it too."""
+    attributes = dict(vars(trainer))
+    try:
+        yield
+    finally:
+        for name in vars(trainer).keys() - attributes.keys():
+            del vars(trainer)[name]
+        vars(trainer).update(attributes)
+
+
+_NUMBERS, _MAPPINGS, _SEQUENCES = (int, float, complex), (dict, defaultdict, OrderedDict, Counter), (list, deque)
+
+
+def _copies_of_data(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Copies of the attributes that a loss may count or gather in.
+
+    Chosen by what they are and not by one library's names: numbers, tensors and the containers of Python.
+    Objects of other classes are left alone, for they may be the model or a thread; so are None and booleans,
+    which say what is set up already: setting it up once more could leave a trace.
+
+    Args:
+        attributes: Those of the trainer.
+
+    Returns:
+        Copies by name, of containers and tensors at any depth.
+    """
+    return {
+        name: _copy(value)
+        for name, value in attributes.items()
+        # A data set may be a list; no loss gathers in it, and it may be large.
+        if name not in ("train_dataset", "eval_dataset")
+        and type(value) in (*_NUMBERS, *_MAPPINGS, *_SEQUENCES, set, Tensor)
+    }
+
+
+def _copy_of_batch(batch: Any) -> Any:
+    if not isinstance(batch, MutableMapping):
+        return _copy(batch)
+    copied = copy.copy(batch)  # a BatchEncoding stays one
+    for key in copied:
+        copied[key] = _copy(copied[key])
+    return copied
+
+
+def _copy(value: Any) -> Any:
+    if type(value) in _MAPPINGS or type(value) in _SEQUENCES:
+        copied = copy.copy(value)  # with a defaultdict's factory and a deque's maxlen
+        for key in copied if type(value) in _MAPPINGS else range(len(copied)):
+            copied[key] = _copy(copied[key])
+        return copied
+    if type(value) is Tensor and not value.requires_grad:  # one that requires it may be the optimizer's
+        return value.clone()
+    return copy.copy(value) if type(value) is set else value

@@ -38,6 +38,7 @@ BAD = [
     ({"max_init_fraction": 0.0}, "max_init_fraction must be above 0 and at most 1, got 0.0"),
     ({"max_init_fraction": 1.5}, "max_init_fraction must be .* got 1.5"),
     ({"critical_lr_method": "newton"}, "critical_lr_method must be secant or paper, got 'newton'"),
+    ({"search_batches": 0}, "search_batches must be at least 1, got 0"),
     ({"catapult_delta": -0.1}, "catapult_delta must be positive and finite, got -0.1"),
     ({"critical_lr_rtol": float("nan")}, "critical_lr_rtol must be positive and finite, got nan"),
 ]

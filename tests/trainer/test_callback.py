@@ -161,6 +161,20 @@ def test_whether_the_target_is_safe_costs_two_forward_passes(make_trainer):
     assert start["warmup/steps_saved"] == pytest.approx(6 * 0.1 - 1)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_search_on_several_batches_reports_their_spread_and_leaves_no_trace(make_trainer, workers):
+    options = {"learning_rate": 1e3, "optim": "sgd", "gi_adam": False, "dataloader_num_workers": workers}
+    one = train(make_trainer(max_init_fraction=1e-6, **options))
+    four = train(make_trainer(max_init_fraction=1e-6, search_batches=4, **options))
+    single, several = start_of(one), start_of(four)
+    assert "warmup/critical_lr_spread" not in single
+    assert several["warmup/critical_lr_spread"] > 0
+    assert several["warmup/critical_lr"] != single["warmup/critical_lr"]
+    assert several["warmup/forward_passes"] == 4 * len(several["warmup/evals"])
+    assert same(weights(one), weights(four))
+    assert len(four.accelerator._dataloaders) == len(one.accelerator._dataloaders)
+
+
 def test_to_the_letter_of_the_paper_the_target_itself_is_allowed(make_trainer):
     trainer = train(make_trainer(max_init_fraction=1.0))
     assert start_of(trainer)["warmup/status"] == "above_target"
@@ -170,7 +184,7 @@ def test_to_the_letter_of_the_paper_the_target_itself_is_allowed(make_trainer):
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 9], ids=["in warmup", "in decay"])
 @pytest.mark.parametrize("kind", ["cosine", "inverse_sqrt", "warmup_stable_decay"])
-def test_a_resumed_run_does_not_search_again_and_is_bitwise_the_same(make_trainer, tmp_path, stop, kind):
+def test_a_resumed_run_does_not_search_again_and_is_bitwise_the_same(make_trainer, tmp_path, stop, kind, caplog):
     options = {"lr_scheduler_type": kind, "save_strategy": "steps", "save_steps": stop}
     if kind == "warmup_stable_decay":
         options["lr_scheduler_kwargs"] = {"num_decay_steps": 3}
@@ -179,6 +193,7 @@ def test_a_resumed_run_does_not_search_again_and_is_bitwise_the_same(make_traine
 
     resumed = train(make_trainer(**options), resume_from_checkpoint=checkpoint)
     assert start_of(resumed) == start_of(unbroken)  # one search, from the checkpoint's history
+    assert "its schedule goes on unchanged" not in caplog.text
     assert learning_rates(resumed) == learning_rates(unbroken)
     assert same(weights(resumed), weights(unbroken))
 
@@ -335,6 +350,17 @@ def test_another_optimizer_is_refused_wherever_it_comes_from(make_trainer):
     with pytest.raises(ValueError, match="Own made its own optimizer, SGD"):
         train(make_trainer(Own))
     train(make_trainer(Own), WarmupArguments(gi_adam=False))
+
+
+def test_several_batches_of_a_stream_are_refused(make_trainer):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([])
+
+    trainer = make_trainer(search_batches=2)
+    trainer.train_dataset = Stream()
+    with pytest.raises(ValueError, match="search_batches must be 1 for a stream, got 2"):
+        WarmupCallback.attach(trainer)
 
 
 def test_attaching_twice_is_refused(make_trainer):
