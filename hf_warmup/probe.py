@@ -37,7 +37,7 @@ _ELEMENTWISE = {
 } | {GIAdamW}
 # Elements stepped at once: at least so many, and at most about this part of all. A multiple of 64, so that a
 # kernel cuts a piece into the same vectors as the whole.
-_PIECE, _PIECES = 2**14, 64
+_PIECE, _PIECES = 2**14, 80
 
 
 @torch.no_grad()

@@ -164,7 +164,7 @@ def memory(run):
 @pytest.mark.parametrize("name", ["SGD momentum", "AdamW", "GIAdamW", "RAdam"])
 @after
 def test_a_probe_holds_one_copy_of_the_parameters_and_nothing_afterwards(name, num_steps):
-    model = nn.Sequential(nn.Linear(1000, 500), nn.Linear(500, 1000))  # one matrix is half of everything
+    model = nn.Sequential(nn.Linear(1000, 1000), nn.Linear(1000, 1000))  # a matrix is half of everything
     optimizer = OPTIMIZERS[name](model.parameters())
     x = torch.randn(2, 1000)
     loss_fn = lambda: model(x).square().mean()  # noqa: E731
