@@ -1,0 +1,32 @@
+"""One of the processes of test_processes.py: trains and writes what it saw."""
+
+import json
+import sys
+from pathlib import Path
+
+from transformers import Trainer, set_seed
+
+from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments
+
+from tiny import make_dataset, make_model
+
+folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+set_seed(0)
+args = WarmupTrainingArguments(
+    output_dir=str(folder / "run"),
+    max_steps=6,
+    warmup_steps=4,
+    logging_steps=1,
+    gradient_accumulation_steps=2,
+    use_cpu=True,
+    report_to="none",
+    save_strategy="no",
+    disable_tqdm=True,
+    **options,
+)
+trainer = Trainer(make_model(dropout=0.0), args, train_dataset=make_dataset())
+WarmupCallback.attach(trainer)
+trainer.train()
+weights = [float(p.double().sum()) for p in trainer.model.parameters()]
+seen = {"world_size": args.world_size, "history": trainer.state.log_history, "weights": weights}
+(folder / f"{args.process_index}.json").write_text(json.dumps(seen))

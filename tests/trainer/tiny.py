@@ -1,0 +1,35 @@
+"""A tiny Llama and its data, for tests in this process and in others."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCAB, LENGTH = 50, 16
+
+
+def make_model(seed=0, dropout=0.1):
+    # Llama and not GPT-2, whose loss transformers 5.24 scales by (L-1)/L.
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        attention_dropout=dropout,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_dataset(size=64):
+    generator = torch.Generator().manual_seed(0)
+    examples = []
+    for _ in range(size):
+        ids = torch.randint(VOCAB, (LENGTH,), generator=generator)
+        labels = ids.clone()
+        # Uneven token counts: micro-batches must be weighted by them.
+        labels[: int(torch.randint(LENGTH - 2, (), generator=generator))] = -100
+        examples.append({"input_ids": ids, "labels": labels})
+    return examples
