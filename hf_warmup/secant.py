@@ -139,22 +139,23 @@ class Curve:
         return min(x, self.lower + _LARGEST_JUMP)
 
     def _between(self) -> float:
-        width = self.upper - self.lower
+        width, wanted = self.upper - self.lower, self.width
         self._widths.append(width)
-        stuck = len(self._widths) > 3 and width > self._widths[-4] / 8
-        estimate = None if stuck else self._inside()
-        if stuck:
-            self._widths.clear()
+        estimate = self._inside()
         x = (self.lower + self.upper) / 2 if estimate is None else estimate
-        # The estimate is good to a fraction of the wanted width: try beside it, so that both ends come close.
-        if self.upper - x < 0.75 * self.width:
-            x = self.upper - 0.93 * self.width
-        elif x - self.lower < 0.75 * self.width:
-            x = self.lower + 0.93 * self.width
-        elif self.upper - x <= x - self.lower:
-            x += _ASIDE * self.width
+        # The estimate is good to a fraction of the wanted width: try beside it, so that both ends come close, and
+        # where one is close already, just so far from it that the bracket is closed if the crossing lies between.
+        if self.upper - x <= x - self.lower:
+            x = self.upper - 0.93 * wanted if self.upper - x < 0.75 * wanted else x + _ASIDE * wanted
         else:
-            x -= _ASIDE * self.width
+            x = self.lower + 0.93 * wanted if x - self.lower < 0.75 * wanted else x - _ASIDE * wanted
+        for end, side in ((self.upper, -1), (self.lower, 1)):
+            closing = end + side * 0.93 * wanted
+            if wanted < abs(end - x) < 1.5 * wanted and estimate is not None and side * (estimate - closing) < 0:
+                x = closing
+        if len(self._widths) > 3 and width > self._widths[-4] / 8 and min(self.upper - x, x - self.lower) > wanted:
+            self._widths.clear()
+            x = (self.lower + self.upper) / 2
         return min(max(x, self.lower + 0.02 * width), self.upper - 0.02 * width)
 
     def _inside(self) -> float | None:

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from search_cases import MODELS, OPTIMIZERS, Case, make_case
 from tabulate import tabulate
 from tqdm import tqdm
 
 from hf_warmup import find_critical_lr, loss_after_step, update_slope
+
+from search_cases import MODELS, OPTIMIZERS, Case, make_case
 
 SCAN = 240  # learning rates over six decades: 6% apart
 METHODS = ("secant", "secant without slope", "paper")
