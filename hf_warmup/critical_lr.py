@@ -11,9 +11,10 @@ spends below it [1]. Only forward passes are needed. On a quadratic loss with gr
 the answer is known, and the tests check it: η_c = 2 gᵀu / uᵀHu, so 2/λ when u = g and H = λ I.
 
 `method="secant"`, the default, starts where the answer is wanted, models the curve with the points it has
-(`hf_warmup.secant`) and closes a bracket of relative width `rtol`: from a guess that is wrong by 100 times, 6 forward passes in the
-median on networks (recipes/studies/search_accuracy.py) and 3 on a parabola of known slope; 2 if all that is
-asked is whether the loss rises up to η_trgt. It may step over a crossing that lies below all it tries.
+(`hf_warmup.secant`) and closes a bracket of relative width `rtol`: from a guess that is wrong by 100 times in 6
+forward passes in the median on networks (recipes/studies/search_accuracy.py), in 3 on a parabola of known
+slope, and in 2 if all that is asked is whether the loss rises up to η_trgt. It may step over a crossing that
+lies between the learning rates it tries.
 
 `method="paper"` is the two searches of [1]:
 
