@@ -64,7 +64,7 @@ class Curve:
         """A lower end that needs no evaluation: slope and two losses share a parabola, to 1e-4 of the width."""
         if self.slope is None or len(self.points) < 2 or self.points[-1][0] != self.upper:
             return None
-        roots = [x - g for x, g in self._line(self.slope, 1e-9)[-2:]]
+        roots = [x - g for x, g in self._line(self.slope)[-2:]]
         agree = len(roots) == 2 and abs(roots[0] - roots[1]) < 1e-4 * self.width
         lower = self.upper - self.width
         return lower if agree and lower < roots[1] < self.upper else None
@@ -72,7 +72,7 @@ class Curve:
     def crossing(self) -> float:
         """The best estimate of the crossing inside the bracket."""
         if all(x != self.lower for x, _ in self.points) and self.slope is not None:
-            x, g = self._line(self.slope, 1e-9)[-1]  # on the parabola
+            x, g = self._line(self.slope)[-1]  # on the parabola
             return math.exp(x - g)
         estimate = self._inside()
         return math.exp((self.lower + self.upper) / 2 if estimate is None else estimate)
@@ -83,10 +83,10 @@ class Curve:
             return math.exp(self._between())
         return math.exp(self._down() if math.isfinite(self.upper) else self._up())
 
-    def _line(self, slope: float, least: float) -> list[tuple[float, float]]:
+    def _line(self, slope: float) -> list[tuple[float, float]]:
         """The points as (x, G)."""
         ratios = [(x, 1 + h / slope) for x, h in self.points if math.isfinite(h)]
-        return [(x, math.log(ratio)) for x, ratio in ratios if ratio > least]
+        return [(x, math.log(ratio)) for x, ratio in ratios if ratio > 1e-9]
 
     def _estimated_slope(self) -> float | None:
         """The slope s if known, else from the points of smallest η, where f / η is a line."""
@@ -104,7 +104,7 @@ class Curve:
     def _outside(self, end: float) -> tuple[float | None, bool]:
         """The crossing beyond `end`, the last point tried, and whether the estimate can be trusted."""
         slope = self._estimated_slope()
-        line = self._line(slope, 1e-9) if slope else []
+        line = self._line(slope) if slope else []
         nearest = sorted(line, key=lambda point: abs(point[0] - end))[:2]
         if not nearest or nearest[0][0] != end:
             return None, False
@@ -164,7 +164,7 @@ class Curve:
         slope = self._estimated_slope()
         if slope is None or -lowest < 0.5 * slope:
             slope = -2.5 * lowest  # the first slope says nothing here any more
-        line = self._line(slope, 1e-9) if slope > 0 else []
+        line = self._line(slope) if slope > 0 else []
         ends = [[point for point in line if point[0] == x] for x in (self.lower, self.upper)]
         if not all(ends):
             return None

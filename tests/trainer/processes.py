@@ -8,22 +8,12 @@ from transformers import Trainer, set_seed
 
 from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments
 
-from tiny import make_dataset, make_model
+from tiny import OPTIONS, make_dataset, make_model
 
 folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
 set_seed(0)
-args = WarmupTrainingArguments(
-    output_dir=str(folder / "run"),
-    max_steps=6,
-    warmup_steps=4,
-    logging_steps=1,
-    gradient_accumulation_steps=2,
-    use_cpu=True,
-    report_to="none",
-    save_strategy="no",
-    disable_tqdm=True,
-    **options,
-)
+run = {"output_dir": str(folder / "run"), "max_steps": 6, "warmup_steps": 4}
+args = WarmupTrainingArguments(**{**OPTIONS, **run, **options})
 trainer = Trainer(make_model(dropout=0.0), args, train_dataset=make_dataset())
 WarmupCallback.attach(trainer)
 trainer.train()

@@ -7,6 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from hf_warmup import GIAdamW
 from hf_warmup.trainer import WarmupArguments, WarmupCallback
 
+from tiny import OPTIONS, make_dataset
+
 pytestmark = pytest.mark.slow
 
 LR = 3e-3
@@ -20,42 +22,10 @@ def make_model(cls=LlamaForCausalLM, **options):
     return cls(LlamaConfig(**sizes, **layers, bos_token_id=0, eos_token_id=1, pad_token_id=2, **options))
 
 
-def make_dataset(size=64):
-    generator = torch.Generator().manual_seed(0)
-    examples = []
-    for _ in range(size):
-        ids = torch.randint(VOCAB, (LENGTH,), generator=generator)
-        labels = ids.clone()
-        labels[: int(torch.randint(LENGTH - 2, (), generator=generator))] = -100  # uneven token counts
-        examples.append({"input_ids": ids, "labels": labels})
-    return examples
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # On shared cores two threads wait for each other longer than these tensors take.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def options(tmp_path):
-    """TrainingArguments' options of a short run that logs every step."""
-    return {
-        "output_dir": str(tmp_path / "run"),
-        "max_steps": 50,
-        "warmup_steps": 20,
-        "learning_rate": LR,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
+    run = {"output_dir": str(tmp_path / "run"), "max_steps": 50, "warmup_steps": 20, "learning_rate": LR}
+    return {**OPTIONS, **run}
 
 
 def train(trainer, init_lr="catapult"):
@@ -151,7 +121,7 @@ CASES = {
 def test_the_search_leaves_no_trace(options, case):
     case = {"cls": Trainer, "trainer_kwargs": {}} | case
     cls, trainer_kwargs = case.pop("cls"), case.pop("trainer_kwargs")
-    data = make_dataset()
+    data = make_dataset(vocab=VOCAB, length=LENGTH)
 
     def make():
         return cls(make_model(), TrainingArguments(**(options | case)), train_dataset=data, **trainer_kwargs)
@@ -166,7 +136,7 @@ def test_the_search_leaves_no_trace(options, case):
 
 def test_the_search_leaves_no_trace_with_checkpointed_activations(options):
     options |= {"activation_checkpointing": True}
-    data = make_dataset()
+    data = make_dataset(vocab=VOCAB, length=LENGTH)
     trainer, _ = assert_search_leaves_no_trace(
         lambda: Trainer(make_model(), TrainingArguments(**options), train_dataset=data)
     )
@@ -175,7 +145,7 @@ def test_the_search_leaves_no_trace_with_checkpointed_activations(options):
 
 def test_the_search_leaves_no_trace_in_a_compiled_model(options):
     options |= {"torch_compile": True, "torch_compile_backend": "eager"}
-    data = make_dataset()
+    data = make_dataset(vocab=VOCAB, length=LENGTH)
     trainer, _ = assert_search_leaves_no_trace(
         lambda: Trainer(make_model(), TrainingArguments(**options), train_dataset=data)
     )
@@ -198,7 +168,7 @@ class LittleMemory(Trainer):
 
 def test_the_search_leaves_no_trace_after_a_retry_with_a_smaller_batch(options):
     options |= {"auto_find_batch_size": True}
-    data = make_dataset()
+    data = make_dataset(vocab=VOCAB, length=LENGTH)
     trainer, _ = assert_search_leaves_no_trace(
         lambda: LittleMemory(make_model(), TrainingArguments(**options), train_dataset=data)
     )
@@ -207,7 +177,7 @@ def test_the_search_leaves_no_trace_after_a_retry_with_a_smaller_batch(options):
 
 
 def test_the_search_leaves_no_trace_in_a_model_made_by_model_init(options):
-    data = make_dataset()
+    data = make_dataset(vocab=VOCAB, length=LENGTH)
     assert_search_leaves_no_trace(
         lambda: Trainer(model_init=lambda: make_model(), args=TrainingArguments(**options), train_dataset=data)
     )
@@ -241,7 +211,10 @@ def order_of_a_shuffled_dataset():
         given.append(example["input_ids"])
         return example
 
-    rows = [{"input_ids": e["input_ids"].tolist(), "labels": e["input_ids"].tolist()} for e in make_dataset()]
+    rows = [
+        {"input_ids": e["input_ids"].tolist(), "labels": e["input_ids"].tolist()}
+        for e in make_dataset(vocab=VOCAB, length=LENGTH)
+    ]
     stream = Dataset.from_list(rows).to_iterable_dataset().shuffle(seed=0, buffer_size=16).map(noted)
     return stream.with_format("torch"), given
 
@@ -280,7 +253,7 @@ class RunningStatistics(torch.nn.Module):
 
 
 def test_the_search_moves_no_running_statistics(options):
-    data = make_dataset()
+    data = make_dataset(vocab=VOCAB, length=LENGTH)
 
     def make():
         torch.manual_seed(0)
@@ -313,7 +286,7 @@ def test_the_search_leaves_no_trace_in_lora_and_its_a_is_born_with_its_first_gra
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.2, task_type="CAUSAL_LM")
-    data = make_dataset()
+    data = make_dataset(vocab=VOCAB, length=LENGTH)
     births = []
 
     def make():

@@ -5,6 +5,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB, LENGTH = 50, 16
 
+# TrainingArguments' options of a short, quiet run on the CPU that logs every step.
+OPTIONS = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
 
 def make_model(seed=0, dropout=0.1):
     # Llama and not GPT-2, whose loss transformers 5.24 scales by (L-1)/L.
@@ -23,13 +34,13 @@ def make_model(seed=0, dropout=0.1):
     return LlamaForCausalLM(config)
 
 
-def make_dataset(size=64):
+def make_dataset(size=64, vocab=VOCAB, length=LENGTH):
     generator = torch.Generator().manual_seed(0)
     examples = []
     for _ in range(size):
-        ids = torch.randint(VOCAB, (LENGTH,), generator=generator)
+        ids = torch.randint(vocab, (length,), generator=generator)
         labels = ids.clone()
         # Uneven token counts: micro-batches must be weighted by them.
-        labels[: int(torch.randint(LENGTH - 2, (), generator=generator))] = -100
+        labels[: int(torch.randint(length - 2, (), generator=generator))] = -100
         examples.append({"input_ids": ids, "labels": labels})
     return examples
