@@ -145,8 +145,10 @@ class WarmupCallback(TrainerCallback):
         optimizer = innermost(self.trainer.optimizer)
         if not _can_step(optimizer):
             return  # an overflow that the gradient scaler will skip, or nothing to learn from yet
-        found = self._search(optimizer, self._replay)
-        self._stop_watching()
+        try:
+            found = self._search(optimizer, self._replay)
+        finally:
+            self._stop_watching()
         if found.status == "nonfinite":
             raise RuntimeError(
                 f"the training loss of step {state.global_step + 1} is {found.evals[0][1]} before any update: check "
@@ -209,7 +211,9 @@ class WarmupCallback(TrainerCallback):
             logs["warmup/critical_lr_spread"] = found.spread
         record: dict[str, Any] = {"warmup/warmup_steps": schedule.warmup_steps, "warmup/asked": self.arguments.init_lr}
         if found is not None:
-            record |= {"warmup/status": found.status, "warmup/evals": [list(pair) for pair in found.evals]}
+            # JSON has no word for a loss that is not finite.
+            evals = [[lr, loss if math.isfinite(loss) else None] for lr, loss in found.evals]
+            record |= {"warmup/status": found.status, "warmup/evals": evals}
         # Not `trainer.log`: a subclass's may flush the metrics that it gathers for its own next line.
         state = trainer.state
         epoch = {} if state.epoch is None else {"epoch": state.epoch}
@@ -246,6 +250,8 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
         raise ValueError(f"warmup_steps must be at most max_steps={args.max_steps}, got {warmup_steps}")
     if arguments.init_lr == "zero":
         return
+    if not args.learning_rate > 0:
+        raise ValueError(f"learning_rate must be positive, got {args.learning_rate}: warmup has no target")
     fixed = arguments.fixed_init_lr
     if fixed is not None and fixed > args.learning_rate:
         raise ValueError(f"init_lr must be at most learning_rate={args.learning_rate}, got {arguments.init_lr}")

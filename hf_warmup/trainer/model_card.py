@@ -29,7 +29,7 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         trainer: A trainer that has trained.
 
     Returns:
-        What `warmup.json` holds. A number that was not measured is None.
+        What `warmup.json` holds. A number that was not measured, or is not finite, is None.
     """
     history = trainer.state.log_history
     start: dict[str, Any] = next((e for e in reversed(history) if "warmup/init_lr" in e), {})
@@ -38,7 +38,7 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
     warmup_steps = start.get("warmup/warmup_steps", trainer.args.get_warmup_steps(trainer.state.max_steps))
     evals = [e for e in history if "eval_loss" in e]
     optimizer = innermost(trainer.optimizer)
-    return {
+    report = {
         "optimizer": type(optimizer).__name__,
         "v0": optimizer.v0 if isinstance(optimizer, GIAdamW) else None,
         "betas": [float(beta) for beta in optimizer.defaults["betas"]] if "betas" in optimizer.defaults else None,
@@ -60,6 +60,7 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         "seed": trainer.args.seed,
         "versions": {name: version(name) for name in ("hf-warmup", "torch", "transformers", "accelerate")},
     }
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
 
 
 def write_card(trainer: Trainer) -> None:

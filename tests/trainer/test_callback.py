@@ -270,6 +270,36 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(make_trainer):
     assert "backward" not in vars(trainer.accelerator)
 
 
+def test_an_error_in_the_search_leaves_the_trainer_as_it_was(make_trainer):
+    class Full(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            if not torch.is_grad_enabled():
+                raise torch.OutOfMemoryError("no memory left")
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = make_trainer(Full)
+    before = weights(trainer)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(trainer)
+    assert same(weights(trainer), before)
+    assert "get_batch_samples" not in vars(trainer)
+    assert "backward" not in vars(trainer.accelerator)
+
+
+def test_losses_that_are_not_finite_can_be_saved_and_read(make_trainer, tmp_path):
+    class Overflowing(Trainer):
+        def compute_loss(self, model, *args, **kwargs):
+            loss = super().compute_loss(model, *args, **kwargs)
+            return loss * (float("inf") if model.lm_head.weight.abs().max() > 1e3 else 1)
+
+    trainer = train(make_trainer(Overflowing, learning_rate=1e9, optim="sgd", gi_adam=False, max_init_fraction=1e-12))
+    evals = start_of(trainer)["warmup/evals"]
+    assert evals[1] == [1e9, None]
+    assert start_of(trainer)["warmup/status"] == "found"
+    text = (tmp_path / "run" / "warmup.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["search_evals"] == evals
+
+
 def test_an_update_that_goes_uphill_starts_low_and_says_so(make_trainer, caplog):
     trainer = make_trainer()
     trainer.optimizer_cls_and_kwargs = (GIAdamW, {"lr": 3e-3, "maximize": True})
@@ -318,6 +348,7 @@ REFUSED = [
     ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, "lr_scheduler_type .*reduce_lr_on_plat"),
     ({"lr_scheduler_type": "greedy", "eval_strategy": "steps"}, "lr_scheduler_type .*greedy"),
     ({"init_lr": "0.5"}, "init_lr must be at most learning_rate=0.003, got 0.5"),
+    ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
     ({"warmup_steps": 13}, "warmup_steps must be at most max_steps=12, got 13"),
 ]
 
