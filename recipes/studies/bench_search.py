@@ -173,7 +173,7 @@ class Answer:
 Tool = Callable[[Training], Answer]
 
 
-def ours(method: str, with_slope: bool) -> Tool:
+def ours(method: str, *, with_slope: bool = False, target: float | None = None) -> Tool:
     def run(training: Training) -> Answer:
         batches = iter(training.loader)
         batch = next(batches)
@@ -183,11 +183,12 @@ def ours(method: str, with_slope: bool) -> Tool:
         slope = update_slope(training.optimizer, GUESS) if with_slope else None
         found = find_critical_lr(
             lambda lr: loss_after_step(training.optimizer, loss_fn, lr, module=training.model),
-            guess=GUESS,
+            guess=GUESS if target is None else None,
+            target=target,
             slope=slope,
             method=method,
         )
-        bracket = found.upper / found.lower if found.lower > 0 else float("inf")
+        bracket = found.upper / found.lower if found.status == "found" else float("nan")
         return Answer(found.value, chain([batch], batches), bracket)
 
     return run
@@ -250,9 +251,10 @@ def ignite(training: Training) -> Answer:
 
 TOOLS: dict[str, dict[str, Tool]] = {
     "ours": {
-        "hf-warmup": ours("secant", with_slope=False),
+        "hf-warmup": ours("secant"),
         "hf-warmup, slope given": ours("secant", with_slope=True),
-        "hf-warmup, paper": ours("paper", with_slope=False),
+        "hf-warmup, up to a target": ours("secant", target=GUESS),  # what the Trainer asks
+        "hf-warmup, paper": ours("paper"),
     },
     "torch-lr-finder": {"torch-lr-finder": torch_lr_finder},
     "lightning": {"Lightning": lightning},
