@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 LOOPS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -36,3 +37,19 @@ def test_a_loop_of_the_readme_runs_as_printed(loop, monkeypatch):
 def test_the_trainer_example_is_two_added_lines():
     (diff,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
     assert sum(line.startswith("+") for line in diff.splitlines()) == 2
+
+
+def rows(text):
+    """The cells of each line of the tables in `text`."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
+
+
+def test_measured_numbers_are_those_of_the_study():
+    section = README.split("## What the search costs")[1].split("\n## ")[0]
+    study = rows((ROOT / "recipes" / "studies" / "results" / "search_accuracy.md").read_text())
+    shown = rows(section)
+    columns = [study[0].index(name) for name in shown[0]]
+    assert len(shown) == 4
+    for row in shown[1:]:
+        assert row in [tuple(full[i] for i in columns) for full in study[1:] if full[1] == "both"]
