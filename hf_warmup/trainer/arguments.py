@@ -84,7 +84,7 @@ class WarmupArguments:
         Raises:
             ValueError: If a value is out of range.
         """
-        self.fixed_init_lr  # noqa: B018
+        _ = self.fixed_init_lr  # raises what is neither a word nor a number
         if self.critical_lr_method not in ("secant", "paper"):
             raise ValueError(f"critical_lr_method must be secant or paper, got {self.critical_lr_method!r}")
         if self.search_batches < 1:
