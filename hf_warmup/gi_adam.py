@@ -33,7 +33,7 @@ foreach and fused kernels. Two choices differ from the authors' code [2]:
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -209,7 +209,7 @@ class GIAdamW(torch.optim.AdamW):
         grad_scale = getattr(self, "grad_scale", None)
         if grad_scale is not None:
             # In single precision: a scaled half-precision gradient may be a normal number only there.
-            grads = [g.to(torch.promote_types(g.dtype, torch.float32)) / grad_scale.to(g.device) for g in grads]
+            grads = [g.to(_at_least_single(g)) / grad_scale.to(g.device) for g in grads]
         if self.v0 == "gradient":
             return [g.square() for g in grads]
         if self.v0 != "random":
@@ -224,7 +224,7 @@ class GIAdamW(torch.optim.AdamW):
         scale = _global_norm(grads) / _global_norm(draws)
         return [(r * scale.to(r)).square() for r in draws]
 
-    def _decay(self, params: Sequence[Tensor] | dict[Tensor, Any]) -> None:
+    def _decay(self, params: Iterable[Tensor]) -> None:
         """Decay `params` as AdamW does under a zero gradient."""
         chosen = set(params)
         for group in self.param_groups:

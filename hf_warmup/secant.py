@@ -17,8 +17,8 @@ import math
 # Chosen on seeds 100 to 107 of recipes/studies/search_cases.py, guesses wrong by 1.1 to 200 times. They set the
 # cost, not the answer: halving or doubling one changes the mean number of evaluations there by under a tenth.
 _LARGEST_JUMP = math.log(256)  # of a model that can be trusted
-_JUMP_DOWN = math.log(64)  # from a first guess that rises, without one
-_JUMP_ON = math.log(3), math.log(64)  # the next ones, down and up
+_FIRST_JUMP = math.log(64)  # without one, from the guess, either way
+_NEXT_JUMP_DOWN, _NEXT_JUMP_UP = math.log(3), math.log(64)
 _NEAR = 0.3  # a rise below this fraction of L(0) is near the crossing
 _FAR = math.log(16)  # a network's loss never rises like a parabola as far above its crossing as this
 _ASIDE = 0.3  # how far beside the estimated crossing to try, in widths of the wanted bracket
@@ -127,7 +127,7 @@ class Curve:
         if estimate is not None and trusted:
             x = min(estimate - _ASIDE * self.width, self.upper - 0.9 * self.width)
         else:
-            x = self.upper - (_JUMP_DOWN if len(self.points) == 1 else _JUMP_ON[0])
+            x = self.upper - (_FIRST_JUMP if len(self.points) == 1 else _NEXT_JUMP_DOWN)
         return max(x, self.upper - _LARGEST_JUMP)
 
     def _up(self) -> float:
@@ -135,7 +135,7 @@ class Curve:
         if estimate is not None and trusted:
             x = max(estimate + _ASIDE * self.width, self.lower + 0.9 * self.width)
         else:
-            x = self.lower + (_JUMP_DOWN if len(self.points) == 1 else _JUMP_ON[1])
+            x = self.lower + (_FIRST_JUMP if len(self.points) == 1 else _NEXT_JUMP_UP)
         return min(x, self.lower + _LARGEST_JUMP)
 
     def _between(self) -> float:

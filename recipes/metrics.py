@@ -6,38 +6,37 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
-_FEATURES = {
-    "perplexity": {"predictions": datasets.Value("float32"), "references": datasets.Value("int64")},
-    "token_accuracy": {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")},
-}
 
+class _TokenMetric(evaluate.Metric):
+    """A number per token and the token itself; -100 as a reference leaves a token out."""
 
-class Perplexity(evaluate.Metric):
-    """exp of the mean negative log-likelihood over the tokens whose reference is not -100."""
+    dtype: str
+    meaning: str
 
     def _info(self) -> evaluate.MetricInfo:
+        features = {"predictions": datasets.Value(self.dtype), "references": datasets.Value("int64")}
         return evaluate.MetricInfo(
             description=self.__doc__,
             citation="",
-            inputs_description="predictions: -log p of each reference token, in nats; references: token ids.",
-            features=datasets.Features(_FEATURES["perplexity"]),
+            inputs_description=f"predictions: {self.meaning}; references: token ids.",
+            features=datasets.Features(features),
         )
+
+
+class Perplexity(_TokenMetric):
+    """exp of the mean negative log-likelihood over the tokens whose reference is not -100."""
+
+    dtype, meaning = "float32", "-log p of each reference token, in nats"
 
     def _compute(self, predictions: list[float], references: list[int]) -> dict[str, float]:
         counted = np.asarray(references) != -100
         return {"perplexity": float(np.exp(np.asarray(predictions, np.float64)[counted].mean()))}
 
 
-class TokenAccuracy(evaluate.Metric):
+class TokenAccuracy(_TokenMetric):
     """Fraction of the tokens whose reference is not -100 that are predicted right."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description="predictions: the likeliest token ids; references: token ids.",
-            features=datasets.Features(_FEATURES["token_accuracy"]),
-        )
+    dtype, meaning = "int64", "the likeliest token ids"
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
         references = np.asarray(references)

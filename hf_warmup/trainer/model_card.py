@@ -35,6 +35,7 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
     start: dict[str, Any] = next((e for e in reversed(history) if "warmup/init_lr" in e), {})
     target = trainer.args.learning_rate
     init_lr = start.get("warmup/init_lr", 0.0)
+    saved_fraction = min(1.0, init_lr / target) if start else 0.0  # the Trainer's own schedule may have a target of 0
     warmup_steps = start.get("warmup/warmup_steps", trainer.args.get_warmup_steps(trainer.state.max_steps))
     evals = [e for e in history if "eval_loss" in e]
     optimizer = innermost(trainer.optimizer)
@@ -51,7 +52,7 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         "init_lr": init_lr,
         "target_lr": target,
         "warmup_steps": warmup_steps,
-        "warmup_steps_taken": math.ceil(warmup_steps * (1 - min(1.0, init_lr / target)) - 1e-9),
+        "warmup_steps_taken": math.ceil(warmup_steps * (1 - saved_fraction) - 1e-9),
         "forward_passes": start.get("warmup/forward_passes", 0),
         "steps_saved": start.get("warmup/steps_saved", 0.0),
         "train_steps": trainer.state.global_step,

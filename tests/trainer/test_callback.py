@@ -7,6 +7,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from hf_warmup import GIAdamW
 from hf_warmup.trainer import GIAdamWFactory, WarmupArguments, WarmupCallback
 
+from tiny import start_of
+
 
 def weights(trainer):
     return [p.detach().clone() for p in trainer.model.parameters()]
@@ -25,11 +27,6 @@ def train(trainer, arguments=None, **kwargs):
 
 def learning_rates(trainer):
     return [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
-
-
-def start_of(trainer):
-    (entry,) = [e for e in trainer.state.log_history if "warmup/init_lr" in e]
-    return entry
 
 
 def test_two_lines_give_gi_adam_a_search_and_warmup(make_trainer):

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from hf_warmup import GIAdamW
 from hf_warmup.trainer import WarmupArguments, WarmupCallback
 
-from tiny import OPTIONS, make_dataset
+from tiny import OPTIONS, make_dataset, start_of
 
 pytestmark = pytest.mark.slow
 
@@ -33,11 +33,6 @@ def train(trainer, init_lr="catapult"):
     set_seed(1)
     trainer.train()
     return trainer
-
-
-def start_of(trainer):
-    (entry,) = [e for e in trainer.state.log_history if "warmup/init_lr" in e]
-    return entry
 
 
 def metrics(trainer):

@@ -80,6 +80,11 @@ def test_a_search_that_decided_and_a_fixed_start_are_told_apart(make_trainer, fo
     assert "- optimizer: AdamW with" in text
 
 
+def test_a_run_without_a_learning_rate_gets_its_card(make_trainer, folder):
+    train(make_trainer(learning_rate=0.0, init_lr="zero"))
+    assert json.loads((folder / "warmup.json").read_text())["warmup_steps_taken"] == 6
+
+
 def test_a_plain_module_gets_a_card_too(make_trainer, folder):
     class Plain(torch.nn.Module):
         def __init__(self):

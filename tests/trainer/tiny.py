@@ -44,3 +44,9 @@ def make_dataset(size=64, vocab=VOCAB, length=LENGTH):
         labels[: int(torch.randint(length - 2, (), generator=generator))] = -100
         examples.append({"input_ids": ids, "labels": labels})
     return examples
+
+
+def start_of(trainer):
+    """What the log says of the start of warmup, once."""
+    (entry,) = [e for e in trainer.state.log_history if "warmup/init_lr" in e]
+    return entry
