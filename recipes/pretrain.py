@@ -157,6 +157,7 @@ def run(argv: list[str]) -> None:
     trainer.create_model_card(
         model_name=Path(args.output_dir).name,
         tags=["hf-warmup"],
+        dataset=[Path(file).name for file in recipe.text],
         tasks="text-generation" if recipe.objective == "clm" else "fill-mask",
     )
     if trainer.is_world_process_zero():

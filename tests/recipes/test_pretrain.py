@@ -76,6 +76,7 @@ def test_a_run_leaves_model_card_plot_and_numbers(objective, tmp_path, capsys):
     assert report["init_lr"] == pytest.approx(3e-4)
     card = (folder / "README.md").read_text()
     assert "- optimizer: GIAdamW" in card
+    assert "was trained from scratch on the part.txt dataset" in card
     assert f"| {report['final_eval_loss']:.4f}" in card
 
 
