@@ -13,8 +13,8 @@ the answer is known, and the tests check it: η_c = 2 gᵀu / uᵀHu, so 2/λ wh
 `method="secant"`, the default, starts where the answer is wanted, models the curve with the points it has
 (`hf_warmup.secant`) and closes a bracket of relative width `rtol`: from a guess that is wrong by 100 times in 6
 forward passes in the median on networks (recipes/studies/search_accuracy.py), in 3 on a parabola of known
-slope, and in 2 if all that is asked is whether the loss rises up to η_trgt. It may step over a crossing that
-lies between the learning rates it tries.
+slope, and in 2 if all that is asked is whether the loss rises up to η_trgt; in one less if L(0) is given. It may
+step over a crossing that lies between the learning rates it tries.
 
 `method="paper"` is the two searches of [1]:
 
@@ -65,10 +65,11 @@ class CriticalLR:
         lower: Largest η tried below `upper` that did not raise the loss; 0 if none. (On an exact parabola, known
             from its slope and two losses, `secant` needs no trial there.)
         upper: Smallest η tried that raised the loss; infinity if none did.
-        evals: Every (η, loss) tried, in order, the one at 0 included.
+        evals: Every (η, loss) known, in order, the one at 0 first.
         status: How the search ended.
         spread: Standard deviation of η_c between batches, if `loss_at` gave one loss per batch and the search
             found a bracket: each batch's own crossing, by the line through its losses at the two ends.
+        start_given: Whether L(0) was known to the caller and not evaluated.
     """
 
     value: float
@@ -77,11 +78,12 @@ class CriticalLR:
     evals: tuple[tuple[float, float], ...]
     status: Status
     spread: float | None = None
+    start_given: bool = False
 
     @property
     def num_evals(self) -> int:
-        """Loss evaluations (forward passes) spent, the one at 0 included."""
-        return len(self.evals)
+        """Loss evaluations (forward passes) spent, the one at 0 included unless L(0) was given."""
+        return len(self.evals) - self.start_given
 
     def plot(self, ax: Any = None, *, target: float | None = None) -> Any:
         """Draw the losses tried against the learning rate, L(0), the bracket and η_trgt. Needs matplotlib.
@@ -116,6 +118,7 @@ def find_critical_lr(
     guess: float | None = None,
     target: float | None = None,
     slope: float | None = None,
+    start: float | None = None,
     method: Literal["secant", "paper"] = "secant",
     rtol: float = 1 / 16,
     delta: float = 0.1,
@@ -135,6 +138,8 @@ def find_critical_lr(
         target: η_trgt; the search ends there if the loss has not risen. No limit if None.
         slope: -dL/dη at 0, gᵀu, if known (`hf_warmup.probe.update_slope`): saves `secant` a trial; not positive,
             it ends either search at once as `not_descent`.
+        start: L(0), if known: the loss that the gradient came from, with the same batch and dropout masks as
+            `loss_at` has. Saves a forward pass: whether η_c lies above η_trgt then takes one.
         method: `"secant"` or `"paper"`.
         rtol: Relative width of the bracket wanted. In the paper's search δ decides when to end; where the loss at
             the upper end is beyond (1 + δ) L(0) even in a bracket of relative width rtol², there is a cliff,
@@ -152,9 +157,11 @@ def find_critical_lr(
     _check(guess=guess, target=target, rtol=rtol, delta=delta)
     if method not in ("secant", "paper"):
         raise ValueError(f'method must be "secant" or "paper", got {method!r}')
+    if start is not None and not math.isfinite(start):
+        return CriticalLR(math.nan, 0.0, math.inf, ((0.0, start),), "nonfinite", start_given=True)
     if max_evals < 2:
         raise ValueError(f"max_evals must be at least 2, got {max_evals}")
-    search = _Search(loss_at, max_evals)
+    search = _Search(loss_at, max_evals, start)
     if not math.isfinite(search.start):
         return search.result("nonfinite", math.nan)
     if slope is not None and not slope > 0:
@@ -169,14 +176,17 @@ def find_critical_lr(
 class _Search:
     """The evaluations so far and the bracket they give."""
 
-    def __init__(self, loss_at: Callable[[float], float | Sequence[float]], max_evals: int) -> None:
+    def __init__(
+        self, loss_at: Callable[[float], float | Sequence[float]], max_evals: int, start: float | None
+    ) -> None:
         self.loss_at = loss_at
         self.batches: dict[float, list[float]] = {}
         self.max_evals = max_evals
-        self.evals: list[tuple[float, float]] = []
+        self.evals: list[tuple[float, float]] = [] if start is None else [(0.0, start)]
+        self.start_given = start is not None
         self.lower, self.upper = 0.0, math.inf
         self.loss_upper = math.inf
-        self.start = self.loss(0.0)
+        self.start = self.loss(0.0) if start is None else start
 
     def loss(self, eta: float) -> float:
         losses = self.loss_at(eta)
@@ -212,11 +222,11 @@ class _Search:
 
     @property
     def spent(self) -> bool:
-        return len(self.evals) >= self.max_evals
+        return len(self.evals) - self.start_given >= self.max_evals
 
     def result(self, status: Status, value: float) -> CriticalLR:
         spread = self.spread() if status == "found" else None
-        return CriticalLR(value, self.lower, self.upper, tuple(self.evals), status, spread)
+        return CriticalLR(value, self.lower, self.upper, tuple(self.evals), status, spread, self.start_given)
 
     def spread(self) -> float | None:
         """Standard deviation of the batches' own crossings."""

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import statistics
 
@@ -90,6 +91,28 @@ def test_no_rise_up_to_the_target_ends_there(method):
     assert critical == pytest.approx(2.0)
     assert find_critical_lr(loss_at, guess=1.0, target=2.1, method=method).status == "found"
     assert find_critical_lr(loss_at, guess=5.0, target=1.9, method=method).num_evals == 2
+
+
+@METHODS
+@pytest.mark.parametrize("target", [None, 1.0])
+def test_a_known_loss_before_the_step_saves_an_evaluation_and_changes_nothing_else(method, target):
+    loss_at, _ = quadratic(torch.diag(torch.tensor([5.0, 50.0, 10.0], dtype=torch.float64)))
+    tried = []
+
+    def counted(lr):
+        tried.append(lr)
+        return loss_at(lr)
+
+    measured = find_critical_lr(loss_at, guess=1e-3, target=target, method=method)
+    found = find_critical_lr(counted, guess=1e-3, target=target, method=method, start=loss_at(0.0))
+    assert dataclasses.replace(found, start_given=False) == measured
+    assert len(tried) == found.num_evals == measured.num_evals - 1
+    assert 0.0 not in tried
+
+
+def test_a_known_loss_that_is_not_finite_ends_the_search_without_an_evaluation():
+    found = find_critical_lr(lambda lr: 1.0, start=math.nan)
+    assert (found.status, found.num_evals) == ("nonfinite", 0)
 
 
 @METHODS

@@ -187,6 +187,7 @@ class WarmupCallback(TrainerCallback):
             ),
             guess=target / self._schedule.warmup_steps if paper else None,
             target=target,
+            start=replay.loss_before(),
             method="paper" if paper else "secant",
             delta=arguments.catapult_delta,
             rtol=arguments.critical_lr_rtol,

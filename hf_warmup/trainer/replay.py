@@ -26,7 +26,7 @@ class StepReplay:
     """Keeps what one optimizer step is made of, and gives its loss.
 
     Args:
-        trainer: The trainer; its `get_batch_samples` is watched until `stop`.
+        trainer: The trainer; its `get_batch_samples` and `training_step` are watched until `stop`.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -35,24 +35,33 @@ class StepReplay:
         self._steps: list[tuple[list[Any], Tensor | int | None]] = []
         self._random_numbers: RandomNumbers | None = None
         self._attributes: dict[str, Any] = {}
-        self._own_method = vars(trainer).get("get_batch_samples")
-        self._get_batch_samples = trainer.get_batch_samples
+        self._total: Tensor | None = None  # the step's own loss, as far as it has come
+        self._own_methods = {name: vars(trainer).get(name) for name in ("get_batch_samples", "training_step")}
+        self._get_batch_samples, self._training_step = trainer.get_batch_samples, trainer.training_step
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             batches, num_items = self._get_batch_samples(*args, **kwargs)
             # Copies: a training step may take things out of its batch, put things in, and write into its tensors.
             self._steps = [([_copy_of_batch(batch) for batch in batches], num_items)]
+            self._total = None
             return batches, num_items
 
+        def added_up(*args: Any, **kwargs: Any) -> Tensor:
+            loss = self._training_step(*args, **kwargs)
+            self._total = loss.clone() if self._total is None else self._total + loss
+            return loss
+
         trainer.get_batch_samples = watched  # type: ignore[method-assign]
+        trainer.training_step = added_up  # type: ignore[method-assign]
 
     def stop(self) -> None:
         """Let go of the batches and of the trainer."""
-        if self._own_method is None:
-            vars(self.trainer).pop("get_batch_samples", None)  # the class's method shows again
-        else:
-            self.trainer.get_batch_samples = self._own_method  # type: ignore[method-assign]
-        self._steps, self._random_numbers, self._attributes = [], None, {}
+        for name, method in self._own_methods.items():
+            if method is None:
+                vars(self.trainer).pop(name, None)  # the class's method shows again
+            else:
+                setattr(self.trainer, name, method)
+        self._steps, self._random_numbers, self._attributes, self._total = [], None, {}, None
 
     def step_begins(self) -> None:
         """Note the random numbers, and what the trainer has counted, before the step's first micro-batch."""
@@ -84,6 +93,17 @@ class StepReplay:
         """How many steps' batches a loss is made of."""
         return len(self._steps)
 
+    def loss_before(self) -> float | None:
+        """The loss that the step itself had, averaged over the processes: what `losses` gives at unchanged weights.
+
+        Returns:
+            None where it has to be measured: if batches were drawn beyond the step's own, or under `torch_compile`,
+            whose graphs with and without gradients may round differently.
+        """
+        if self._total is None or self.num_steps > 1 or self.trainer.args.torch_compile:
+            return None
+        return float(self.trainer.accelerator.reduce(self._total, reduction="mean"))
+
     @torch.no_grad()
     def losses(self) -> list[Tensor]:
         """The training loss of each step's batches at the current weights, averaged over the processes.
@@ -102,7 +122,7 @@ class StepReplay:
             # The step itself may have made some of them.
             vars(trainer).update(_copies_of_data(vars(trainer)) | _copies_of_data(self._attributes))
             for batch in batches:
-                total += trainer.training_step(trainer.model_wrapped, _copy_of_batch(batch), num_items)
+                total += self._training_step(trainer.model_wrapped, _copy_of_batch(batch), num_items)
         return trainer.accelerator.reduce(total, reduction="mean")
 
 

@@ -94,7 +94,7 @@ def test_a_search_whose_answer_is_not_used_leaves_the_same_weights(make_trainer,
     searched = train(make_trainer(**options))
     given = train(make_trainer(init_lr=repr(0.1 * 3e-3), **options))
     assert start_of(searched)["warmup/capped"] == 1.0
-    assert start_of(searched)["warmup/forward_passes"] >= 2
+    assert start_of(searched)["warmup/forward_passes"] >= 1
     assert start_of(given)["warmup/forward_passes"] == 0
     assert learning_rates(searched) == learning_rates(given)
     assert same(weights(searched), weights(given))
@@ -130,7 +130,7 @@ def test_results_reach_the_reporters_and_trainer_state(make_trainer, tmp_path):
     assert saved["warmup/init_lr"] == pytest.approx(3e-4)
     assert saved["warmup/critical_lr"] == 3e-3
     passes = saved["warmup/forward_passes"]
-    assert passes == len(saved["warmup/evals"])
+    assert passes == len(saved["warmup/evals"]) - 1  # the loss before the step is known
     assert saved["warmup/steps_saved"] == pytest.approx(6 * 0.1 - passes / 2)
 
 
@@ -152,10 +152,11 @@ def test_the_papers_search_can_be_asked_for(make_trainer):
     assert tried == pytest.approx([0.0, 5e-4, 1e-3, 2e-3, 3e-3])
 
 
-def test_whether_the_target_is_safe_costs_two_forward_passes(make_trainer):
+def test_whether_the_target_is_safe_costs_one_forward_pass(make_trainer):
     start = start_of(train(make_trainer()))
     assert [lr for lr, _ in start["warmup/evals"]] == [0.0, 3e-3]
-    assert start["warmup/steps_saved"] == pytest.approx(6 * 0.1 - 1)
+    assert start["warmup/forward_passes"] == 1
+    assert start["warmup/steps_saved"] == pytest.approx(6 * 0.1 - 1 / 2)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -256,14 +257,13 @@ def test_the_search_waits_for_a_gradient_that_is_not_zero(make_trainer):
 def test_a_loss_that_is_not_finite_ends_the_run_with_advice(make_trainer):
     class Broken(Trainer):
         def compute_loss(self, *args, **kwargs):
-            loss = super().compute_loss(*args, **kwargs)
-            return loss + (float("nan") if not torch.is_grad_enabled() else 0)
+            return super().compute_loss(*args, **kwargs) + float("nan")  # its gradients stay finite
 
     trainer = make_trainer(Broken)
     with pytest.raises(RuntimeError, match="training loss of step 1 is nan before any update: check the data"):
         train(trainer)
     # Nothing of the search stays behind.
-    assert "get_batch_samples" not in vars(trainer)
+    assert not {"get_batch_samples", "training_step"} & vars(trainer).keys()
     assert "backward" not in vars(trainer.accelerator)
 
 
@@ -279,7 +279,7 @@ def test_an_error_in_the_search_leaves_the_trainer_as_it_was(make_trainer):
     with pytest.raises(torch.OutOfMemoryError):
         train(trainer)
     assert same(weights(trainer), before)
-    assert "get_batch_samples" not in vars(trainer)
+    assert not {"get_batch_samples", "training_step"} & vars(trainer).keys()
     assert "backward" not in vars(trainer.accelerator)
 
 
