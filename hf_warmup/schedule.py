@@ -20,6 +20,14 @@ which had N - T_wrm steps, is stretched over the N - T_reach that are left:
 so that training still ends at step N with the learning rate it would have had. The first step trains at
 η_init, where most schedules waste it at 0.
 
+Two more do without T_wrm, and change nothing about the decay, which runs from the first step on:
+`ExponentialSchedule` is a ramp of a fixed growth per step r,
+
+    η_t = min(η_trgt f(t), η_init r^t),
+
+which reaches η_trgt after about ln(η_trgt / η_init) / ln r steps, and `SteeredSchedule` takes the learning rate
+of every step from outside (`hf_warmup.guided`).
+
 [1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements",
     NeurIPS 2024, arXiv:2406.09405, "η_init from the loss catapult".
 """
@@ -47,61 +55,31 @@ def steps_saved(init_lr: float, target_lr: float, warmup_steps: int, forward_pas
     return warmup_steps * min(1.0, init_lr / target_lr) - forward_passes / 2
 
 
-class WarmupSchedule:
-    """Makes an existing `LambdaLR` warm up from an η_init that is known later, or from a checkpoint.
+class _Changed:
+    """An existing `LambdaLR`, changed in place by factors that wrap its own; it stays the user's object.
 
-    The schedule is changed in place and stays the user's object. Until `start` it gives the learning rates
-    it gave before. η_init is part of the schedule's `state_dict`, so a run that resumes goes on exactly.
-
-    Args:
-        scheduler: The schedule; every factor must reach 1 when warmup ends and accept a fractional step.
-        warmup_steps: T_wrm, in optimizer steps. At least 1.
-        num_training_steps: N, the step at which the decay ends.
-
-    Raises:
-        ValueError: If `scheduler` is no `LambdaLR`, if a factor is not 1 when warmup ends, or if
-            `warmup_steps` is not between 1 and `num_training_steps`.
+    What the factors know is part of the schedule's `state_dict`, so a run that resumes goes on exactly.
     """
 
-    def __init__(self, scheduler: LRScheduler, warmup_steps: int, num_training_steps: int) -> None:
+    _factor: type["_Factor"]
+
+    def __init__(self, scheduler: LRScheduler, *args: int) -> None:
         if not isinstance(scheduler, LambdaLR):
             raise ValueError(
                 f"warmup needs a schedule that is a factor per step (LambdaLR), got {type(scheduler).__name__}: "
                 "one that reacts to the loss, or has a state of its own, has no factor to warm up"
             )
-        if not 1 <= warmup_steps <= num_training_steps:
-            raise ValueError(f"warmup_steps must be between 1 and {num_training_steps} steps, got {warmup_steps}")
-        factors = [f.inner if isinstance(f, _Factor) else f for f in scheduler.lr_lambdas]
-        for factor in factors if warmup_steps < num_training_steps else ():
-            # cosine_warmup_with_min_lr is at its peak one step earlier.
-            peak = max(factor(warmup_steps - 1), factor(warmup_steps))
-            if not math.isclose(peak, 1.0, rel_tol=1e-6):
-                raise ValueError(
-                    f"the schedule's factor must be 1 when warmup ends, got {peak} at warmup_steps={warmup_steps}"
-                )
         self.scheduler = scheduler
-        self.warmup_steps = warmup_steps
-        scheduler.lr_lambdas = [_Factor(f, warmup_steps, num_training_steps) for f in factors]
+        inner = [f.inner if isinstance(f, _Factor) else f for f in scheduler.lr_lambdas]
+        self._check(inner)
+        self._factors = [self._factor(f, *args) for f in inner]
+        scheduler.lr_lambdas = list(self._factors)
 
-    @property
-    def init_fraction(self) -> float | None:
-        """η_init / η_trgt; None before `start`."""
-        return self._factors[0].init_fraction
+    def _check(self, factors: list[Callable[[Any], float]]) -> None:
+        """Refuse factors that cannot be changed."""
 
-    def start(self, init_fraction: float) -> None:
-        """Start warmup with the step that comes next, at η_init = `init_fraction` η_trgt.
-
-        Args:
-            init_fraction: η_init / η_trgt. At 1 or above there is no warmup.
-
-        Raises:
-            ValueError: If `init_fraction` is not positive and finite.
-        """
-        if not 0 < init_fraction < math.inf:
-            raise ValueError(f"init_fraction must be positive and finite, got {init_fraction}")
-        for factor in self._factors:
-            factor.init_fraction = min(1.0, init_fraction)
-            factor.first_step = self.scheduler.last_epoch
+    def _apply(self) -> None:
+        """Give the step that comes next the learning rate that the factors have now."""
         now = self.scheduler.last_epoch
         lrs = [float(base) * f(now) for f, base in zip(self._factors, self.scheduler.base_lrs, strict=True)]
         for group, lr in zip(self.scheduler.optimizer.param_groups, lrs, strict=True):
@@ -111,22 +89,28 @@ class WarmupSchedule:
                 group["lr"] = lr
         self.scheduler._last_lr = list(lrs)
 
-    @property
-    def _factors(self) -> list["_Factor"]:
-        return [f for f in self.scheduler.lr_lambdas if isinstance(f, _Factor)]
-
 
 class _Factor:
-    """f with another warmup.
+    """f, changed.
 
-    `LambdaLR.state_dict` saves the `__dict__` of its factors, and only plain numbers may be in there if the
-    checkpoint is to load: the wrapped function lives in a slot.
+    `LambdaLR.state_dict` saves the `__dict__` of its factors, and only plain numbers (and containers of them) may
+    be in there if the checkpoint is to load: the wrapped function, and what a new run is told again, live in slots.
     """
 
-    __slots__ = ("__dict__", "inner", "num_training_steps", "warmup_steps")
+    __slots__ = ("__dict__", "inner")
+
+    def __init__(self, inner: Callable[[Any], float]) -> None:
+        self.inner = inner
+
+    def __call__(self, step: int) -> float:
+        return self.inner(step)
+
+
+class _Linear(_Factor):
+    __slots__ = ("num_training_steps", "warmup_steps")
 
     def __init__(self, inner: Callable[[Any], float], warmup_steps: int, num_training_steps: int) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.warmup_steps = warmup_steps
         self.num_training_steps = num_training_steps
         self.init_fraction: float | None = None
@@ -145,3 +129,175 @@ class _Factor:
         reach = self.warmup_steps * (1 - self.init_fraction)
         left = self.num_training_steps - self.first_step - reach
         return self.inner(self.warmup_steps + (t - reach) * (decay_steps / left if left > 0 else 1.0))
+
+
+class WarmupSchedule(_Changed):
+    """Makes an existing `LambdaLR` warm up from an η_init that is known later, or from a checkpoint.
+
+    The schedule is changed in place and stays the user's object. Until `start` it gives the learning rates
+    it gave before. η_init is part of the schedule's `state_dict`, so a run that resumes goes on exactly.
+
+    Args:
+        scheduler: The schedule; every factor must reach 1 when warmup ends and accept a fractional step.
+        warmup_steps: T_wrm, in optimizer steps. At least 1.
+        num_training_steps: N, the step at which the decay ends.
+
+    Raises:
+        ValueError: If `scheduler` is no `LambdaLR`, if a factor is not 1 when warmup ends, or if
+            `warmup_steps` is not between 1 and `num_training_steps`.
+    """
+
+    _factor = _Linear
+    _factors: list[_Linear]
+
+    def __init__(self, scheduler: LRScheduler, warmup_steps: int, num_training_steps: int) -> None:
+        if not 1 <= warmup_steps <= num_training_steps:
+            raise ValueError(f"warmup_steps must be between 1 and {num_training_steps} steps, got {warmup_steps}")
+        self.warmup_steps = warmup_steps
+        self.num_training_steps = num_training_steps
+        super().__init__(scheduler, warmup_steps, num_training_steps)
+
+    def _check(self, factors: list[Callable[[Any], float]]) -> None:
+        for factor in factors if self.warmup_steps < self.num_training_steps else ():
+            # cosine_warmup_with_min_lr is at its peak one step earlier.
+            peak = max(factor(self.warmup_steps - 1), factor(self.warmup_steps))
+            if not math.isclose(peak, 1.0, rel_tol=1e-6):
+                raise ValueError(
+                    f"the schedule's factor must be 1 when warmup ends, got {peak} at warmup_steps={self.warmup_steps}"
+                )
+
+    @property
+    def init_fraction(self) -> float | None:
+        """η_init / η_trgt; None before `start`."""
+        return self._factors[0].init_fraction
+
+    def start(self, init_fraction: float) -> None:
+        """Start warmup with the step that comes next, at η_init = `init_fraction` η_trgt.
+
+        Args:
+            init_fraction: η_init / η_trgt. At 1 or above there is no warmup.
+
+        Raises:
+            ValueError: If `init_fraction` is not positive and finite.
+        """
+        _check_fraction(init_fraction)
+        for factor in self._factors:
+            factor.init_fraction = min(1.0, init_fraction)
+            factor.first_step = self.scheduler.last_epoch
+        self._apply()
+
+
+class _Exponential(_Factor):
+    def __init__(self, inner: Callable[[Any], float]) -> None:
+        super().__init__(inner)
+        self.init_fraction: float | None = None
+        self.growth = 1.0
+        self.first_step = 0
+
+    def __call__(self, step: int) -> float:
+        if self.init_fraction is None:
+            return self.inner(step)
+        # In logarithms: a power of r alone would overflow after some ten thousand steps.
+        ramp = math.log(self.init_fraction) + (step - self.first_step) * math.log(self.growth)
+        return min(self.inner(step), math.exp(min(0.0, ramp)))
+
+
+class ExponentialSchedule(_Changed):
+    """Makes an existing `LambdaLR` without warmup rise by a fixed growth per step from an η_init known later.
+
+    Args:
+        scheduler: The schedule, made with 0 warmup steps.
+
+    Raises:
+        ValueError: If `scheduler` is no `LambdaLR`.
+    """
+
+    _factor = _Exponential
+    _factors: list[_Exponential]
+
+    def __init__(self, scheduler: LRScheduler) -> None:
+        super().__init__(scheduler)
+
+    @property
+    def init_fraction(self) -> float | None:
+        """η_init / η_trgt; None before `start`."""
+        return self._factors[0].init_fraction
+
+    def start(self, init_fraction: float, growth: float) -> None:
+        """Start the ramp with the step that comes next, at η_init = `init_fraction` η_trgt.
+
+        Args:
+            init_fraction: η_init / η_trgt.
+            growth: r, above 1.
+
+        Raises:
+            ValueError: If `init_fraction` is not positive and finite, or `growth` not above 1 and finite.
+        """
+        _check_fraction(init_fraction)
+        if not 1 < growth < math.inf:
+            raise ValueError(f"growth must be above 1 and finite, got {growth}")
+        for factor in self._factors:
+            factor.init_fraction, factor.growth = min(1.0, init_fraction), growth
+            factor.first_step = self.scheduler.last_epoch
+        self._apply()
+
+
+class _Steered(_Factor):
+    def __init__(self, inner: Callable[[Any], float]) -> None:
+        super().__init__(inner)
+        self.fraction: float | None = None
+        self.times_decay = False
+        self.controller: dict[str, Any] = {}
+
+    def __call__(self, step: int) -> float:
+        if self.fraction is None:
+            return self.inner(step)
+        return self.fraction * self.inner(step) if self.times_decay else self.fraction
+
+
+class SteeredSchedule(_Changed):
+    """Gives every step of an existing `LambdaLR` without warmup the learning rate that a controller says.
+
+    Args:
+        scheduler: The schedule, made with 0 warmup steps. Its factor f is what `decay` gives.
+
+    Raises:
+        ValueError: If `scheduler` is no `LambdaLR`.
+    """
+
+    _factor = _Steered
+    _factors: list[_Steered]
+
+    def __init__(self, scheduler: LRScheduler) -> None:
+        super().__init__(scheduler)
+
+    @property
+    def decay(self) -> float:
+        """The factor f of the step that comes next: what the schedule alone would multiply η_trgt by."""
+        return float(self._factors[0].inner(self.scheduler.last_epoch))
+
+    @property
+    def controller(self) -> dict[str, Any]:
+        """The state of the controller that was last given; empty at the start of a run."""
+        return self._factors[0].controller
+
+    def steer(self, fraction: float, controller: dict[str, Any], *, times_decay: bool = False) -> None:
+        """Give the step that comes next `fraction` η_trgt, and those after it, until steered again.
+
+        Args:
+            fraction: Of every group's own target.
+            controller: The controller's state, of plain numbers, to be kept in checkpoints.
+            times_decay: Multiply by f of each step: the schedule takes over, from another peak.
+
+        Raises:
+            ValueError: If `fraction` is not positive and finite.
+        """
+        _check_fraction(fraction)
+        for factor in self._factors:
+            factor.fraction, factor.times_decay, factor.controller = fraction, times_decay, controller
+        self._apply()
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction < math.inf:
+        raise ValueError(f"init_fraction must be positive and finite, got {fraction}")

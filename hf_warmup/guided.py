@@ -1,0 +1,277 @@
+"""Warmup whose length nobody chooses: a ramp that follows the critical learning rate as it is measured on the way.
+
+η_c at the first step says little about how far a ramp may go: with Adam it is some thousand times what training
+bears then, and falls by twenty to fifty times while the first steps are made. `GuidedWarmup` measures it along
+the run, on the step's own batch, one forward pass at a time, and uses it three times: where to start, how fast
+to rise, and where to stop. With f(t) the user's decay (f(0) = 1) and c_t the present estimate of η_c,
+
+    start    e_0 = c_0 / 1000
+    rise     e_t = e_{t-1} max(1, c_t / η)^ρ,  η = f(t) e_{t-1}: fast far below η_c, slowly near it
+    stop     p_t = min over s <= t of κ c̄_s / f(s),  c̄ the geometric mean of the last four estimates
+    step     η_t = f(t) min(η_trgt, p_t, e_t).
+
+If c stood still, ln(c / η) would fall as e^(-ρt), so a ramp takes about 2/ρ steps whatever the model's scale of
+learning rates: three decades shrink to a factor of 2.5 in 200 steps at ρ = 0.01. The peak is the target or,
+where the target is above it, the smallest η_c met on the way: how far above it the target was then hardly
+matters.
+
+The estimate is a staircase (an up-and-down test, as in psychophysics [2]): one trial at c itself, then c times
+1.5 if the loss did not rise and c / 1.5 if it did, which settles where half of the batches rise. A trial costs
+one forward pass, as the loss before the step is known. There is one every `every` steps, and after step 100 one
+every t/20 steps, as training changes with the logarithm of time: 47 forward passes in 300 steps, 118 in 10,000.
+
+An optimizer may have a warmup of its own, a factor w_t that tends to 1: GI-Adam's is √(1-β2^t). What its steps
+bear now they will not bear once the factor is gone, so c_t is w_t times the η that was tried.
+
+`PersistentCatapult` is Algorithm 3 of [1]: search for η_c, train at the upper end of its bracket until the loss
+is below where it was, and search again, until η_trgt is reached. It needs the paper's δ.
+
+Both are arithmetic on numbers: they hold no tensors, and make the same decisions on every process that sees the
+same losses.
+
+[1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements",
+    NeurIPS 2024, arXiv:2406.09405, Algorithm 3. The guided rule is ours.
+[2] Levitt, "Transformed up-down methods in psychoacoustics", J. Acoust. Soc. Am. 49 (1971).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from hf_warmup.critical_lr import CriticalLR, find_critical_lr
+
+LossAt = Callable[[float], float]
+
+# Chosen on the development settings of recipes/studies/guided.md.
+_START = 1e-3  # of η_c: where the ramp starts
+_STAIR = 1.5  # factor of a stair
+_MEAN = 4  # estimates in the mean that may lower the peak
+_SETTLED = 100  # step after which trials become rarer, in proportion to t
+
+
+class _Controller:
+    """What both have in common: state as plain numbers, and a first search whose ends are all named."""
+
+    _saved: tuple[str, ...]
+
+    def __init__(self, target_lr: float) -> None:
+        if not 0 < target_lr < math.inf:
+            raise ValueError(f"target_lr must be positive and finite, got {target_lr}")
+        self.target_lr = target_lr
+        self.num_steps = 0
+        self.num_trials = 0
+        self.reached = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, in numbers and lists of numbers: fit for JSON and for `torch.load(weights_only=True)`."""
+        return {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in self._saved}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken.
+
+        Args:
+            state: Made by a controller of the same class.
+
+        Raises:
+            ValueError: If it was made by another.
+        """
+        if state.keys() != set(self._saved):
+            raise ValueError(
+                f"the state must be of a {type(self).__name__}, with {', '.join(self._saved)}, got {', '.join(state)}"
+            )
+        for name, value in state.items():
+            setattr(self, name, list(value) if isinstance(value, list) else value)
+
+    def _search(self, loss_at: LossAt, **options: Any) -> CriticalLR:
+        found = find_critical_lr(loss_at, start=loss_at(0.0), **options)
+        self.num_trials += found.num_evals
+        if found.status == "nonfinite":
+            raise RuntimeError(
+                f"the training loss of step {self.num_steps + 1} is {found.evals[0][1]} before any update: check the "
+                "data and the model, no learning rate can help"
+            )
+        return found
+
+
+class GuidedWarmup(_Controller):
+    """The learning rate of every step, from trials of the loss. See the module for the rule.
+
+    Args:
+        target_lr: η_trgt; the learning rate is never above it.
+        init_lr: e_0; c_0 / 1000 if None.
+        rate: ρ, the part of the way to η_c, in ln η, that a step goes.
+        kappa: κ, what part of the smallest η_c met the peak may be.
+        every: Steps between trials, at first.
+        until: `"target"`: no more trials once the ramp has met the target or its peak, and the decay goes on from
+            there. `"end"`: the peak may still be lowered, to the end of the run.
+
+    Attributes:
+        target_lr: η_trgt.
+        critical_lr: c, the present estimate of η_c; NaN before the first step.
+        peak: p, in terms of η / f; infinite before the first four trials.
+        level: e.
+        num_steps: Steps decided so far.
+        num_trials: Forward passes spent so far.
+        reached: Whether the ramp has met the target or its peak.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    _saved = ("num_steps", "num_trials", "reached", "critical_lr", "peak", "level", "next_trial", "estimates")
+
+    def __init__(
+        self,
+        target_lr: float,
+        *,
+        init_lr: float | None = None,
+        rate: float = 0.01,
+        kappa: float = 1.0,
+        every: int = 5,
+        until: str = "target",
+    ) -> None:
+        super().__init__(target_lr)
+        for name, value, most in (("rate", rate, 1.0), ("kappa", kappa, math.inf), ("init_lr", init_lr, math.inf)):
+            if value is not None and not (0 < value <= most and value < math.inf):
+                raise ValueError(f"{name} must be positive{' and at most 1' * (most == 1)} and finite, got {value}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        if until not in ("target", "end"):
+            raise ValueError(f'until must be "target" or "end", got {until!r}')
+        self.init_lr, self.rate, self.kappa, self.every, self.until = init_lr, rate, kappa, every, until
+        self.critical_lr = math.nan
+        self.peak = math.inf
+        self.level = math.nan
+        self.next_trial = 0
+        self.estimates: list[float] = []
+
+    @property
+    def needs_trial(self) -> bool:
+        """Whether the next `step` will ask for losses."""
+        return self.num_steps >= self.next_trial and not (self.reached and self.until == "target")
+
+    def step(self, loss_at: LossAt, decay: float = 1.0, own_warmup: float = 1.0) -> float:
+        """Decide the learning rate of the step that is about to be made.
+
+        Args:
+            loss_at: The loss of the step's own batch after a step of that learning rate, as for
+                `find_critical_lr`; at 0, the loss before it. Asked only if `needs_trial`.
+            decay: f(t), at least 0 and at most 1.
+            own_warmup: w_t, the factor of the optimizer's own warmup, above 0 and at most 1.
+
+        Returns:
+            η_t.
+
+        Raises:
+            ValueError: If `decay` or `own_warmup` is out of range.
+            RuntimeError: If the loss before the first step is not finite.
+        """
+        _check_factors(decay=decay, own_warmup=own_warmup)
+        if self.num_steps == 0:
+            self._start(loss_at, own_warmup)
+        elif self.needs_trial and decay > 0:
+            self._trial(loss_at, decay, own_warmup)
+        lr = decay * self.level
+        level = self.level * max(1.0, self.critical_lr / lr if lr > 0 else math.inf) ** self.rate
+        most = min(self.target_lr, self.peak)
+        self.reached = self.reached or level >= most
+        self.level = min(level, most)
+        self.num_steps += 1
+        return decay * self.level
+
+    def _start(self, loss_at: LossAt, own_warmup: float) -> None:
+        # To a factor of 2: the staircase knows no better afterwards.
+        found = self._search(loss_at, guess=self.target_lr, rtol=1.0)
+        # A loss that rises however small the step is: the staircase will look further down.
+        critical_lr = found.value if 0 < found.value < math.inf else found.lower or found.evals[-1][0]
+        self.critical_lr = own_warmup * critical_lr
+        start = self.critical_lr * _START if self.init_lr is None else self.init_lr
+        # One step of the rise comes before the first step.
+        self.level = min(start, self.target_lr) / max(1.0, self.critical_lr / start) ** self.rate
+        self.next_trial = self.every
+
+    def _trial(self, loss_at: LossAt, decay: float, own_warmup: float) -> None:
+        self.next_trial = self.num_steps + max(self.every, self.every * self.num_steps // _SETTLED)
+        self.num_trials += 1
+        self.estimates = [*self.estimates, self.critical_lr][-_MEAN:]
+        # Not `loss > start`: a loss that is not finite has risen.
+        rises = not loss_at(self.critical_lr / own_warmup) <= loss_at(0.0)
+        self.critical_lr *= 1 / _STAIR if rises else _STAIR
+        if len(self.estimates) == _MEAN:
+            mean = math.exp(math.fsum(map(math.log, self.estimates)) / _MEAN)
+            self.peak = min(self.peak, self.kappa * mean / decay)
+
+
+class PersistentCatapult(_Controller):
+    """Algorithm 3 of the paper: one catapult after another, until η_trgt.
+
+    At θ* the search of Algorithms 1 and 2 gives η = η_c, the upper end of its bracket; training goes on at η until
+    a step's loss is below that at θ*; there the search is made again, doubling from the present η. A search costs
+    some 8 forward passes, and a noisy loss may ask for one soon. The losses are of the steps' own batches.
+
+    Args:
+        target_lr: η_trgt.
+        init_lr: The first learning rate that is tried.
+        delta: δ of BIN_SEARCH; the paper advises about 0.01 for Adam.
+
+    Attributes:
+        target_lr: η_trgt.
+        lr: η, before the decay.
+        loss: L(θ*); infinite before the first step.
+        num_steps: Steps decided so far.
+        num_trials: Forward passes spent so far.
+        num_searches: Searches made so far.
+        reached: Whether η_trgt is reached.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    _saved = ("num_steps", "num_trials", "num_searches", "reached", "lr", "loss")
+
+    def __init__(self, target_lr: float, *, init_lr: float = 1e-4, delta: float = 0.1) -> None:
+        super().__init__(target_lr)
+        for name, value in (("init_lr", init_lr), ("delta", delta)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        self.delta = delta
+        self.lr = min(init_lr, target_lr)
+        self.loss = math.inf
+        self.num_searches = 0
+
+    @property
+    def needs_trial(self) -> bool:
+        """Whether the next `step` will ask for losses: until η_trgt is reached, at least for the one at 0."""
+        return not self.reached
+
+    def step(self, loss_at: LossAt, decay: float = 1.0) -> float:
+        """Decide the learning rate of the step that is about to be made.
+
+        Args:
+            loss_at: As for `GuidedWarmup.step`.
+            decay: f(t), at least 0 and at most 1.
+
+        Returns:
+            η_t = f(t) η.
+
+        Raises:
+            ValueError: If `decay` is out of range.
+            RuntimeError: If the loss at θ* is not finite.
+        """
+        _check_factors(decay=decay)
+        if not self.reached and (self.num_steps == 0 or loss_at(0.0) < self.loss):
+            self.loss = loss_at(0.0)
+            found = self._search(loss_at, guess=self.lr, target=self.target_lr, method="paper", delta=self.delta)
+            self.num_searches += 1
+            if found.value > 0:  # else the loss rises however small η is: as it was
+                self.lr = found.value
+            self.reached = self.lr >= self.target_lr
+        self.num_steps += 1
+        return decay * self.lr
+
+
+def _check_factors(decay: float, own_warmup: float = 1.0) -> None:
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay must be at least 0 and at most 1, got {decay}")
+    if not 0 < own_warmup <= 1:
+        raise ValueError(f"own_warmup must be above 0 and at most 1, got {own_warmup}")

@@ -1,0 +1,280 @@
+"""Small settings in which warmup matters, and one loop to train them with any rule for the learning rate."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hf_warmup import GIAdamW, loss_after_step
+
+from search_cases import TEXT
+
+MASK, EVAL_BATCHES = 0, 8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, on what, with which optimizer options."""
+
+    name: str
+    family: str = "gpt"  # gpt, bert, llama or cnn
+    tokens: str = "bytes"  # or "bpe": 512 pieces
+    text: str = "shakespeare"  # or "code": Python's own standard library
+    width: int = 64
+    depth: int = 4
+    context: int = 64
+    batch: int = 16
+    steps: int = 300
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    dropout: float = 0.0
+    init_scale: float = 1.0
+
+    @property
+    def vocab(self) -> int:
+        return 512 if self.tokens == "bpe" else 128
+
+
+A = Setting("A")
+B = Setting("B", tokens="bpe", width=96, depth=3, context=128, beta2=0.95, weight_decay=0.1, clip=1.0)
+BERT = Setting(
+    "BERT",
+    "bert",
+    text="code",
+    context=32,
+    batch=32,
+    depth=2,
+    beta2=0.98,
+    weight_decay=0.01,
+    clip=1.0,
+    dropout=0.1,
+    steps=600,
+)
+CNN = Setting("CNN", family="cnn", batch=64)
+DEVELOPMENT = {s.name: s for s in (A, B, BERT, CNN)}
+
+
+@functools.cache
+def stream(setting: Setting) -> tuple[Tensor, Tensor]:
+    """The token stream: what is trained on, and the held-out last tenth."""
+    if setting.text == "shakespeare":
+        raw = TEXT.read_bytes()
+    else:  # every file of the standard library's top level, in the order of its name
+        files = sorted(Path(functools.__file__).parent.glob("*.py"))
+        raw = b"".join(file.read_bytes() for file in files)
+        raw = bytes(b for b in raw if b < 128)[:2_000_000]
+    if setting.tokens == "bytes":
+        ids = torch.frombuffer(bytearray(raw), dtype=torch.uint8).long()
+    else:
+        ids = torch.tensor(_bpe(raw.decode("ascii")))
+    cut = int(0.9 * len(ids))
+    return ids[:cut], ids[cut:]
+
+
+def _bpe(text: str) -> list[int]:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=512, initial_alphabet=alphabet, show_progress=False)
+    lines = text.splitlines(keepends=True)
+    tokenizer.train_from_iterator(lines, trainer)
+    return [i for encoding in tokenizer.encode_batch(lines) for i in encoding.ids]
+
+
+def windows(setting: Setting, held_out: bool, generator: torch.Generator) -> Iterator[Tensor]:
+    """Batches of random windows."""
+    ids = stream(replace(setting, name=""))[held_out]
+    while True:
+        starts = torch.randint(len(ids) - setting.context, (setting.batch,), generator=generator)
+        yield torch.stack([ids[s : s + setting.context] for s in starts])
+
+
+def gratings(setting: Setting, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Noisy gratings of 16 × 16 pixels in ten orientations and random phases."""
+    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    while True:
+        labels = torch.randint(10, (setting.batch,), generator=generator)
+        angles, phases = labels * torch.pi / 10, 2 * torch.pi * torch.rand(setting.batch, generator=generator)
+        waves = torch.sin(angles.cos()[:, None, None] * x + angles.sin()[:, None, None] * y + phases[:, None, None])
+        yield (waves + torch.randn(setting.batch, 16, 16, generator=generator))[:, None], labels
+
+
+def make_model(setting: Setting) -> nn.Module:
+    """The model at initialization, of torch's present random numbers."""
+    s = setting
+    heads = max(1, s.width // 16)
+    if s.family == "gpt":
+        config = GPT2Config(
+            vocab_size=s.vocab,
+            n_positions=s.context,
+            n_embd=s.width,
+            n_layer=s.depth,
+            n_head=heads,
+            bos_token_id=0,
+            eos_token_id=0,
+            attn_pdrop=s.dropout,
+            embd_pdrop=s.dropout,
+            resid_pdrop=s.dropout,
+        )
+        model: Any = GPT2LMHeadModel(config)
+        model.loss_type = "ForCausalLM"
+    elif s.family == "llama":
+        config = LlamaConfig(
+            vocab_size=s.vocab,
+            hidden_size=s.width,
+            intermediate_size=3 * s.width,
+            num_hidden_layers=s.depth,
+            num_attention_heads=heads,
+            max_position_embeddings=s.context,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+        model = LlamaForCausalLM(config)
+    elif s.family == "bert":
+        config = BertConfig(
+            vocab_size=s.vocab,
+            max_position_embeddings=s.context,
+            hidden_size=s.width,
+            num_hidden_layers=s.depth,
+            num_attention_heads=heads,
+            intermediate_size=4 * s.width,
+            hidden_dropout_prob=s.dropout,
+            attention_probs_dropout_prob=s.dropout,
+        )
+        model = BertForMaskedLM(config)
+    else:
+        layers: list[nn.Module] = []
+        channels = 1
+        for i in range(s.depth):
+            layers += [nn.Conv2d(channels, s.width // 2, 3, padding=1), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if i < 2 else []
+            channels = s.width // 2
+        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 10))
+    if s.init_scale != 1:
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.dim() > 1:
+                    p.mul_(s.init_scale)
+    return model
+
+
+def losses(setting: Setting, model: nn.Module, held_out: bool, seed: int) -> Iterator[Callable[[], Tensor]]:
+    """A loss function per batch."""
+    generator = torch.Generator().manual_seed(seed)
+    if setting.family == "cnn":
+        for x, y in gratings(setting, generator):
+            yield lambda x=x, y=y: nn.functional.cross_entropy(model(x), y)
+    for ids in windows(setting, held_out, generator):
+        if setting.family == "bert":
+            masked = torch.rand(ids.shape, generator=generator) < 0.15
+            inputs, labels = ids.masked_fill(masked, MASK), ids.masked_fill(~masked, -100)
+        else:
+            inputs, labels = ids, ids
+        yield lambda inputs=inputs, labels=labels: model(input_ids=inputs, labels=labels).loss
+
+
+@functools.cache
+def unigram_entropy(setting: Setting) -> float:
+    """What a model without context reaches, in nats a token; for images, a guess among the ten."""
+    if setting.family == "cnn":
+        return math.log(10)
+    frequencies = torch.bincount(stream(replace(setting, name=""))[1], minlength=setting.vocab).double()
+    frequencies = frequencies[frequencies > 0] / frequencies.sum()
+    return float(-(frequencies * frequencies.log()).sum())
+
+
+LossAt = Callable[..., float]  # of η: the batch's loss after the step; of 0: before it
+
+
+class Rule(Protocol):
+    """Says what learning rate a step is made with."""
+
+    def __call__(self, step: int, loss_at: LossAt) -> float:
+        """η of `step` (0, 1, ...)."""
+
+
+def make_optimizer(name: str, setting: Setting, model: nn.Module) -> torch.optim.Optimizer:
+    """By name, with the setting's options; decay on matrices only, as the Trainer has it."""
+    if name == "SGD":
+        return torch.optim.SGD(model.parameters(), 1.0)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": setting.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    betas = (0.9, setting.beta2)
+    if name == "RAdam":
+        return torch.optim.RAdam(groups, 1.0, betas, decoupled_weight_decay=True)
+    return {"AdamW": torch.optim.AdamW, "GIAdamW": GIAdamW}[name](groups, 1.0, betas)
+
+
+def train(setting: Setting, optimizer_name: str, rule: Rule, seed: int) -> dict[str, Any]:
+    """One run: its losses, its largest learning rate, and what it cost."""
+    torch.manual_seed(seed)
+    model = make_model(setting)
+    model.train()
+    optimizer = make_optimizer(optimizer_name, setting, model)
+    batches = losses(setting, model, False, seed)
+    probes, failed, first, peak = 0, False, math.nan, 0.0
+    for step, loss_fn in zip(range(setting.steps), batches, strict=False):
+        state = torch.get_rng_state()
+        loss = loss_fn()
+        after = torch.get_rng_state()
+        optimizer.zero_grad()
+        loss.backward()
+        if setting.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), setting.clip)
+        value = loss.item()
+        first = value if step == 0 else first
+
+        def loss_at(
+            lr: float,
+            fresh: bool = False,
+            loss_fn: Callable = loss_fn,
+            state: Tensor = state,
+            value: float = value,
+        ) -> float:
+            """`fresh`: along the momentum alone, a step in which this batch had no part."""
+            nonlocal probes
+            if lr == 0:
+                return value
+            probes += 1
+            torch.set_rng_state(state)  # the same dropout as the step's own forward pass
+            if not fresh:
+                return loss_after_step(optimizer, loss_fn, lr)
+            grads = [p.grad for p in model.parameters()]
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            moved = loss_after_step(optimizer, loss_fn, lr)
+            for p, grad in zip(model.parameters(), grads, strict=True):
+                p.grad = grad
+            return moved
+
+        lr = rule(step, loss_at)
+        torch.set_rng_state(after)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        peak = max(peak, lr)
+        if not math.isfinite(value):
+            failed = True
+            break
+    final = math.inf if failed else evaluate(setting, model)
+    return {"loss": final, "first": first, "peak": peak, "probes": probes}
+
+
+@torch.no_grad()
+def evaluate(setting: Setting, model: nn.Module) -> float:
+    """The mean loss of the same held-out batches for every run."""
+    model.eval()
+    fns = losses(setting, model, True, 12345)
+    return sum(next(fns)().item() for _ in range(EVAL_BATCHES)) / EVAL_BATCHES

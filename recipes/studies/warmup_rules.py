@@ -1,0 +1,72 @@
+"""Every rule for the learning rate that the warmup study compares, for `warmup_cases.train`.
+
+All decay by a cosine to a tenth. It runs from step 0, but for linear warmup, where it starts after warmup as the
+Trainer's does.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from hf_warmup.guided import GuidedWarmup, PersistentCatapult
+
+from warmup_cases import LossAt, Rule, Setting
+
+
+def cosine(step: float, steps: float) -> float:
+    """From 1 to a tenth."""
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+def linear(setting: Setting, optimizer: str, target: float, fraction: float = 0.0) -> Rule:
+    """Linear warmup over a fraction of the steps; 0 is none. (Its first step is not wasted at 0.)"""
+    warmup = round(fraction * setting.steps)
+
+    def rule(step: int, loss_at: LossAt) -> float:
+        return target * ((step + 1) / warmup if step < warmup else cosine(step - warmup, setting.steps - warmup))
+
+    return rule
+
+
+def ramp(setting: Setting, optimizer: str, target: float, growth: float = 1.05, init: float = 1e-4) -> Rule:
+    """The exponential ramp alone."""
+    return lambda step, loss_at: min(
+        target * cosine(step, setting.steps), init * math.exp(min(99.0, step * math.log(growth)))
+    )
+
+
+def factor(f: Callable[[float, int], float]) -> Callable[..., Rule]:
+    """A warmup that only β2 and the step decide."""
+
+    def make(setting: Setting, optimizer: str, target: float) -> Rule:
+        return lambda step, loss_at: target * cosine(step, setting.steps) * f(setting.beta2, step + 1)
+
+    return make
+
+
+def guided(setting: Setting, optimizer: str, target: float, **options: Any) -> Rule:
+    """Ours."""
+    guide = GuidedWarmup(target, **options)
+
+    def rule(step: int, loss_at: LossAt) -> float:
+        own = math.sqrt(1 - setting.beta2 ** (step + 1)) if optimizer == "GIAdamW" else 1.0
+        return guide.step(loss_at, cosine(step, setting.steps), own)
+
+    return rule
+
+
+def persistent(setting: Setting, optimizer: str, target: float, delta: float = 0.01) -> Rule:
+    """Algorithm 3 of the paper."""
+    catapult = PersistentCatapult(target, delta=delta)
+    return lambda step, loss_at: catapult.step(loss_at, cosine(step, setting.steps))
+
+
+RULES: dict[str, Callable[..., Rule]] = {
+    "linear": linear,
+    "ramp": ramp,
+    "guided": guided,
+    "persistent": persistent,
+    "sqrt(1-b2^t)": factor(lambda beta2, t: math.sqrt(1 - beta2**t)),
+    "untuned linear": factor(lambda beta2, t: min(1.0, t * (1 - beta2) / 2)),
+    "untuned exponential": factor(lambda beta2, t: 1 - math.exp(-(1 - beta2) * t)),
+}
