@@ -121,6 +121,21 @@ class GIAdamW(torch.optim.AdamW):
             if self.state.get(p) and self.state[p]["step"] == 0 and not self.state[p]["exp_avg_sq"].any()
         }
 
+    @property
+    def own_warmup(self) -> float:
+        """Factor √(1-β2^t) by which the step to come, number t, is shorter than AdamW's on a constant gradient.
+
+        Of the parameter that has made the most steps, and its group's β2.
+        """
+        counts = [
+            (float(self.state[p]["step"]), float(group["betas"][1]))
+            for group in self.param_groups
+            for p in group["params"][:1]
+            if p in self.state
+        ]
+        steps, beta2 = max(counts, default=(0.0, float(self.defaults["betas"][1])))
+        return math.sqrt(1 - beta2 ** (steps + 1))
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step: AdamW's, after v_0 has been set for parameters that are new.
 

@@ -169,13 +169,13 @@ class GuidedWarmup(_Controller):
         _check_factors(decay=decay, own_warmup=own_warmup)
         if self.num_steps == 0:
             self._start(loss_at, own_warmup)
-        elif self.needs_trial and decay > 0:
-            self._trial(loss_at, decay, own_warmup)
-        lr = decay * self.level
-        level = self.level * max(1.0, self.critical_lr / lr if lr > 0 else math.inf) ** self.rate
+        elif decay > 0:  # at 0 the run is over
+            if self.needs_trial:
+                self._trial(loss_at, decay, own_warmup)
+            self.level *= max(1.0, self.critical_lr / (decay * self.level)) ** self.rate
         most = min(self.target_lr, self.peak)
-        self.reached = self.reached or level >= most
-        self.level = min(level, most)
+        self.reached = self.reached or self.level >= most
+        self.level = min(self.level, most)
         self.num_steps += 1
         return decay * self.level
 
@@ -186,8 +186,7 @@ class GuidedWarmup(_Controller):
         critical_lr = found.value if 0 < found.value < math.inf else found.lower or found.evals[-1][0]
         self.critical_lr = own_warmup * critical_lr
         start = self.critical_lr * _START if self.init_lr is None else self.init_lr
-        # One step of the rise comes before the first step.
-        self.level = min(start, self.target_lr) / max(1.0, self.critical_lr / start) ** self.rate
+        self.level = min(start, self.target_lr)
         self.next_trial = self.every
 
     def _trial(self, loss_at: LossAt, decay: float, own_warmup: float) -> None:
@@ -216,7 +215,8 @@ class PersistentCatapult(_Controller):
 
     Attributes:
         target_lr: η_trgt.
-        lr: η, before the decay.
+        critical_lr: What the last search gave; NaN before the first.
+        level: η, before the decay.
         loss: L(θ*); infinite before the first step.
         num_steps: Steps decided so far.
         num_trials: Forward passes spent so far.
@@ -227,7 +227,7 @@ class PersistentCatapult(_Controller):
         ValueError: If an argument is out of range.
     """
 
-    _saved = ("num_steps", "num_trials", "num_searches", "reached", "lr", "loss")
+    _saved = ("num_steps", "num_trials", "num_searches", "reached", "critical_lr", "level", "loss")
 
     def __init__(self, target_lr: float, *, init_lr: float = 1e-4, delta: float = 0.1) -> None:
         super().__init__(target_lr)
@@ -235,7 +235,8 @@ class PersistentCatapult(_Controller):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         self.delta = delta
-        self.lr = min(init_lr, target_lr)
+        self.critical_lr = math.nan
+        self.level = min(init_lr, target_lr)
         self.loss = math.inf
         self.num_searches = 0
 
@@ -261,13 +262,14 @@ class PersistentCatapult(_Controller):
         _check_factors(decay=decay)
         if not self.reached and (self.num_steps == 0 or loss_at(0.0) < self.loss):
             self.loss = loss_at(0.0)
-            found = self._search(loss_at, guess=self.lr, target=self.target_lr, method="paper", delta=self.delta)
+            found = self._search(loss_at, guess=self.level, target=self.target_lr, method="paper", delta=self.delta)
             self.num_searches += 1
+            self.critical_lr = found.value
             if found.value > 0:  # else the loss rises however small η is: as it was
-                self.lr = found.value
-            self.reached = self.lr >= self.target_lr
+                self.level = found.value
+            self.reached = self.level >= self.target_lr
         self.num_steps += 1
-        return decay * self.lr
+        return decay * self.level
 
 
 def _check_factors(decay: float, own_warmup: float = 1.0) -> None:

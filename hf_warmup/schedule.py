@@ -78,6 +78,11 @@ class _Changed:
     def _check(self, factors: list[Callable[[Any], float]]) -> None:
         """Refuse factors that cannot be changed."""
 
+    @property
+    def started(self) -> bool:
+        """Whether warmup has started, in this run or in the one that it resumes."""
+        return self._factors[0].started
+
     def _apply(self) -> None:
         """Give the step that comes next the learning rate that the factors have now."""
         now = self.scheduler.last_epoch
@@ -105,6 +110,10 @@ class _Factor:
     def __call__(self, step: int) -> float:
         return self.inner(step)
 
+    @property
+    def started(self) -> bool:
+        return False
+
 
 class _Linear(_Factor):
     __slots__ = ("num_training_steps", "warmup_steps")
@@ -115,6 +124,10 @@ class _Linear(_Factor):
         self.num_training_steps = num_training_steps
         self.init_fraction: float | None = None
         self.first_step = 0
+
+    @property
+    def started(self) -> bool:
+        return self.init_fraction is not None
 
     def __call__(self, step: int) -> float:
         if self.init_fraction is None:
@@ -194,6 +207,10 @@ class _Exponential(_Factor):
         self.growth = 1.0
         self.first_step = 0
 
+    @property
+    def started(self) -> bool:
+        return self.init_fraction is not None
+
     def __call__(self, step: int) -> float:
         if self.init_fraction is None:
             return self.inner(step)
@@ -243,6 +260,10 @@ class ExponentialSchedule(_Changed):
 
 
 class _Steered(_Factor):
+    @property
+    def started(self) -> bool:
+        return self.fraction is not None
+
     def __init__(self, inner: Callable[[Any], float]) -> None:
         super().__init__(inner)
         self.fraction: float | None = None
@@ -280,6 +301,11 @@ class SteeredSchedule(_Changed):
     def controller(self) -> dict[str, Any]:
         """The state of the controller that was last given; empty at the start of a run."""
         return self._factors[0].controller
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether the schedule has taken over."""
+        return self._factors[0].times_decay
 
     def steer(self, fraction: float, controller: dict[str, Any], *, times_decay: bool = False) -> None:
         """Give the step that comes next `fraction` η_trgt, and those after it, until steered again.

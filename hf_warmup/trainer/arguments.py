@@ -1,6 +1,6 @@
 """Flags: how to warm up, as a dataclass for `HfArgumentParser` and to mix into any TrainingArguments.
 
-The target η_trgt is `learning_rate` and the warmup duration T_wrm is `warmup_steps`, as in any Trainer.
+The target η_trgt is `learning_rate` and the duration T_wrm of linear warmup is `warmup_steps`, as in any Trainer.
 """
 
 import math
@@ -22,12 +22,51 @@ class WarmupArguments:
         default=True,
         metadata={"help": "Start Adam's second moment at the first squared gradient (GI-Adam); takes AdamW's place."},
     )
+    warmup: str = field(
+        default="linear",
+        metadata={
+            "help": "How the learning rate rises: `linear` over warmup_steps; or, with warmup_steps=0, `exponential` "
+            "(by warmup_growth per step), `guided` (as the critical learning rate, measured along the run, allows; "
+            "no higher than it even if learning_rate is) or `persistent` (the paper's persistent catapult: one search "
+            "after another)."
+        },
+    )
     init_lr: str = field(
         default="catapult",
         metadata={
             "help": "Where warmup starts: `catapult` (at the critical learning rate, searched for on the first step's "
-            "batch), `zero` (the Trainer's own schedule, whose first step trains at 0), or a learning rate."
+            "batch; `guided` starts at a thousandth of it), `zero` (the Trainer's own schedule, whose first step "
+            "trains at 0), or a learning rate."
         },
+    )
+    warmup_growth: float = field(
+        default=1.05, metadata={"help": "Growth of the learning rate per step with warmup=exponential."}
+    )
+    guide_until: str = field(
+        default="target",
+        metadata={
+            "help": "`target`: warmup=guided ends when the learning rate has reached learning_rate or the peak that "
+            "the critical learning rate allows, and the decay goes on from there; `end`: that peak may still be "
+            "lowered, to the end of the run."
+        },
+    )
+    guide_every: int = field(
+        default=5,
+        metadata={
+            "help": "Steps between the trials (one forward pass each) of warmup=guided up to step 100; after it they "
+            "become rarer, in proportion to the step."
+        },
+    )
+    guide_rate: float = field(
+        default=0.01,
+        metadata={
+            "help": "What part of the way to the critical learning rate, in its logarithm, warmup=guided goes in a "
+            "step: a ramp takes about two times its inverse."
+        },
+    )
+    guide_kappa: float = field(
+        default=1.0,
+        metadata={"help": "Highest learning rate of warmup=guided, in terms of the smallest critical one it met."},
     )
     max_init_fraction: float = field(
         default=0.1,
@@ -84,14 +123,30 @@ class WarmupArguments:
         Raises:
             ValueError: If a value is out of range.
         """
-        _ = self.fixed_init_lr  # raises what is neither a word nor a number
+        fixed = self.fixed_init_lr  # raises what is neither a word nor a number
+        for name, words in (
+            ("warmup", ("linear", "exponential", "persistent", "guided")),
+            ("guide_until", ("target", "end")),
+        ):
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, got {getattr(self, name)!r}")
+        if self.warmup != "linear" and fixed is None and self.init_lr != "catapult":
+            raise ValueError(f"init_lr must be catapult or a number with warmup={self.warmup}, got {self.init_lr!r}")
+        if self.warmup in ("persistent", "guided") and self.search_batches != 1:
+            raise ValueError(f"search_batches must be 1 with warmup={self.warmup}, got {self.search_batches}")
+        if not 1 < self.warmup_growth < math.inf:
+            raise ValueError(f"warmup_growth must be above 1 and finite, got {self.warmup_growth}")
+        if self.guide_every < 1:
+            raise ValueError(f"guide_every must be at least 1, got {self.guide_every}")
+        if not 0 < self.guide_rate <= 1:
+            raise ValueError(f"guide_rate must be above 0 and at most 1, got {self.guide_rate}")
         if self.critical_lr_method not in ("secant", "paper"):
             raise ValueError(f"critical_lr_method must be secant or paper, got {self.critical_lr_method!r}")
         if self.search_batches < 1:
             raise ValueError(f"search_batches must be at least 1, got {self.search_batches}")
         if not 0 < self.max_init_fraction <= 1:
             raise ValueError(f"max_init_fraction must be above 0 and at most 1, got {self.max_init_fraction}")
-        for name in ("catapult_delta", "critical_lr_rtol"):
+        for name in ("catapult_delta", "critical_lr_rtol", "guide_kappa"):
             if not 0 < (value := cast(float, getattr(self, name))) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
 

@@ -1,29 +1,34 @@
-"""Warmup on a Trainer that exists: the optimizer, the search for η_init and the schedule, in one call.
+"""Warmup on a Trainer that exists: the optimizer, the search for η_c and the schedule, in one call.
 
     trainer = Trainer(model, args, train_dataset=ds)
     WarmupCallback.attach(trainer)
     trainer.train()
 
-The search runs once, in the first step whose gradients are finite and not zero: after they are accumulated,
-reduced, unscaled and clipped, before the optimizer uses them, on that step's own batches and its exact
-training loss. Training that searches and ignores the answer ends with the same weights, bit for bit.
+The search for η_init runs once, in the first step whose gradients are finite and not zero: after they are
+accumulated, reduced, unscaled and clipped, before the optimizer uses them, on that step's own batches and its
+exact training loss. Training that searches and ignores the answer ends with the same weights, bit for bit.
+Guided and persistent warmup try learning rates in the same way in later steps, and say what each step is made
+with.
 """
 
 import functools
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.gi_adam import GIAdamW
+from hf_warmup.guided import GuidedWarmup, PersistentCatapult
 from hf_warmup.probe import innermost, loss_after_step
-from hf_warmup.schedule import WarmupSchedule, steps_saved
+from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, steps_saved
 from hf_warmup.trainer.arguments import WarmupArguments
 from hf_warmup.trainer.model_card import write_card
 from hf_warmup.trainer.optimizer import GIAdamWFactory, gi_adam_cls_and_kwargs
@@ -33,18 +38,19 @@ logger = logging.getLogger(__name__)
 
 
 class WarmupCallback(TrainerCallback):
-    """Starts warmup at η_init. Made by `attach`."""
+    """Warms the learning rate up. Made by `attach`."""
 
     def __init__(self, trainer: Trainer, arguments: WarmupArguments) -> None:
         self.trainer = trainer
         self.arguments = arguments
-        self._schedule: WarmupSchedule | None = None
+        self._schedule: WarmupSchedule | ExponentialSchedule | SteeredSchedule | None = None
+        self._guide: GuidedWarmup | PersistentCatapult | None = None
         self._replay: StepReplay | None = None
         self._num_batches = 1
 
     @classmethod
     def attach(cls, trainer: Trainer, arguments: WarmupArguments | None = None) -> "WarmupCallback":
-        """Give `trainer` GIAdamW and a warmup from η_init.
+        """Give `trainer` GIAdamW and its warmup.
 
         Call it once, between making the trainer and `train()`. The trainer may be of any subclass; what it
         overrides stays in force.
@@ -79,16 +85,7 @@ class WarmupCallback(TrainerCallback):
         @functools.wraps(create_scheduler)
         def scheduled(num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
             scheduler = create_scheduler(num_training_steps, *args, **kwargs)
-            self._schedule = None
-            if self.arguments.init_lr != "zero":
-                warmup_steps = trainer.args.get_warmup_steps(num_training_steps)
-                if warmup_steps > 0:
-                    self._schedule = WarmupSchedule(scheduler, warmup_steps, num_training_steps)
-                else:
-                    logger.warning(
-                        "warmup_steps is 0: training starts at learning_rate and there is no warmup for "
-                        f"init_lr={self.arguments.init_lr} to start; set warmup_steps"
-                    )
+            self._schedule = self._change(scheduler, num_training_steps)
             return scheduler
 
         @functools.wraps(create_model_card)
@@ -99,10 +96,29 @@ class WarmupCallback(TrainerCallback):
         trainer.create_scheduler = scheduled  # type: ignore[method-assign]
         trainer.create_model_card = carded  # type: ignore[method-assign]
 
+    def _change(
+        self, scheduler: LRScheduler, num_training_steps: int
+    ) -> WarmupSchedule | ExponentialSchedule | SteeredSchedule | None:
+        arguments = self.arguments
+        if arguments.warmup == "exponential":
+            return ExponentialSchedule(scheduler)
+        if arguments.warmup != "linear":
+            return SteeredSchedule(scheduler)
+        if arguments.init_lr == "zero":
+            return None
+        warmup_steps = self.trainer.args.get_warmup_steps(num_training_steps)
+        if warmup_steps > 0:
+            return WarmupSchedule(scheduler, warmup_steps, num_training_steps)
+        logger.warning(
+            "warmup_steps is 0: training starts at learning_rate and there is no warmup for "
+            f"init_lr={arguments.init_lr} to start; set warmup_steps, or warmup=guided, which needs none"
+        )
+        return None
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start from a fixed η_init at once; get ready to search for one otherwise.
+        """Start from a fixed η_init at once; get ready to search for one, or to be guided, otherwise.
 
         Raises:
             ValueError: If the trainer made another optimizer than GIAdamW although `gi_adam` is on.
@@ -114,12 +130,13 @@ class WarmupCallback(TrainerCallback):
                 f"gi_adam=True, but {type(self.trainer).__name__} made its own optimizer, {type(made).__name__}: "
                 "have it make a GIAdamW, or pass gi_adam=False to keep that optimizer"
             )
-        if self._schedule is None or self._schedule.init_fraction is not None:
+        self._guide = None
+        if self._schedule is None or self._schedule.started and not isinstance(self._schedule, SteeredSchedule):
             return  # no warmup to start, or a resumed run whose schedule knows its start
-        if self._schedule.scheduler.last_epoch > 0:
-            logger.warning(
-                "the checkpoint was made without an init_lr: its schedule goes on unchanged, without a search"
-            )
+        if not self._schedule.started and self._schedule.scheduler.last_epoch > 0:
+            logger.warning("the checkpoint was made without this warmup: its schedule goes on unchanged")
+        elif isinstance(self._schedule, SteeredSchedule):
+            self._be_guided(self._schedule)
         elif (init_lr := self.arguments.fixed_init_lr) is not None:
             self._start(init_lr, None, capped=False)
         else:
@@ -129,17 +146,20 @@ class WarmupCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note the random numbers of the step that the search may replay."""
-        if self._replay is not None:
+        if self._replay is not None and self._replay.keeps():
             self._replay.step_begins()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Search for η_c and start warmup.
+        """Search for η_c and start warmup; or say what the step is made with.
 
         Raises:
-            RuntimeError: If the training loss is not finite.
+            RuntimeError: If the training loss is not finite before the first update.
         """
+        if self._guide is not None:
+            self._steer(self._guide)
+            return
         if self._replay is None:
             return
         optimizer = innermost(self.trainer.optimizer)
@@ -158,11 +178,11 @@ class WarmupCallback(TrainerCallback):
         if found.value > 0:
             self._start(min(found.value, most), found, capped=found.value > most)
         else:
-            assert self._schedule is not None
-            least = args.learning_rate / self._schedule.warmup_steps
+            steps = self._schedule.warmup_steps if isinstance(self._schedule, WarmupSchedule) else 1000
+            least = args.learning_rate / steps
             logger.warning(
                 f"no learning rate from {found.evals[-1][0]:.3g} on keeps the loss of the first batch from rising "
-                f"({found.status}): warmup starts at learning_rate / warmup_steps = {least:.3g}; to choose another "
+                f"({found.status}): warmup starts at learning_rate / {steps} = {least:.3g}; to choose another "
                 "start, set init_lr to a number"
             )
             self._start(least, found, capped=False)
@@ -175,9 +195,9 @@ class WarmupCallback(TrainerCallback):
         write_card(self.trainer)
 
     def _search(self, optimizer: Optimizer, replay: StepReplay) -> CriticalLR:
-        assert self._schedule is not None
         trainer, arguments, target = self.trainer, self.arguments, self.trainer.args.learning_rate
         paper = arguments.critical_lr_method == "paper"
+        guess = target / self._schedule.warmup_steps if isinstance(self._schedule, WarmupSchedule) else 1e-4
         if arguments.search_batches > 1:
             replay.draw(arguments.search_batches - 1)
         self._num_batches = replay.num_steps
@@ -185,7 +205,7 @@ class WarmupCallback(TrainerCallback):
             lambda lr: loss_after_step(
                 optimizer, replay.losses, lr, module=trainer.model, copy_on_cpu=arguments.search_copy_on_cpu
             ),
-            guess=target / self._schedule.warmup_steps if paper else None,
+            guess=guess if paper else None,
             target=target,
             start=replay.loss_before(),
             method="paper" if paper else "secant",
@@ -194,29 +214,110 @@ class WarmupCallback(TrainerCallback):
         )
 
     def _start(self, init_lr: float, found: CriticalLR | None, *, capped: bool) -> None:
-        """Start warmup, and say so in the logs and in trainer_state.json."""
-        trainer, schedule = self.trainer, self._schedule
-        assert schedule is not None
-        target, passes = trainer.args.learning_rate, found.num_evals * self._num_batches if found else 0
-        schedule.start(init_lr / target)
-        logs: dict[str, Any] = {
-            "warmup/init_lr": init_lr,
-            "warmup/target_lr": target,
-            "warmup/steps_saved": steps_saved(init_lr, target, schedule.warmup_steps, passes),
-            "warmup/forward_passes": passes,
-            "warmup/capped": float(capped),
-        }
+        """Start linear or exponential warmup, and say so."""
+        schedule, arguments, target = self._schedule, self.arguments, self.trainer.args.learning_rate
+        passes = found.num_evals * self._num_batches if found else 0
+        logs: dict[str, Any] = {"warmup/init_lr": init_lr, "warmup/target_lr": target}
+        if isinstance(schedule, WarmupSchedule):
+            schedule.start(init_lr / target)
+            warmup_steps = schedule.warmup_steps
+            logs["warmup/steps_saved"] = steps_saved(init_lr, target, warmup_steps, passes)
+        else:
+            assert isinstance(schedule, ExponentialSchedule)
+            schedule.start(init_lr / target, arguments.warmup_growth)
+            warmup_steps = math.ceil(math.log(target / init_lr) / math.log(arguments.warmup_growth) - 1e-9)
+        logs |= {"warmup/forward_passes": passes, "warmup/capped": float(capped)}
         if found is not None and math.isfinite(found.value):
             logs["warmup/critical_lr"] = found.value
         if found is not None and found.spread is not None:
             logs["warmup/critical_lr_spread"] = found.spread
-        record: dict[str, Any] = {"warmup/warmup_steps": schedule.warmup_steps, "warmup/asked": self.arguments.init_lr}
+        record = {
+            "warmup/mode": arguments.warmup,
+            "warmup/warmup_steps": warmup_steps,
+            "warmup/asked": arguments.init_lr,
+        }
         if found is not None:
             # JSON has no word for a loss that is not finite.
             evals = [[lr, loss if math.isfinite(loss) else None] for lr, loss in found.evals]
             record |= {"warmup/status": found.status, "warmup/evals": evals}
+        self._log(logs, record)
+
+    def _be_guided(self, schedule: SteeredSchedule) -> None:
+        """Make the controller, at its start or where the checkpoint left it."""
+        arguments, target = self.arguments, self.trainer.args.learning_rate
+        init_lr = arguments.fixed_init_lr
+        guide: GuidedWarmup | PersistentCatapult
+        if arguments.warmup == "guided":
+            guide = GuidedWarmup(
+                target,
+                init_lr=init_lr,
+                rate=arguments.guide_rate,
+                kappa=arguments.guide_kappa,
+                every=arguments.guide_every,
+                until=arguments.guide_until,
+            )
+        else:
+            guide = PersistentCatapult(target, init_lr=init_lr or 1e-4, delta=arguments.catapult_delta)
+        if schedule.started:
+            guide.load_state_dict(schedule.controller)
+        if schedule.handed_over:
+            return
+        self._guide = guide
+        self._replay = StepReplay(self.trainer, keeps=lambda: guide.needs_trial)
+
+    def _steer(self, guide: GuidedWarmup | PersistentCatapult) -> None:
+        """Say what the step that is about to be made is made with."""
+        schedule, target = self._schedule, self.trainer.args.learning_rate
+        assert isinstance(schedule, SteeredSchedule)
+        optimizer, tried = innermost(self.trainer.optimizer), guide.needs_trial
+        if tried and not _can_step(optimizer):
+            return  # an overflow that the gradient scaler will skip, or nothing to learn from yet: with the next step
+        options: dict[str, Any] = {}
+        if isinstance(guide, GuidedWarmup) and isinstance(optimizer, GIAdamW):
+            options["own_warmup"] = optimizer.own_warmup
+        ramping, passes = not guide.reached, guide.num_trials
+        lr = guide.step(self._loss_at(optimizer), schedule.decay, **options)
+        handed_over = guide.reached and not (isinstance(guide, GuidedWarmup) and guide.until == "end")
+        if lr > 0:
+            fraction = (guide.level if handed_over else lr) / target
+            schedule.steer(fraction, guide.state_dict(), times_decay=handed_over)
+        logs: dict[str, Any] = {}
+        if guide.num_steps == 1:
+            logs |= {"warmup/init_lr": lr, "warmup/target_lr": target}
+        if guide.num_trials > passes:
+            logs |= {"warmup/critical_lr": guide.critical_lr, "warmup/forward_passes": guide.num_trials}
+        record: dict[str, Any] = {}
+        if ramping and guide.reached:
+            logs["warmup/peak_lr"] = guide.level
+            record["warmup/warmup_steps"] = guide.num_steps
+        if logs:
+            record |= {"warmup/mode": self.arguments.warmup, "warmup/asked": self.arguments.init_lr}
+            self._log(logs, record)
+        if handed_over:
+            self._stop_watching()
+
+    def _loss_at(self, optimizer: Optimizer) -> Callable[[float], float]:
+        """The loss of the present step's batches after a step of some learning rate."""
+        replay, module, on_cpu = self._replay, self.trainer.model, self.arguments.search_copy_on_cpu
+        before: list[float] = []
+
+        def loss_at(lr: float) -> float:
+            assert replay is not None
+            if lr == 0 and before:
+                return before[0]
+            known = replay.loss_before() if lr == 0 else None
+            if known is None:
+                (known,) = loss_after_step(optimizer, replay.losses, lr, module=module, copy_on_cpu=on_cpu)
+            if lr == 0:
+                before.append(known)
+            return known
+
+        return loss_at
+
+    def _log(self, logs: dict[str, Any], record: dict[str, Any]) -> None:
+        """Give `logs` to the reporters, and with `record` to trainer_state.json."""
         # Not `trainer.log`: a subclass's may flush the metrics that it gathers for its own next line.
-        state = trainer.state
+        trainer, state = self.trainer, self.trainer.state
         epoch = {} if state.epoch is None else {"epoch": state.epoch}
         state.log_history.append({**logs, **record, **epoch, "step": state.global_step})
         trainer.control = trainer.callback_handler.on_log(trainer.args, state, trainer.control, {**logs, **epoch})
@@ -225,6 +326,7 @@ class WarmupCallback(TrainerCallback):
         if self._replay is not None:
             self._replay.stop()
             self._replay = None
+        self._guide = None
 
 
 def _can_step(optimizer: Optimizer) -> bool:
@@ -249,6 +351,11 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
         raise ValueError("WarmupCallback is attached to this trainer already")
     if args.max_steps > 0 and (warmup_steps := args.get_warmup_steps(args.max_steps)) > args.max_steps:
         raise ValueError(f"warmup_steps must be at most max_steps={args.max_steps}, got {warmup_steps}")
+    if arguments.warmup != "linear" and args.warmup_steps > 0:
+        raise ValueError(
+            f"warmup_steps must be 0 with warmup={arguments.warmup}, got {args.warmup_steps}: how long it takes is "
+            "not set but found"
+        )
     if arguments.init_lr == "zero":
         return
     if not args.learning_rate > 0:
@@ -265,7 +372,10 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
             f"{SchedulerType(args.lr_scheduler_type).value}: it follows the loss and has no warmup to start; pass "
             "init_lr=zero to use GI-Adam alone"
         )
-    if fixed is None:
+    tries = arguments.warmup in ("guided", "persistent")
+    if tries or fixed is None:
+        asked = f"warmup={arguments.warmup}" if tries else "init_lr=catapult"
+        instead = "set warmup to linear or exponential, and init_lr" if tries else "set init_lr"
         if arguments.search_batches > 1 and isinstance(trainer.train_dataset, IterableDataset):
             raise ValueError(
                 f"search_batches must be 1 for a stream, got {arguments.search_batches}: drawing batches ahead would "
@@ -274,16 +384,16 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
         for name, enabled in [("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)]:
             if enabled:
                 raise ValueError(
-                    f"init_lr=catapult does not run under {name} yet: there the parameters that a search must move "
-                    "are sharded; set init_lr to a number or to zero"
+                    f"{asked} does not run under {name} yet: there the parameters that a search must move "
+                    f"are sharded; {instead} to a number or to zero"
                 )
         # What trl's on-policy trainers (GRPO, RLOO, GKD, online DPO, distillation) have in common; the names of
         # their classes would miss the next one. The model's own `generation_config` is not looked at.
         if vars(trainer).keys() & {"_buffered_inputs", "generation_config", "generation_kwargs"}:
             raise ValueError(
-                f"init_lr=catapult does not run with {type(trainer).__name__}: its training steps generate their own "
+                f"{asked} does not run with {type(trainer).__name__}: its training steps generate their own "
                 "completions and may buffer them for later steps, so a step cannot be replayed on the same batch "
-                "without side effects; set init_lr to a number or to zero"
+                f"without side effects; {instead} to a number or to zero"
             )
 
 

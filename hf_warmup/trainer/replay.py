@@ -11,7 +11,7 @@ first micro-batch, and the trainer has its own back afterwards.
 
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,10 +27,12 @@ class StepReplay:
 
     Args:
         trainer: The trainer; its `get_batch_samples` and `training_step` are watched until `stop`.
+        keeps: Whether the next step is wanted at all. One that is not costs nothing.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, keeps: Callable[[], bool] = lambda: True) -> None:
         self.trainer = trainer
+        self.keeps = keeps
         # Of each step its batches and their number of items: the step itself, then those that `draw` added.
         self._steps: list[tuple[list[Any], Tensor | int | None]] = []
         self._random_numbers: RandomNumbers | None = None
@@ -42,12 +44,15 @@ class StepReplay:
         def watched(*args: Any, **kwargs: Any) -> Any:
             batches, num_items = self._get_batch_samples(*args, **kwargs)
             # Copies: a training step may take things out of its batch, put things in, and write into its tensors.
-            self._steps = [([_copy_of_batch(batch) for batch in batches], num_items)]
-            self._total = None
+            self._steps, self._total = [], None
+            if self.keeps():
+                self._steps.append(([_copy_of_batch(batch) for batch in batches], num_items))
             return batches, num_items
 
         def added_up(*args: Any, **kwargs: Any) -> Tensor:
             loss = self._training_step(*args, **kwargs)
+            if not self._steps:
+                return loss
             self._total = loss.clone() if self._total is None else self._total + loss
             return loss
 
