@@ -26,6 +26,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments, warmup_report
+from hf_warmup.trainer.model_card import peak_words
 
 from arguments import RecipeArguments, parse
 from data import load_text, load_tokenizer, make_collator, mask_once, pack, unigram_entropy
@@ -116,6 +117,21 @@ def make_trainer(args: WarmupTrainingArguments, recipe: RecipeArguments) -> tupl
     return trainer, entropy
 
 
+def warmup_rows(report: dict) -> list[tuple[str, str]]:
+    """What warmup took, asked for in steps or left to find its own end."""
+    if report["warmup"] == "linear":
+        return [
+            ("warmup steps taken / asked for", f"{report['warmup_steps_taken']} / {report['warmup_steps']}"),
+            ("steps saved (net of the search)", f"{report['steps_saved']:.1f}"),
+        ]
+    return [
+        ("warmup", report["warmup"]),
+        ("highest learning rate", peak_words(report)),
+        ("warmup steps taken", str(report["warmup_steps_taken"])),
+        ("forward passes for the search", str(report["forward_passes"])),
+    ]
+
+
 def summary(trainer: Trainer, entropy: float) -> str:
     """One table of what happened."""
     report = warmup_report(trainer)
@@ -128,8 +144,7 @@ def summary(trainer: Trainer, entropy: float) -> str:
         ("critical learning rate η_c", critical),
         ("initial learning rate η_init", f"{report['init_lr']:.3g}" + " (capped)" * report["capped"]),
         ("target learning rate η_trgt", f"{report['target_lr']:.3g}"),
-        ("warmup steps taken / asked for", f"{report['warmup_steps_taken']} / {report['warmup_steps']}"),
-        ("steps saved (net of the search)", f"{report['steps_saved']:.1f}"),
+        *warmup_rows(report),
         ("validation loss before / after", f"{before['eval_loss']:.3f} / {after['eval_loss']:.3f}"),
         ("perplexity before / after", f"{before['eval_perplexity']:.1f} / {after['eval_perplexity']:.1f}"),
         ("token accuracy before / after", f"{before['eval_accuracy']:.3f} / {after['eval_accuracy']:.3f}"),

@@ -32,11 +32,20 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         What `warmup.json` holds. A number that was not measured, or is not finite, is None.
     """
     history = trainer.state.log_history
-    start: dict[str, Any] = next((e for e in reversed(history) if "warmup/init_lr" in e), {})
+    # Of the last run in the history.
+    begins = max((i for i, e in enumerate(history) if "warmup/init_lr" in e), default=len(history))
+    entries = [e for e in history[begins:] if "warmup/mode" in e]
+    start: dict[str, Any] = entries[0] if entries else {}
+    last = {k: v for entry in entries for k, v in entry.items()}
+    mode = start.get("warmup/mode", "linear")
     target = trainer.args.learning_rate
     init_lr = start.get("warmup/init_lr", 0.0)
-    saved_fraction = min(1.0, init_lr / target) if start else 0.0  # the Trainer's own schedule may have a target of 0
-    warmup_steps = start.get("warmup/warmup_steps", trainer.args.get_warmup_steps(trainer.state.max_steps))
+    if mode == "linear":
+        warmup_steps = start.get("warmup/warmup_steps", trainer.args.get_warmup_steps(trainer.state.max_steps))
+        saved_fraction = min(1.0, init_lr / target) if start else 0.0  # the Trainer's own schedule may have target 0
+        steps_taken = math.ceil(warmup_steps * (1 - saved_fraction) - 1e-9)
+    else:
+        warmup_steps, steps_taken = None, last.get("warmup/warmup_steps")
     evals = [e for e in history if "eval_loss" in e]
     optimizer = innermost(trainer.optimizer)
     report = {
@@ -44,17 +53,22 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         "v0": optimizer.v0 if isinstance(optimizer, GIAdamW) else None,
         "betas": [float(beta) for beta in optimizer.defaults["betas"]] if "betas" in optimizer.defaults else None,
         "gi_adam_ramp_steps": _ramp_steps(optimizer),
+        "warmup": mode,
         "asked_init_lr": start.get("warmup/asked", "zero"),
         "critical_lr": start.get("warmup/critical_lr"),
+        "smallest_critical_lr": min(
+            (e["warmup/critical_lr"] for e in entries if "warmup/critical_lr" in e), default=None
+        ),
         "search_status": start.get("warmup/status"),
         "search_evals": start.get("warmup/evals"),
         "capped": bool(start.get("warmup/capped", False)),
         "init_lr": init_lr,
         "target_lr": target,
+        "peak_lr": last.get("warmup/peak_lr", target if mode in ("linear", "exponential") else None),
         "warmup_steps": warmup_steps,
-        "warmup_steps_taken": math.ceil(warmup_steps * (1 - saved_fraction) - 1e-9),
-        "forward_passes": start.get("warmup/forward_passes", 0),
-        "steps_saved": start.get("warmup/steps_saved", 0.0),
+        "warmup_steps_taken": steps_taken,
+        "forward_passes": last.get("warmup/forward_passes", 0),
+        "steps_saved": start.get("warmup/steps_saved", 0.0) if mode == "linear" else None,
         "train_steps": trainer.state.global_step,
         "initial_eval_loss": evals[0]["eval_loss"] if len(evals) > 1 and evals[0]["step"] == 0 else None,
         "final_eval_loss": evals[-1]["eval_loss"] if evals else None,
@@ -110,16 +124,23 @@ def warmup_section(report: dict[str, Any]) -> str:
     Returns:
         Markdown, with the plot as `warmup.png`.
     """
-    rows = [("Optimizer", _optimizer_words(report))]
-    if report["asked_init_lr"] == "catapult":
+    rows = [("Optimizer", _optimizer_words(report)), ("Warmup", _mode_words(report["warmup"]))]
+    if report["asked_init_lr"] == "catapult" or report["warmup"] in ("guided", "persistent"):
         rows.append(("Critical learning rate η_c", _critical_words(report)))
     rows += [
         ("Initial learning rate η_init", f"{report['init_lr']:.3g} ({_init_words(report)})"),
         ("Target learning rate η_trgt", f"{report['target_lr']:.3g}"),
-        ("Warmup steps asked for (T_wrm)", str(report["warmup_steps"])),
-        ("Warmup steps taken", str(report["warmup_steps_taken"])),
-        ("Steps saved (T_save)", f"{report['steps_saved']:.1f}, after {report['forward_passes']} forward passes"),
     ]
+    taken = ("Warmup steps taken", "not finished" if (steps := report["warmup_steps_taken"]) is None else str(steps))
+    passes = f"{report['forward_passes']} forward passes"
+    if report["warmup"] == "linear":
+        rows += [
+            ("Warmup steps asked for (T_wrm)", str(report["warmup_steps"])),
+            taken,
+            ("Steps saved (T_save)", f"{report['steps_saved']:.1f}, after {passes}"),
+        ]
+    else:
+        rows += [("Highest learning rate, before decay", peak_words(report)), taken, ("Cost of the search", passes)]
     if report["final_eval_loss"] is not None:
         rows.append(("Final validation loss", f"{report['final_eval_loss']:.4f}"))
     table = tabulate(rows, headers=("Warmup", "This run"), tablefmt="github", disable_numparse=True)
@@ -188,7 +209,35 @@ def _optimizer_words(report: dict[str, Any]) -> str:
     )
 
 
+def _mode_words(mode: str) -> str:
+    return {
+        "linear": "linear",
+        "exponential": "exponential: a fixed growth per step",
+        "guided": "guided by the critical learning rate along the run",
+        "persistent": "persistent catapult: one search for the critical learning rate after another",
+    }[mode]
+
+
+def peak_words(report: dict[str, Any]) -> str:
+    """The highest learning rate of a warmup that chose it itself.
+
+    Args:
+        report: From `warmup_report`.
+
+    Returns:
+        The number, and what decided it.
+    """
+    if report["peak_lr"] is None:
+        return "not reached: the run ended before its warmup"
+    limited = report["peak_lr"] < 0.999 * report["target_lr"]
+    return f"{report['peak_lr']:.3g} ({'the smallest η_c met' if limited else 'η_trgt'})"
+
+
 def _critical_words(report: dict[str, Any]) -> str:
+    if report["warmup"] in ("guided", "persistent"):
+        if report["critical_lr"] is None:
+            return "not measured"
+        return f"{report['critical_lr']:.3g} at the first step, {report['smallest_critical_lr']:.3g} at the least"
     return {
         "found": f"{report['critical_lr'] or 0:.3g}",
         "above_target": f"above {report['target_lr']:.3g}: the loss does not rise up to η_trgt",
@@ -204,6 +253,8 @@ def _init_words(report: dict[str, Any]) -> str:
         return "the Trainer's own schedule"
     if report["asked_init_lr"] != "catapult":
         return "chosen by hand"
+    if report["warmup"] == "guided":
+        return "a thousandth of the first η_c"
     if report["capped"]:
         return f"the cap decided: {report['init_lr'] / report['target_lr']:.3g} of η_trgt, η_c being larger"
     if report["search_status"] == "not_descent":

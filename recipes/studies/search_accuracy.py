@@ -47,7 +47,7 @@ def search(case: Case, method: str, guess: float) -> dict[str, Any]:
     slope = update_slope(case.optimizer, guess) if method == "secant" else None
     name = "paper" if method == "paper" else "secant"
     # 0.01 is what the paper advises for Adam.
-    found = find_critical_lr(loss_at, guess=guess, slope=slope, method=name, delta=0.01, max_evals=60)
+    found = find_critical_lr(loss_at, guess=guess, slope=slope, start=case.loss, method=name, delta=0.01, max_evals=60)
     seconds = time.process_time() - begin
     start = loss_at(0.0)
     narrow = found.upper <= found.lower * (1 + 1 / 16) * (1 + 1e-9)
@@ -140,7 +140,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     text = (
         f"{table(made)}\n\nSeeds {', '.join(map(str, args.seeds))}; one thread of a CPU; {versions}; commit {commit}. "
-        "A search counts the forward pass at 0. `python recipes/studies/search_accuracy.py`\n"
+        "The loss before the step is known from the training step and not counted. `python recipes/studies/search_accuracy.py`\n"
     )
     (args.out / "search_accuracy.md").write_text(text)
     print(text)

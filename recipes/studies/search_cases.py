@@ -29,6 +29,7 @@ class Case:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loss_fn: Callable[[], Tensor]
+    loss: float  # that the gradients came from
 
 
 def text_batches(seed: int) -> Iterator[Tensor]:
@@ -114,6 +115,7 @@ def make_case(model_name: str, optimizer_name: str, num_steps: int, seed: int) -
     loss_fn = next(losses)
     # The probe gives every forward the random numbers of this moment; so must the gradient's forward.
     state = torch.get_rng_state()
-    loss_fn().backward()
+    loss = loss_fn()
+    loss.backward()
     torch.set_rng_state(state)
-    return Case(model, optimizer, loss_fn)
+    return Case(model, optimizer, loss_fn, loss.item())

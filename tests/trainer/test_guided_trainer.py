@@ -1,0 +1,264 @@
+"""Exponential, guided and persistent warmup on a real Trainer."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, set_seed
+
+from hf_warmup import GIAdamW, loss_after_step
+from hf_warmup.trainer import WarmupArguments, WarmupCallback, warmup_report
+
+from tiny import start_of
+
+GUIDED = {"warmup": "guided", "warmup_steps": 0, "max_steps": 24, "guide_every": 2, "guide_rate": 0.1}
+
+
+class Rates(TrainerCallback):
+    """The learning rate that each step is really made with."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def train(trainer, **kwargs):
+    WarmupCallback.attach(trainer)
+    rates = Rates()
+    trainer.add_callback(rates)
+    set_seed(1)
+    trainer.train(**kwargs)
+    return rates.seen
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def critical_lrs(trainer):
+    return [(e["step"], e["warmup/critical_lr"]) for e in trainer.state.log_history if "warmup/critical_lr" in e]
+
+
+SCHEDULES = {
+    "linear": {},
+    "cosine": {},
+    "constant": {},
+    "constant_with_warmup": {},
+    "polynomial": {},
+    "inverse_sqrt": {},
+    "cosine_with_restarts": {},
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "warmup_stable_decay": {"num_decay_steps": 8},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_exponential_ramp_meets_every_decay(make_trainer, name):
+    options = {"lr_scheduler_type": name, "lr_scheduler_kwargs": SCHEDULES[name] or None, "warmup_steps": 0}
+    decay = train(make_trainer(init_lr="zero", **options))
+    rates = train(make_trainer(warmup="exponential", init_lr="1e-4", warmup_growth=2.0, **options))
+    ramp = [1e-4 * 2.0**t for t in range(12)]
+    assert rates == pytest.approx([min(a, b) for a, b in zip(ramp, decay, strict=True)])
+
+
+def test_the_exponential_ramp_starts_at_the_critical_lr_or_the_cap(make_trainer):
+    trainer = make_trainer(warmup="exponential", warmup_steps=0, lr_scheduler_type="constant")
+    rates = train(trainer)
+    assert rates == pytest.approx([min(3e-3, 3e-4 * 1.05**t) for t in range(12)])
+    start = start_of(trainer)
+    assert start["warmup/warmup_steps"] == math.ceil(math.log(10) / math.log(1.05))
+    assert start["warmup/forward_passes"] == 1
+    report = warmup_report(trainer)
+    assert (report["warmup"], report["warmup_steps_taken"], report["steps_saved"]) == ("exponential", 48, None)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_guided_warmup_is_the_controllers_rule_in_the_trainer(make_trainer, name):
+    """The rule replayed from what was logged: estimates of η_c, and the decay of the Trainer's own schedule."""
+    options = {"lr_scheduler_type": name, "lr_scheduler_kwargs": SCHEDULES[name] or None}
+    decay = [lr / 3e-3 for lr in train(make_trainer(init_lr="zero", warmup_steps=0, max_steps=24, **options))]
+    trainer = make_trainer(gi_adam=False, **GUIDED, **options)
+    rates = train(trainer)
+    found = dict(critical_lrs(trainer))
+    assert list(found)[:3] == [0, 2, 4]
+    level, critical = found[0] * 1e-3, found[0]
+    assert rates[0] == pytest.approx(level, rel=1e-6)
+    for t in range(1, 24):
+        critical = found.get(t, critical)
+        if level < 3e-3:
+            level = min(3e-3, level * max(1.0, critical / (decay[t] * level)) ** 0.1)
+        assert rates[t] == pytest.approx(level * decay[t], rel=1e-6)
+
+
+def test_a_trial_is_of_the_steps_own_batch_and_exact_loss(make_trainer):
+    class Watched(Trainer):
+        """Tries the logged learning rates again by hand, with the loss as it is written down here."""
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            self.batches.append({k: v.clone() for k, v in inputs.items()})
+            self.num_items = num_items_in_batch
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    trainer = make_trainer(Watched, gi_adam=False, learning_rate=1e3, **GUIDED)
+    trainer.model.config.attention_dropout = 0.0
+    for layer in trainer.model.model.layers:
+        layer.self_attn.attention_dropout = 0.0
+    trainer.batches, directions = [], []
+
+    class Judge(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            trainer.batches = []
+
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            batches, items = trainer.batches[-2:], trainer.num_items
+
+            def loss():
+                return sum(trainer.compute_loss(trainer.model, dict(b), num_items_in_batch=items) for b in batches)
+
+            if state.global_step in (2, 4, 6, 8):
+                tried = critical_lrs(trainer)[-1][1]
+                before, after = (loss_after_step(optimizer, loss, lr) for lr in (0.0, tried))
+                directions.append(after <= before)
+
+    trainer.add_callback(Judge())  # before ours, so that what it reads of the log is what the trial will try
+    train(trainer)
+    estimates = [lr for _, lr in critical_lrs(trainer)]
+    assert [b > a for a, b in zip(estimates[:4], estimates[1:5], strict=True)] == directions
+
+
+@pytest.mark.parametrize("mode", [{}, {"guide_until": "end"}, {"warmup": "persistent"}], ids=str)
+@pytest.mark.parametrize("stop", [3, 16])
+def test_a_resumed_run_is_bitwise_the_same(make_trainer, tmp_path, mode, stop):
+    options = GUIDED | mode | {"save_strategy": "steps", "save_steps": stop}
+    whole = make_trainer(**options)
+    rates = train(whole)
+    resumed = make_trainer(**options)
+    rest = train(resumed, resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
+    assert rest == rates[stop:]
+    assert same(weights(resumed), weights(whole))
+    assert critical_lrs(resumed) == critical_lrs(whole)
+
+
+def test_trials_leave_no_trace_but_the_learning_rate(make_trainer):
+    """The same learning rates without any trial give the same weights, bit for bit; dropout is on."""
+    guided = make_trainer(**GUIDED)
+    rates = train(guided)
+
+    class Script(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            for group in optimizer.param_groups:
+                group["lr"] = rates[state.global_step]
+
+    plain = make_trainer(init_lr="zero", warmup_steps=0, max_steps=24)
+    plain.add_callback(Script())
+    WarmupCallback.attach(plain)
+    set_seed(1)
+    plain.train()
+    assert same(weights(guided), weights(plain))
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (guided, plain)]
+    assert losses[0] == losses[1]
+    assert not {"get_batch_samples", "training_step"} & vars(guided).keys()
+
+
+def test_a_target_that_is_too_high_is_not_reached(make_trainer):
+    options = GUIDED | {"max_steps": 60, "guide_rate": 0.2, "lr_scheduler_type": "constant", "gi_adam": False}
+    trainer = make_trainer(learning_rate=1e3, **options)
+    rates = train(trainer)
+    report = warmup_report(trainer)
+    assert report["peak_lr"] < 1e3
+    assert max(rates) == pytest.approx(report["peak_lr"])
+    assert rates[-1] == report["peak_lr"]  # handed over to the decay, here constant
+    losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_gi_adam_is_held_to_what_it_bears_once_its_own_warmup_is_over(make_trainer):
+    critical = {}
+    for gi_adam in (False, True):
+        trainer = make_trainer(gi_adam=gi_adam, learning_rate=10.0, **GUIDED)
+        train(trainer)
+        assert isinstance(trainer.optimizer.optimizer, GIAdamW) == gi_adam
+        critical[gi_adam] = critical_lrs(trainer)[0][1]
+    # The first step of GI-Adam is 0.032 times Adam's: its η_c as tried is 32 times as large.
+    assert critical[True] == pytest.approx(critical[False], rel=1.0)
+
+
+def test_every_group_keeps_its_part_of_the_learning_rate(make_trainer):
+    class TwoRates(Trainer):
+        def create_optimizer(self, model=None):
+            params = list(self.model.parameters())
+            groups = [{"params": params[:3], "lr": 3e-3}, {"params": params[3:], "lr": 1e-3}]
+            self.optimizer = torch.optim.AdamW(groups)
+            return self.optimizer
+
+    seen = []
+
+    class Both(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            seen.append([group["lr"] for group in optimizer.param_groups])
+
+    trainer = make_trainer(TwoRates, gi_adam=False, **GUIDED)
+    trainer.add_callback(Both())
+    train(trainer)
+    assert all(a == pytest.approx(3 * b) for a, b in seen)
+    assert seen[0][0] < seen[12][0]
+
+
+def test_what_guided_warmup_did_is_on_the_card_and_in_the_logs(make_trainer, tmp_path):
+    trainer = make_trainer(**GUIDED, report_to="none")
+    rates = train(trainer)
+    folder = tmp_path / "run"
+    report = json.loads((folder / "warmup.json").read_text())
+    assert report["warmup"] == "guided"
+    assert report["init_lr"] == pytest.approx(rates[0])
+    assert report["forward_passes"] == max(e.get("warmup/forward_passes", 0) for e in trainer.state.log_history)
+    assert report["forward_passes"] >= len(critical_lrs(trainer))
+    assert report["critical_lr"] == critical_lrs(trainer)[0][1]
+    assert report["smallest_critical_lr"] == min(lr for _, lr in critical_lrs(trainer))
+    text = (folder / "README.md").read_text()
+    assert "guided by the critical learning rate along the run" in text
+    assert f"{rates[0]:.3g} (a thousandth of the first η_c)" in text
+
+
+def test_the_first_step_waits_for_a_gradient(make_trainer):
+    class Late(Trainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            if self.state.global_step < 2:
+                for p in self.model.parameters():
+                    p.grad.zero_()
+            return loss
+
+    trainer = make_trainer(Late, **GUIDED)
+    train(trainer)
+    assert start_of(trainer)["step"] == 2
+
+
+REFUSED = [
+    ({"warmup": "guided"}, "warmup_steps must be 0 with warmup=guided, got 6"),
+    ({"warmup": "exponential", "warmup_steps": 0.1}, "warmup_steps must be 0 with warmup=exponential, got 0.1"),
+    (
+        {"warmup": "guided", "warmup_steps": 0, "lr_scheduler_type": "greedy", "eval_strategy": "steps"},
+        "lr_scheduler_type .*greedy",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_what_cannot_work_is_refused(make_trainer, options, message):
+    with pytest.raises(ValueError, match=message):
+        WarmupCallback.attach(make_trainer(**options))
+
+
+def test_a_trainer_that_generates_its_batches_is_refused(make_trainer):
+    trainer = make_trainer(warmup_steps=0)
+    trainer._buffered_inputs = None
+    with pytest.raises(ValueError, match="warmup=guided does not run with Trainer: .* set warmup to linear"):
+        WarmupCallback.attach(trainer, WarmupArguments(warmup="guided"))
