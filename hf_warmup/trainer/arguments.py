@@ -57,6 +57,13 @@ class WarmupArguments:
             "become rarer, in proportion to the step."
         },
     )
+    guide_micro_batches: int = field(
+        default=0,
+        metadata={
+            "help": "How many of a step's accumulated micro-batches (per process) a trial of guided or persistent "
+            "warmup is made on: fewer are cheaper and noisier; 0 is all."
+        },
+    )
     guide_rate: float = field(
         default=0.01,
         metadata={
@@ -138,6 +145,8 @@ class WarmupArguments:
             raise ValueError(f"warmup_growth must be above 1 and finite, got {self.warmup_growth}")
         if self.guide_every < 1:
             raise ValueError(f"guide_every must be at least 1, got {self.guide_every}")
+        if self.guide_micro_batches < 0:
+            raise ValueError(f"guide_micro_batches must be at least 0, got {self.guide_micro_batches}")
         if not 0 < self.guide_rate <= 1:
             raise ValueError(f"guide_rate must be above 0 and at most 1, got {self.guide_rate}")
         if self.critical_lr_method not in ("secant", "paper"):

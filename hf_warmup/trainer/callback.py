@@ -263,7 +263,9 @@ class WarmupCallback(TrainerCallback):
         if schedule.handed_over:
             return
         self._guide = guide
-        self._replay = StepReplay(self.trainer, keeps=lambda: guide.needs_trial)
+        self._replay = StepReplay(
+            self.trainer, keeps=lambda: guide.needs_trial, num_batches=arguments.guide_micro_batches or None
+        )
 
     def _steer(self, guide: GuidedWarmup | PersistentCatapult) -> None:
         """Say what the step that is about to be made is made with."""

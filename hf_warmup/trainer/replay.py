@@ -28,11 +28,15 @@ class StepReplay:
     Args:
         trainer: The trainer; its `get_batch_samples` and `training_step` are watched until `stop`.
         keeps: Whether the next step is wanted at all. One that is not costs nothing.
+        num_batches: How many of the step's micro-batches the loss is made of, the first ones; all if None.
     """
 
-    def __init__(self, trainer: Trainer, keeps: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self, trainer: Trainer, keeps: Callable[[], bool] = lambda: True, num_batches: int | None = None
+    ) -> None:
         self.trainer = trainer
         self.keeps = keeps
+        self._left = 0  # micro-batches whose loss is still to come
         # Of each step its batches and their number of items: the step itself, then those that `draw` added.
         self._steps: list[tuple[list[Any], Tensor | int | None]] = []
         self._random_numbers: RandomNumbers | None = None
@@ -46,14 +50,16 @@ class StepReplay:
             # Copies: a training step may take things out of its batch, put things in, and write into its tensors.
             self._steps, self._total = [], None
             if self.keeps():
-                self._steps.append(([_copy_of_batch(batch) for batch in batches], num_items))
+                kept = batches[:num_batches]
+                self._left = len(kept)
+                self._steps.append(([_copy_of_batch(batch) for batch in kept], num_items))
             return batches, num_items
 
         def added_up(*args: Any, **kwargs: Any) -> Tensor:
             loss = self._training_step(*args, **kwargs)
-            if not self._steps:
-                return loss
-            self._total = loss.clone() if self._total is None else self._total + loss
+            if self._steps and self._left > 0:
+                self._left -= 1
+                self._total = loss.clone() if self._total is None else self._total + loss
             return loss
 
         trainer.get_batch_samples = watched  # type: ignore[method-assign]
@@ -99,7 +105,9 @@ class StepReplay:
         return len(self._steps)
 
     def loss_before(self) -> float | None:
-        """The loss that the step itself had, averaged over the processes: what `losses` gives at unchanged weights.
+        """The loss that those batches had in the step, averaged over the processes.
+
+        It is what `losses` gives at unchanged weights, bit for bit.
 
         Returns:
             None where it has to be measured: if batches were drawn beyond the step's own, or under `torch_compile`,

@@ -140,7 +140,8 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     text = (
         f"{table(made)}\n\nSeeds {', '.join(map(str, args.seeds))}; one thread of a CPU; {versions}; commit {commit}. "
-        "The loss before the step is known from the training step and not counted. `python recipes/studies/search_accuracy.py`\n"
+        "The loss before the step is known from the step itself and not counted. "
+        "`python recipes/studies/search_accuracy.py`\n"
     )
     (args.out / "search_accuracy.md").write_text(text)
     print(text)

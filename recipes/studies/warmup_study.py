@@ -15,7 +15,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -180,13 +180,204 @@ def finish(part: str, processes: int) -> None:
             file.flush()
 
 
+class Curve(NamedTuple):
+    """The losses of one method at every target, a list over the seeds."""
+
+    optimizer: str
+    rule: str
+    options: dict[str, Any]
+    losses: dict[float, list[float]]
+    first: float  # the loss before training, over the seeds
+    probes: float
+
+    def mean(self, target: float) -> float:
+        return statistics.mean(self.losses[target])
+
+    @property
+    def best(self) -> float:
+        """The target of the smallest mean loss."""
+        return min(self.losses, key=self.mean)
+
+
+def curves(rows: list[dict[str, str]]) -> list[Curve]:
+    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["optimizer"], row["rule"], row["options"]), []).append(row)
+    made = []
+    for (optimizer, rule, options), chosen in groups.items():
+        losses: dict[float, list[float]] = {}
+        for row in sorted(chosen, key=lambda row: float(row["target"])):
+            losses.setdefault(float(row["target"]), []).append(float(row["loss"]))
+        numbers = [statistics.mean(float(row[name]) for row in chosen) for name in ("first", "probes")]
+        made.append(Curve(optimizer, rule, json.loads(options), losses, *numbers))
+    return made
+
+
+def tuned(made: list[Curve]) -> Curve:
+    """The linear warmup with the best of all fractions and targets."""
+    linear = [c for c in made if c.rule == "linear" and c.optimizer != "RAdam"]
+    return min(linear, key=lambda c: c.mean(c.best))
+
+
+def words(values: list[float]) -> str:
+    if not all(map(math.isfinite, values)):
+        return "diverged"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def name(curve: Curve) -> str:
+    options = ", ".join(f"{k} {v}" for k, v in curve.options.items() if k != "fraction")
+    if curve.rule == "linear":
+        fraction = curve.options.get("fraction", 0.0)
+        return f"linear over {fraction:.0%}" if fraction else "no warmup"
+    return f"{curve.rule}, {options}" if options else curve.rule
+
+
+def window(made: list[Curve]) -> list[float]:
+    """The targets from 1/4 to 8 times the best of tuned linear warmup, as far as the grid has them."""
+    reference = tuned(made)
+    return [t for t in reference.losses if 0.24 < t / reference.best < 8.1]
+
+
+def part_table(part: str) -> str:
+    """A line per method; the best loss, and how it stands against the target."""
+    made = curves(read(part))
+    reference, over = tuned(made), window(made)
+    lines = []
+    for curve in sorted(made, key=lambda c: (c.optimizer, c.rule, str(c.options))):
+        best = curve.mean(curve.best)
+        excess = [
+            min(curve.mean(t), curve.first) - best if math.isfinite(curve.mean(t)) else curve.first - best
+            for t in over
+        ]
+        lines.append(
+            {
+                "optimizer": curve.optimizer,
+                "warmup": name(curve) + (" (tuned)" if curve is reference else ""),
+                "best loss": words(curve.losses[curve.best]),
+                "at η_trgt": f"{curve.best:g}",
+                "minus tuned linear": f"{best - reference.mean(reference.best):+.3f}",
+                "worst over the range": f"+{max(excess):.3f}",
+                "sensitivity": f"{statistics.mean(excess):.3f}",
+                "forward passes": f"{curve.probes:.0f}" if curve.probes else "",
+            }
+        )
+    note = f"Range: η_trgt from {min(over):g} to {max(over):g} ({max(over) / min(over):.0f} times)."
+    return f"{tabulate(lines, headers='keys', tablefmt='github', disable_numparse=True)}\n\n{note}"
+
+
+def short_table() -> str:
+    """Fewer steps with guided warmup against all steps with tuned linear warmup."""
+    reference = tuned(curves(read("gpt")))
+    goal = reference.mean(reference.best)
+    lines = []
+    rows = read("short") + [r for r in read("gpt") if r["rule"] == "guided" and r["options"] == "{}"]
+    for target in (1e-2, 2e-2):
+        for steps in (180, 210, 240, 270, 300):
+            chosen = [
+                row
+                for row in rows
+                if float(row["target"]) == target and json.loads(row["setting"]).get("steps", 300) == steps
+            ]
+            losses = [float(row["loss"]) for row in chosen]
+            probes = statistics.mean(float(row["probes"]) for row in chosen)
+            lines.append(
+                {
+                    "η_trgt": f"{target:g}",
+                    "steps": steps,
+                    "of the steps": f"{steps / GPT.steps:.2f}",
+                    "of the compute": f"{(steps + probes / 3) / GPT.steps:.2f}",
+                    "loss": words(losses),
+                    "minus tuned linear over 300": f"{statistics.mean(losses) - goal:+.3f}",
+                }
+            )
+    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def random_table() -> str:
+    """How many of 200 runs fail."""
+    lines = []
+    for curve in ("guided", "linear 10%", "none", "RAdam"):
+        rows = [row for row in read("random") if method(row) == curve]
+        line = {"warmup": curve}
+        for label, low, high in (
+            ("all", 0.0, 2.0),
+            ("η_trgt < 1e-3", 0.0, 1e-3),
+            ("1e-3 to 1e-2", 1e-3, 1e-2),
+            ("1e-2 to 1e-1", 1e-2, 1e-1),
+            ("> 1e-1", 1e-1, 2.0),
+        ):
+            chosen = [row for row in rows if low <= float(row["target"]) < high]
+            failed = [row for row in chosen if not float(row["loss"]) <= float(row["entropy"])]
+            line[label] = f"{len(failed)} of {len(chosen)}"
+        line["not finite"] = str(sum(not math.isfinite(float(row["loss"])) for row in rows))
+        lines.append(line)
+    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def method(row: dict[str, str]) -> str:
+    if row["optimizer"] == "RAdam" or row["rule"] == "guided":
+        return "RAdam" if row["optimizer"] == "RAdam" else "guided"
+    return "linear 10%" if json.loads(row["options"])["fraction"] else "none"
+
+
+def plot(path: Path) -> None:
+    """Loss against the target: guided, tuned linear, the ramp alone, RAdam."""
+    parts = [part for part in ("gpt", "gi", "bert") if read(part)]
+    figure = Figure(figsize=(4 * len(parts), 3.4), layout="constrained")
+    for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+        made = curves(read(part))
+        reference = tuned(made)
+        shown = [
+            ("guided", next(c for c in made if c.rule == "guided" and not c.options), "o-"),
+            (f"{name(reference)} (tuned)", reference, "s--"),
+            ("exponential ramp", next(c for c in made if c.rule == "ramp" and not c.options), "^:"),
+            ("no warmup", next(c for c in made if c.options == {"fraction": 0.0} and c.optimizer != "RAdam"), "v:"),
+            ("RAdam", next((c for c in made if c.optimizer == "RAdam"), None), "x-."),
+        ]
+        for label, curve, style in shown:
+            if curve is not None:
+                axes.plot(list(curve.losses), [curve.mean(t) for t in curve.losses], style, label=label, markersize=4)
+        title = {"gpt": "GPT, AdamW", "gi": "GPT, GI-Adam", "bert": "BERT, AdamW"}[part]
+        axes.set(xscale="log", xlabel="target learning rate", ylabel="validation loss", title=title)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def report() -> str:
+    """Everything, as a page."""
+    titles = {
+        "gpt": "GPT, AdamW (β2 = .95)",
+        "gi": "GPT, GI-Adam (β2 = .95)",
+        "bert": "BERT, AdamW (β2 = .98)",
+        "long": "GPT, 5 times the steps",
+    }
+    parts = [f"## {title}\n\n{part_table(part)}" for part, title in titles.items() if read(part)]
+    if read("short"):
+        parts.append(f"## Steps to the loss of tuned linear warmup\n\n{short_table()}")
+    if read("random"):
+        parts.append(f"## 200 random settings\n\n{random_table()}")
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
+    seeds = ", ".join(map(str, SEEDS))
+    return "\n\n".join(
+        [
+            *parts,
+            f"Means ± standard deviations over seeds {seeds}; {versions}; one thread of a CPU per run. "
+            "`python recipes/studies/warmup_study.py`\n",
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=PARTS)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--table", action="store_true", help="make no runs")
     args = parser.parse_args()
-    for part in args.parts:
+    for part in () if args.table else args.parts:
         finish(part, args.processes)
+    (RESULTS / "warmup_study.md").write_text(report())
+    plot(RESULTS / "warmup_study.png")
 
 
 if __name__ == "__main__":

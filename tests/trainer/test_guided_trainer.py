@@ -97,7 +97,8 @@ def test_guided_warmup_is_the_controllers_rule_in_the_trainer(make_trainer, name
         assert rates[t] == pytest.approx(level * decay[t], rel=1e-6)
 
 
-def test_a_trial_is_of_the_steps_own_batch_and_exact_loss(make_trainer):
+@pytest.mark.parametrize("num", [0, 1, 2])
+def test_a_trial_is_of_the_steps_own_batch_and_exact_loss(make_trainer, num):
     class Watched(Trainer):
         """Tries the logged learning rates again by hand, with the loss as it is written down here."""
 
@@ -106,7 +107,9 @@ def test_a_trial_is_of_the_steps_own_batch_and_exact_loss(make_trainer):
             self.num_items = num_items_in_batch
             return super().training_step(model, inputs, num_items_in_batch)
 
-    trainer = make_trainer(Watched, gi_adam=False, learning_rate=1e3, **GUIDED)
+    trainer = make_trainer(
+        Watched, gi_adam=False, learning_rate=1e3, guide_micro_batches=num, gradient_accumulation_steps=4, **GUIDED
+    )
     trainer.model.config.attention_dropout = 0.0
     for layer in trainer.model.model.layers:
         layer.self_attn.attention_dropout = 0.0
@@ -117,11 +120,12 @@ def test_a_trial_is_of_the_steps_own_batch_and_exact_loss(make_trainer):
             trainer.batches = []
 
         def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-            batches, items = trainer.batches[-2:], trainer.num_items
+            batches, items = trainer.batches[: num or 4], trainer.num_items
 
             def loss():
                 return sum(trainer.compute_loss(trainer.model, dict(b), num_items_in_batch=items) for b in batches)
 
+            assert len(trainer.batches) == 4
             if state.global_step in (2, 4, 6, 8):
                 tried = critical_lrs(trainer)[-1][1]
                 before, after = (loss_after_step(optimizer, loss, lr) for lr in (0.0, tried))

@@ -1,0 +1,167 @@
+"""The rules that were tried on development settings before guided warmup got the one it has.
+
+    python recipes/studies/warmup_candidates.py
+
+Every run is in results/warmup_candidates.csv, the bad ones too; a run that is there is not repeated. All of them
+spend trials of the loss after the step that is about to be made; `kappa`, `every` and `rate` mean what they mean in
+`hf_warmup.guided`. Seeds 200 to 202: the study has others.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from warmup_cases import DEVELOPMENT, LossAt, Setting, train
+from warmup_rules import cosine, linear, ramp
+
+PATH = Path(__file__).parent / "results" / "warmup_candidates.csv"
+KEYS = ("setting", "changed", "optimizer", "rule", "options", "target", "seed")
+
+
+class Candidate:
+    """What they have in common: a search at the first step, then a staircase."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        optimizer: str,
+        target: float,
+        kappa: float = 1.0,
+        every: int = 5,
+        stair: float = 1.5,
+        rate: float = 0.015,
+        settled: float = math.inf,
+        unseen: bool = False,
+        own: float = 0.0,
+        init: float = 0.0,
+        first_trial: int = 5,
+    ) -> None:
+        """`unseen`: trials of the momentum's step, in which the batch had no part. `own`: power of GI-Adam's factor.
+
+        `init`: where the ramp starts; a thousandth of the critical learning rate if 0.
+        """
+        self.setting, self.target = setting, target
+        self.kappa, self.every, self.stair, self.rate, self.settled = kappa, every, stair, rate, settled
+        self.unseen, self.own = unseen, own if optimizer == "GIAdamW" else 0.0
+        self.critical, self.level, self.peak, self.next = math.nan, init, math.inf, first_trial
+        self.estimates: list[float] = []
+
+    def __call__(self, step: int, loss_at: LossAt) -> float:
+        own = math.sqrt(1 - self.setting.beta2 ** (step + 1)) ** self.own
+        decay = cosine(step, self.setting.steps)
+        if step == 0:
+            self.first(loss_at, own)
+        if step >= self.next:
+            self.next = step + max(self.every, int(step * self.every / self.settled))
+            self.estimates.append(self.critical)
+            rises = loss_at(self.critical / own, self.unseen) > loss_at(0.0)
+            self.critical *= 1 / self.stair if rises else self.stair
+            if len(self.estimates) >= 4:
+                mean = math.exp(sum(map(math.log, self.estimates[-4:])) / 4)
+                self.peak = min(self.peak, self.kappa * mean / decay)
+        return self.rate_of(step, decay)
+
+    def first(self, loss_at: LossAt, own: float) -> None:
+        lr, start = 1.0, loss_at(0.0)
+        while lr > 1e-9 and loss_at(lr) > start:
+            lr /= 4
+        while lr < 1e5 and not loss_at(4 * lr) > start:
+            lr *= 4
+        self.critical = 2 * lr * own
+        self.level = self.level or 1e-3 * self.critical
+
+    def rate_of(self, step: int, decay: float) -> float:
+        raise NotImplementedError
+
+
+class Peak(Candidate):
+    """A ramp of a fixed growth from 1e-4, up to the smallest critical learning rate met."""
+
+    def rate_of(self, step: int, decay: float) -> float:
+        self.level = min(1e-4 if step == 0 else 1.05 * self.level, decay * min(self.target, self.peak))
+        return self.level
+
+
+class Relax(Candidate):
+    """The one that was chosen (with a smaller rate): fast far below the critical learning rate, slowly near it."""
+
+    def rate_of(self, step: int, decay: float) -> float:
+        self.level *= max(1.0, self.critical / self.level) ** self.rate
+        self.level = min(self.level, decay * min(self.target, self.peak))
+        return self.level
+
+
+class Stop(Relax):
+    """Relax, without trials once the ramp has ended."""
+
+    def rate_of(self, step: int, decay: float) -> float:
+        lr = super().rate_of(step, decay)
+        if lr >= decay * min(self.target, self.peak):
+            self.next = math.inf
+        return lr
+
+
+class Track(Candidate):
+    """Towards kappa times the critical learning rate, up or down, to the end."""
+
+    def rate_of(self, step: int, decay: float) -> float:
+        way = math.log(self.kappa * self.critical / (self.level * decay))
+        self.level = min(self.target, self.level * math.exp(way * self.rate * min(1.0, self.settled / (step + 1))))
+        return decay * self.level
+
+
+class Ratchet(Track):
+    """Track, never down."""
+
+    def rate_of(self, step: int, decay: float) -> float:
+        before = self.level
+        super().rate_of(step, decay)
+        self.level = max(before, self.level)
+        return decay * self.level
+
+
+RULES: dict[str, Callable[..., Any]] = {
+    "peak": Peak,
+    "relax": Relax,
+    "stop": Stop,
+    "track": Track,
+    "ratchet": Ratchet,
+    "linear": linear,
+    "ramp": ramp,
+}
+
+
+def run(row: dict[str, str]) -> dict[str, str]:
+    torch.set_num_threads(1)
+    setting = replace(DEVELOPMENT[row["setting"]], **json.loads(row["changed"]))
+    options = json.loads(row["options"])
+    rule = RULES[row["rule"]](setting, row["optimizer"], float(row["target"]), **options)
+    made = train(setting, row["optimizer"], rule, int(row["seed"]))
+    return row | {name: f"{made[name]:.6g}" for name in ("loss", "peak", "probes")}
+
+
+def main() -> None:
+    """Make the runs whose loss is missing from the CSV."""
+    with open(PATH, newline="") as file:
+        rows = list(csv.DictReader(file))
+    missing = [row for row in rows if not row["loss"]]
+    with get_context("spawn").Pool() as pool:
+        for row in tqdm(pool.imap_unordered(run, missing), total=len(missing)):
+            key = tuple(row[k] for k in KEYS)
+            rows = [row if tuple(r[k] for k in KEYS) == key else r for r in rows]
+            with open(PATH, "w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
