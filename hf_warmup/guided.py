@@ -3,22 +3,23 @@
 η_c at the first step says little about how far a ramp may go: with Adam it is some thousand times what training
 bears then, and falls by twenty to fifty times while the first steps are made. `GuidedWarmup` measures it along
 the run, on the step's own batch, one forward pass at a time, and uses it three times: where to start, how fast
-to rise, and where to stop. With f(t) the user's decay (f(0) = 1) and c_t the present estimate of η_c,
+to rise, and where to stop. With c_t the present estimate of η_c,
 
-    start    e_0 = c_0 / 1000
-    rise     e_t = e_{t-1} max(1, c_t / η)^ρ,  η = f(t) e_{t-1}: fast far below η_c, slowly near it
-    stop     p_t = min over s <= t of κ c̄_s / f(s),  c̄ the geometric mean of the last four estimates
-    step     η_t = f(t) min(η_trgt, p_t, e_t).
+    start    η_0 = c_0 / 1000
+    rise     η_t = η_{t-1} max(1, c_t / η_{t-1})^ρ: fast far below η_c, slowly near it
+    stop     at p_t = min(η_trgt, κ c̄_s for all s <= t), c̄ the geometric mean of the last four estimates
+    decay    η_t = p f((t - t_r) N / (N - t_r)) from the step t_r on that reached p, half of the run at the latest,
 
-If c stood still, ln(c / η) would fall as e^(-ρt), so a ramp takes about 2/ρ steps whatever the model's scale of
-learning rates: three decades shrink to a factor of 2.5 in 200 steps at ρ = 0.01. The peak is the target or,
-where the target is above it, the smallest η_c met on the way: how far above it the target was then hardly
-matters.
+with N the steps of the run and f the user's schedule without warmup. If c stood still, ln(c / η) would fall as
+e^(-ρt), so a ramp takes about 2/ρ steps whatever the model's scale of learning rates: three decades shrink to a
+factor of 2.5 in 160 steps at ρ = 0.0125. The peak is the target or, where the target is above it, the smallest
+η_c met on the way: how far above it the target was then hardly matters.
 
 The estimate is a staircase (an up-and-down test, as in psychophysics [2]): one trial at c itself, then c times
 1.5 if the loss did not rise and c / 1.5 if it did, which settles where half of the batches rise. A trial costs
 one forward pass, as the loss before the step is known. There is one every `every` steps, and after step 100 one
-every t/20 steps, as training changes with the logarithm of time: 47 forward passes in 300 steps, 118 in 10,000.
+every t/20 steps, as training changes with the logarithm of time: about 30 forward passes until the ramp has
+ended, or 118 in 10,000 steps if they go on to the end.
 
 An optimizer may have a warmup of its own, a factor w_t that tends to 1: GI-Adam's is √(1-β2^t). What its steps
 bear now they will not bear once the factor is gone, so c_t is w_t times the η that was tried.
@@ -47,20 +48,62 @@ _START = 1e-3  # of η_c: where the ramp starts
 _STAIR = 1.5  # factor of a stair
 _MEAN = 4  # estimates in the mean that may lower the peak
 _SETTLED = 100  # step after which trials become rarer, in proportion to t
+_LATEST = 0.5  # of the run: when a ramp that has not ended gives way to the decay
 
 
 class _Controller:
-    """What both have in common: state as plain numbers, and a first search whose ends are all named."""
+    """What both have in common: the decay after the ramp, the state as plain numbers, the search."""
 
-    _saved: tuple[str, ...]
+    _saved: tuple[str, ...] = ("num_steps", "num_trials", "ramp_end", "critical_lr", "level")
 
-    def __init__(self, target_lr: float) -> None:
+    def __init__(self, target_lr: float, num_training_steps: int, decay: Callable[[float], float]) -> None:
         if not 0 < target_lr < math.inf:
             raise ValueError(f"target_lr must be positive and finite, got {target_lr}")
+        if num_training_steps < 1:
+            raise ValueError(f"num_training_steps must be at least 1, got {num_training_steps}")
         self.target_lr = target_lr
+        self.num_training_steps = num_training_steps
+        self.decay = decay
         self.num_steps = 0
         self.num_trials = 0
-        self.reached = False
+        self.ramp_end: int | None = None
+        self.critical_lr = math.nan
+        self.level = math.nan
+
+    def step(self, loss_at: LossAt, own_warmup: float = 1.0) -> float:
+        """Decide the learning rate of the step that is about to be made.
+
+        Args:
+            loss_at: The loss of the step's own batch after a step of that learning rate, as for
+                `find_critical_lr`; at 0, the loss before it. Asked only if `needs_trial`.
+            own_warmup: w_t, the factor of the optimizer's own warmup, above 0 and at most 1.
+
+        Returns:
+            η_t.
+
+        Raises:
+            ValueError: If `own_warmup` is out of range.
+            RuntimeError: If the loss before the first step is not finite.
+        """
+        if not 0 < own_warmup <= 1:
+            raise ValueError(f"own_warmup must be above 0 and at most 1, got {own_warmup}")
+        factor = self._factor()
+        at_end = self._decide(loss_at, factor, own_warmup)
+        if self.ramp_end is None and (at_end or self.num_steps + 1 >= _LATEST * self.num_training_steps):
+            self.ramp_end = self.num_steps
+        self.num_steps += 1
+        return factor * self.level
+
+    def _factor(self) -> float:
+        """The factor f of the present step: 1 during the ramp, then the whole decay in the steps that are left."""
+        if self.ramp_end is None:
+            return 1.0
+        left = self.num_training_steps - self.ramp_end
+        return self.decay((self.num_steps - self.ramp_end) * self.num_training_steps / max(1, left))
+
+    def _decide(self, loss_at: LossAt, factor: float, own_warmup: float) -> bool:
+        """Set `level`; say whether the ramp has reached its end."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """The state, in numbers and lists of numbers: fit for JSON and for `torch.load(weights_only=True)`."""
@@ -98,39 +141,46 @@ class GuidedWarmup(_Controller):
 
     Args:
         target_lr: η_trgt; the learning rate is never above it.
-        init_lr: e_0; c_0 / 1000 if None.
+        num_training_steps: N.
+        decay: f, of a fractional step between 0 and N: the user's schedule without warmup, as a factor that is 1
+            at 0.
+        init_lr: η_0; c_0 / 1000 if None.
         rate: ρ, the part of the way to η_c, in ln η, that a step goes.
         kappa: κ, what part of the smallest η_c met the peak may be.
         every: Steps between trials, at first.
-        until: `"target"`: no more trials once the ramp has met the target or its peak, and the decay goes on from
-            there. `"end"`: the peak may still be lowered, to the end of the run.
+        until: `"target"`: no more trials once the ramp has ended. `"end"`: trials go on, and the peak may still be
+            lowered, to κ c̄ / f.
 
     Attributes:
         target_lr: η_trgt.
+        num_training_steps: N.
+        decay: f.
         critical_lr: c, the present estimate of η_c; NaN before the first step.
-        peak: p, in terms of η / f; infinite before the first four trials.
-        level: e.
+        peak: The smallest κ c̄ / f so far; infinite before the first four trials.
+        level: η / f: the ramp, then its peak.
         num_steps: Steps decided so far.
         num_trials: Forward passes spent so far.
-        reached: Whether the ramp has met the target or its peak.
+        ramp_end: t_r, the step that the ramp ended with; None before.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    _saved = ("num_steps", "num_trials", "reached", "critical_lr", "peak", "level", "next_trial", "estimates")
+    _saved = (*_Controller._saved, "peak", "next_trial", "estimates")
 
     def __init__(
         self,
         target_lr: float,
+        num_training_steps: int,
+        decay: Callable[[float], float] = lambda step: 1.0,
         *,
         init_lr: float | None = None,
-        rate: float = 0.01,
+        rate: float = 0.0125,
         kappa: float = 1.0,
         every: int = 5,
         until: str = "target",
     ) -> None:
-        super().__init__(target_lr)
+        super().__init__(target_lr, num_training_steps, decay)
         for name, value, most in (("rate", rate, 1.0), ("kappa", kappa, math.inf), ("init_lr", init_lr, math.inf)):
             if value is not None and not (0 < value <= most and value < math.inf):
                 raise ValueError(f"{name} must be positive{' and at most 1' * (most == 1)} and finite, got {value}")
@@ -139,45 +189,32 @@ class GuidedWarmup(_Controller):
         if until not in ("target", "end"):
             raise ValueError(f'until must be "target" or "end", got {until!r}')
         self.init_lr, self.rate, self.kappa, self.every, self.until = init_lr, rate, kappa, every, until
-        self.critical_lr = math.nan
         self.peak = math.inf
-        self.level = math.nan
         self.next_trial = 0
         self.estimates: list[float] = []
 
     @property
+    def handed_over(self) -> bool:
+        """Whether nothing is left to decide: η_t = `level` f from now on."""
+        return self.ramp_end is not None and self.until == "target"
+
+    @property
     def needs_trial(self) -> bool:
         """Whether the next `step` will ask for losses."""
-        return self.num_steps >= self.next_trial and not (self.reached and self.until == "target")
+        return self.num_steps >= self.next_trial and not self.handed_over
 
-    def step(self, loss_at: LossAt, decay: float = 1.0, own_warmup: float = 1.0) -> float:
-        """Decide the learning rate of the step that is about to be made.
-
-        Args:
-            loss_at: The loss of the step's own batch after a step of that learning rate, as for
-                `find_critical_lr`; at 0, the loss before it. Asked only if `needs_trial`.
-            decay: f(t), at least 0 and at most 1.
-            own_warmup: w_t, the factor of the optimizer's own warmup, above 0 and at most 1.
-
-        Returns:
-            η_t.
-
-        Raises:
-            ValueError: If `decay` or `own_warmup` is out of range.
-            RuntimeError: If the loss before the first step is not finite.
-        """
-        _check_factors(decay=decay, own_warmup=own_warmup)
+    def _decide(self, loss_at: LossAt, factor: float, own_warmup: float) -> bool:
         if self.num_steps == 0:
             self._start(loss_at, own_warmup)
-        elif decay > 0:  # at 0 the run is over
-            if self.needs_trial:
-                self._trial(loss_at, decay, own_warmup)
-            self.level *= max(1.0, self.critical_lr / (decay * self.level)) ** self.rate
+        else:
+            if self.needs_trial and factor > 0:  # at 0 the run is over
+                self._trial(loss_at, factor, own_warmup)
+            if self.ramp_end is None:
+                self.level *= max(1.0, self.critical_lr / self.level) ** self.rate
         most = min(self.target_lr, self.peak)
-        self.reached = self.reached or self.level >= most
+        at_end = self.level >= most
         self.level = min(self.level, most)
-        self.num_steps += 1
-        return decay * self.level
+        return at_end
 
     def _start(self, loss_at: LossAt, own_warmup: float) -> None:
         # To a factor of 2: the staircase knows no better afterwards.
@@ -185,11 +222,10 @@ class GuidedWarmup(_Controller):
         # A loss that rises however small the step is: the staircase will look further down.
         critical_lr = found.value if 0 < found.value < math.inf else found.lower or found.evals[-1][0]
         self.critical_lr = own_warmup * critical_lr
-        start = self.critical_lr * _START if self.init_lr is None else self.init_lr
-        self.level = min(start, self.target_lr)
+        self.level = self.critical_lr * _START if self.init_lr is None else self.init_lr
         self.next_trial = self.every
 
-    def _trial(self, loss_at: LossAt, decay: float, own_warmup: float) -> None:
+    def _trial(self, loss_at: LossAt, factor: float, own_warmup: float) -> None:
         self.next_trial = self.num_steps + max(self.every, self.every * self.num_steps // _SETTLED)
         self.num_trials += 1
         self.estimates = [*self.estimates, self.critical_lr][-_MEAN:]
@@ -198,7 +234,7 @@ class GuidedWarmup(_Controller):
         self.critical_lr *= 1 / _STAIR if rises else _STAIR
         if len(self.estimates) == _MEAN:
             mean = math.exp(math.fsum(map(math.log, self.estimates)) / _MEAN)
-            self.peak = min(self.peak, self.kappa * mean / decay)
+            self.peak = min(self.peak, self.kappa * mean / factor)
 
 
 class PersistentCatapult(_Controller):
@@ -206,74 +242,68 @@ class PersistentCatapult(_Controller):
 
     At θ* the search of Algorithms 1 and 2 gives η = η_c, the upper end of its bracket; training goes on at η until
     a step's loss is below that at θ*; there the search is made again, doubling from the present η. A search costs
-    some 8 forward passes, and a noisy loss may ask for one soon. The losses are of the steps' own batches.
+    some 8 forward passes, and a noisy loss may ask for one soon. The losses are of the steps' own batches. The
+    decay begins when η_trgt is reached, or at half of the run.
 
     Args:
         target_lr: η_trgt.
+        num_training_steps: N.
+        decay: f, as for `GuidedWarmup`.
         init_lr: The first learning rate that is tried.
         delta: δ of BIN_SEARCH; the paper advises about 0.01 for Adam.
 
     Attributes:
         target_lr: η_trgt.
+        num_training_steps: N.
+        decay: f.
         critical_lr: What the last search gave; NaN before the first.
         level: η, before the decay.
         loss: L(θ*); infinite before the first step.
         num_steps: Steps decided so far.
         num_trials: Forward passes spent so far.
         num_searches: Searches made so far.
-        reached: Whether η_trgt is reached.
+        ramp_end: The step that reached η_trgt; None before.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    _saved = ("num_steps", "num_trials", "num_searches", "reached", "critical_lr", "level", "loss")
+    _saved = (*_Controller._saved, "num_searches", "loss")
 
-    def __init__(self, target_lr: float, *, init_lr: float = 1e-4, delta: float = 0.1) -> None:
-        super().__init__(target_lr)
+    def __init__(
+        self,
+        target_lr: float,
+        num_training_steps: int,
+        decay: Callable[[float], float] = lambda step: 1.0,
+        *,
+        init_lr: float = 1e-4,
+        delta: float = 0.1,
+    ) -> None:
+        super().__init__(target_lr, num_training_steps, decay)
         for name, value in (("init_lr", init_lr), ("delta", delta)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         self.delta = delta
-        self.critical_lr = math.nan
         self.level = min(init_lr, target_lr)
         self.loss = math.inf
         self.num_searches = 0
 
     @property
+    def handed_over(self) -> bool:
+        """Whether nothing is left to decide: η_t = `level` f from now on."""
+        return self.ramp_end is not None
+
+    @property
     def needs_trial(self) -> bool:
-        """Whether the next `step` will ask for losses: until η_trgt is reached, at least for the one at 0."""
-        return not self.reached
+        """Whether the next `step` will ask for losses, at least for the one at 0."""
+        return not self.handed_over
 
-    def step(self, loss_at: LossAt, decay: float = 1.0) -> float:
-        """Decide the learning rate of the step that is about to be made.
-
-        Args:
-            loss_at: As for `GuidedWarmup.step`.
-            decay: f(t), at least 0 and at most 1.
-
-        Returns:
-            η_t = f(t) η.
-
-        Raises:
-            ValueError: If `decay` is out of range.
-            RuntimeError: If the loss at θ* is not finite.
-        """
-        _check_factors(decay=decay)
-        if not self.reached and (self.num_steps == 0 or loss_at(0.0) < self.loss):
+    def _decide(self, loss_at: LossAt, factor: float, own_warmup: float) -> bool:
+        if not self.handed_over and (self.num_steps == 0 or loss_at(0.0) < self.loss):
             self.loss = loss_at(0.0)
             found = self._search(loss_at, guess=self.level, target=self.target_lr, method="paper", delta=self.delta)
             self.num_searches += 1
             self.critical_lr = found.value
             if found.value > 0:  # else the loss rises however small η is: as it was
                 self.level = found.value
-            self.reached = self.level >= self.target_lr
-        self.num_steps += 1
-        return decay * self.level
-
-
-def _check_factors(decay: float, own_warmup: float = 1.0) -> None:
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay must be at least 0 and at most 1, got {decay}")
-    if not 0 < own_warmup <= 1:
-        raise ValueError(f"own_warmup must be above 0 and at most 1, got {own_warmup}")
+        return self.level >= self.target_lr

@@ -20,13 +20,10 @@ which had N - T_wrm steps, is stretched over the N - T_reach that are left:
 so that training still ends at step N with the learning rate it would have had. The first step trains at
 η_init, where most schedules waste it at 0.
 
-Two more do without T_wrm, and change nothing about the decay, which runs from the first step on:
-`ExponentialSchedule` is a ramp of a fixed growth per step r,
-
-    η_t = min(η_trgt f(t), η_init r^t),
-
-which reaches η_trgt after about ln(η_trgt / η_init) / ln r steps, and `SteeredSchedule` takes the learning rate
-of every step from outside (`hf_warmup.guided`).
+Two more do without T_wrm. `ExponentialSchedule` is a ramp of a fixed growth per step r, η_t = η_init r^t, which
+reaches η_trgt after T_reach = ln(η_trgt / η_init) / ln r steps, and then decays in the same way: f, made without
+warmup, is stretched over the steps that are left. `SteeredSchedule` takes the learning rate of every step from
+outside (`hf_warmup.guided`).
 
 [1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements",
     NeurIPS 2024, arXiv:2406.09405, "η_init from the loss catapult".
@@ -201,8 +198,11 @@ class WarmupSchedule(_Changed):
 
 
 class _Exponential(_Factor):
-    def __init__(self, inner: Callable[[Any], float]) -> None:
+    __slots__ = ("num_training_steps",)
+
+    def __init__(self, inner: Callable[[Any], float], num_training_steps: int) -> None:
         super().__init__(inner)
+        self.num_training_steps = num_training_steps
         self.init_fraction: float | None = None
         self.growth = 1.0
         self.first_step = 0
@@ -214,16 +214,19 @@ class _Exponential(_Factor):
     def __call__(self, step: int) -> float:
         if self.init_fraction is None:
             return self.inner(step)
-        # In logarithms: a power of r alone would overflow after some ten thousand steps.
-        ramp = math.log(self.init_fraction) + (step - self.first_step) * math.log(self.growth)
-        return min(self.inner(step), math.exp(min(0.0, ramp)))
+        t, reach = step - self.first_step, -math.log(self.init_fraction) / math.log(self.growth)
+        if t < reach:
+            return self.init_fraction * self.growth**t
+        left = self.num_training_steps - self.first_step - reach
+        return self.inner((t - reach) * (self.num_training_steps / left if left > 0 else 1.0))
 
 
 class ExponentialSchedule(_Changed):
     """Makes an existing `LambdaLR` without warmup rise by a fixed growth per step from an η_init known later.
 
     Args:
-        scheduler: The schedule, made with 0 warmup steps.
+        scheduler: The schedule, made with 0 warmup steps; every factor must accept a fractional step.
+        num_training_steps: N, the step at which the decay ends.
 
     Raises:
         ValueError: If `scheduler` is no `LambdaLR`.
@@ -232,8 +235,8 @@ class ExponentialSchedule(_Changed):
     _factor = _Exponential
     _factors: list[_Exponential]
 
-    def __init__(self, scheduler: LRScheduler) -> None:
-        super().__init__(scheduler)
+    def __init__(self, scheduler: LRScheduler, num_training_steps: int) -> None:
+        super().__init__(scheduler, num_training_steps)
 
     @property
     def init_fraction(self) -> float | None:
@@ -260,27 +263,34 @@ class ExponentialSchedule(_Changed):
 
 
 class _Steered(_Factor):
+    __slots__ = ("num_training_steps",)
+
+    def __init__(self, inner: Callable[[Any], float], num_training_steps: int) -> None:
+        super().__init__(inner)
+        self.num_training_steps = num_training_steps
+        self.fraction: float | None = None
+        self.ramp_end: int | None = None
+        self.controller: dict[str, Any] = {}
+
     @property
     def started(self) -> bool:
         return self.fraction is not None
 
-    def __init__(self, inner: Callable[[Any], float]) -> None:
-        super().__init__(inner)
-        self.fraction: float | None = None
-        self.times_decay = False
-        self.controller: dict[str, Any] = {}
-
     def __call__(self, step: int) -> float:
         if self.fraction is None:
             return self.inner(step)
-        return self.fraction * self.inner(step) if self.times_decay else self.fraction
+        if self.ramp_end is None:
+            return self.fraction
+        left = max(1, self.num_training_steps - self.ramp_end)
+        return self.fraction * self.inner((step - self.ramp_end) * self.num_training_steps / left)
 
 
 class SteeredSchedule(_Changed):
     """Gives every step of an existing `LambdaLR` without warmup the learning rate that a controller says.
 
     Args:
-        scheduler: The schedule, made with 0 warmup steps. Its factor f is what `decay` gives.
+        scheduler: The schedule, made with 0 warmup steps; its factor f must accept a fractional step.
+        num_training_steps: N, the step at which the decay ends.
 
     Raises:
         ValueError: If `scheduler` is no `LambdaLR`.
@@ -289,13 +299,20 @@ class SteeredSchedule(_Changed):
     _factor = _Steered
     _factors: list[_Steered]
 
-    def __init__(self, scheduler: LRScheduler) -> None:
-        super().__init__(scheduler)
+    def __init__(self, scheduler: LRScheduler, num_training_steps: int) -> None:
+        self.num_training_steps = num_training_steps
+        super().__init__(scheduler, num_training_steps)
 
-    @property
-    def decay(self) -> float:
-        """The factor f of the step that comes next: what the schedule alone would multiply η_trgt by."""
-        return float(self._factors[0].inner(self.scheduler.last_epoch))
+    def decay(self, step: float) -> float:
+        """The factor f that the schedule has by itself.
+
+        Args:
+            step: Between 0 and N, possibly fractional.
+
+        Returns:
+            f, that of the first parameter group.
+        """
+        return float(self._factors[0].inner(step))
 
     @property
     def controller(self) -> dict[str, Any]:
@@ -305,22 +322,24 @@ class SteeredSchedule(_Changed):
     @property
     def handed_over(self) -> bool:
         """Whether the schedule has taken over."""
-        return self._factors[0].times_decay
+        return self._factors[0].ramp_end is not None
 
-    def steer(self, fraction: float, controller: dict[str, Any], *, times_decay: bool = False) -> None:
+    def steer(self, fraction: float, controller: dict[str, Any], *, ramp_end: int | None = None) -> None:
         """Give the step that comes next `fraction` η_trgt, and those after it, until steered again.
 
         Args:
             fraction: Of every group's own target.
             controller: The controller's state, of plain numbers, to be kept in checkpoints.
-            times_decay: Multiply by f of each step: the schedule takes over, from another peak.
+            ramp_end: t_r: hand over to the schedule, whose decay f((t - t_r) N / (N - t_r)) from that step on then
+                multiplies `fraction`.
 
         Raises:
-            ValueError: If `fraction` is not positive and finite.
+            ValueError: If `fraction` is negative or not finite.
         """
-        _check_fraction(fraction)
+        if not 0 <= fraction < math.inf:
+            raise ValueError(f"fraction must be at least 0 and finite, got {fraction}")
         for factor in self._factors:
-            factor.fraction, factor.times_decay, factor.controller = fraction, times_decay, controller
+            factor.fraction, factor.ramp_end, factor.controller = fraction, ramp_end, controller
         self._apply()
 
 

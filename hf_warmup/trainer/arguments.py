@@ -65,7 +65,7 @@ class WarmupArguments:
         },
     )
     guide_rate: float = field(
-        default=0.01,
+        default=0.0125,
         metadata={
             "help": "What part of the way to the critical learning rate, in its logarithm, warmup=guided goes in a "
             "step: a ramp takes about two times its inverse."

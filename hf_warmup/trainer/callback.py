@@ -101,9 +101,9 @@ class WarmupCallback(TrainerCallback):
     ) -> WarmupSchedule | ExponentialSchedule | SteeredSchedule | None:
         arguments = self.arguments
         if arguments.warmup == "exponential":
-            return ExponentialSchedule(scheduler)
+            return ExponentialSchedule(scheduler, num_training_steps)
         if arguments.warmup != "linear":
-            return SteeredSchedule(scheduler)
+            return SteeredSchedule(scheduler, num_training_steps)
         if arguments.init_lr == "zero":
             return None
         warmup_steps = self.trainer.args.get_warmup_steps(num_training_steps)
@@ -250,6 +250,8 @@ class WarmupCallback(TrainerCallback):
         if arguments.warmup == "guided":
             guide = GuidedWarmup(
                 target,
+                schedule.num_training_steps,
+                schedule.decay,
                 init_lr=init_lr,
                 rate=arguments.guide_rate,
                 kappa=arguments.guide_kappa,
@@ -257,7 +259,13 @@ class WarmupCallback(TrainerCallback):
                 until=arguments.guide_until,
             )
         else:
-            guide = PersistentCatapult(target, init_lr=init_lr or 1e-4, delta=arguments.catapult_delta)
+            guide = PersistentCatapult(
+                target,
+                schedule.num_training_steps,
+                schedule.decay,
+                init_lr=init_lr or 1e-4,
+                delta=arguments.catapult_delta,
+            )
         if schedule.started:
             guide.load_state_dict(schedule.controller)
         if schedule.handed_over:
@@ -277,25 +285,27 @@ class WarmupCallback(TrainerCallback):
         options: dict[str, Any] = {}
         if isinstance(guide, GuidedWarmup) and isinstance(optimizer, GIAdamW):
             options["own_warmup"] = optimizer.own_warmup
-        ramping, passes = not guide.reached, guide.num_trials
-        lr = guide.step(self._loss_at(optimizer), schedule.decay, **options)
-        handed_over = guide.reached and not (isinstance(guide, GuidedWarmup) and guide.until == "end")
-        if lr > 0:
-            fraction = (guide.level if handed_over else lr) / target
-            schedule.steer(fraction, guide.state_dict(), times_decay=handed_over)
+        ramping, passes = guide.ramp_end is None, guide.num_trials
+        lr = guide.step(self._loss_at(optimizer), **options)
+        if guide.handed_over:
+            # The schedule counts its own steps, of which a resumed or a waiting run may have had more.
+            ramp_end = schedule.scheduler.last_epoch
+            schedule.steer(guide.level / target, guide.state_dict(), ramp_end=ramp_end)
+        else:
+            schedule.steer(lr / target, guide.state_dict())
         logs: dict[str, Any] = {}
         if guide.num_steps == 1:
             logs |= {"warmup/init_lr": lr, "warmup/target_lr": target}
         if guide.num_trials > passes:
             logs |= {"warmup/critical_lr": guide.critical_lr, "warmup/forward_passes": guide.num_trials}
         record: dict[str, Any] = {}
-        if ramping and guide.reached:
+        if ramping and guide.ramp_end is not None:
             logs["warmup/peak_lr"] = guide.level
             record["warmup/warmup_steps"] = guide.num_steps
         if logs:
             record |= {"warmup/mode": self.arguments.warmup, "warmup/asked": self.arguments.init_lr}
             self._log(logs, record)
-        if handed_over:
+        if guide.handed_over:
             self._stop_watching()
 
     def _loss_at(self, optimizer: Optimizer) -> Callable[[float], float]:

@@ -1,7 +1,7 @@
 """Every rule for the learning rate that the warmup study compares, for `warmup_cases.train`.
 
-All decay by a cosine to a tenth. It runs from step 0, but for linear warmup, where it starts after warmup as the
-Trainer's does.
+All decay by a cosine to a tenth, from the end of warmup to the end of the run; where a warmup has no end (those
+that only β2 decides), from step 0.
 """
 
 import math
@@ -30,9 +30,12 @@ def linear(setting: Setting, optimizer: str, target: float, fraction: float = 0.
 
 def ramp(setting: Setting, optimizer: str, target: float, growth: float = 1.05, init: float = 1e-4) -> Rule:
     """The exponential ramp alone."""
-    return lambda step, loss_at: min(
-        target * cosine(step, setting.steps), init * math.exp(min(99.0, step * math.log(growth)))
-    )
+    reach = math.log(target / init) / math.log(growth)
+
+    def rule(step: int, loss_at: LossAt) -> float:
+        return init * growth**step if step < reach else target * cosine(step - reach, setting.steps - reach)
+
+    return rule
 
 
 def factor(f: Callable[[float, int], float]) -> Callable[..., Rule]:
@@ -46,19 +49,18 @@ def factor(f: Callable[[float, int], float]) -> Callable[..., Rule]:
 
 def guided(setting: Setting, optimizer: str, target: float, **options: Any) -> Rule:
     """Ours."""
-    guide = GuidedWarmup(target, **options)
+    guide = GuidedWarmup(target, setting.steps, lambda step: cosine(step, setting.steps), **options)
 
     def rule(step: int, loss_at: LossAt) -> float:
-        own = math.sqrt(1 - setting.beta2 ** (step + 1)) if optimizer == "GIAdamW" else 1.0
-        return guide.step(loss_at, cosine(step, setting.steps), own)
+        return guide.step(loss_at, math.sqrt(1 - setting.beta2 ** (step + 1)) if optimizer == "GIAdamW" else 1.0)
 
     return rule
 
 
 def persistent(setting: Setting, optimizer: str, target: float, delta: float = 0.01) -> Rule:
     """Algorithm 3 of the paper."""
-    catapult = PersistentCatapult(target, delta=delta)
-    return lambda step, loss_at: catapult.step(loss_at, cosine(step, setting.steps))
+    catapult = PersistentCatapult(target, setting.steps, lambda step: cosine(step, setting.steps), delta=delta)
+    return lambda step, loss_at: catapult.step(loss_at)
 
 
 RULES: dict[str, Callable[..., Rule]] = {

@@ -104,8 +104,8 @@ def jobs(part: str) -> Iterator[Job]:
     if part == "gi":
         yield from grid(GPT, "GIAdamW", {"guided": [{}], "ramp": [{}], **tuned}, targets(1.25e-3, 8))
     if part == "bert":
-        tuned = {"linear": [{"fraction": f} for f in (0.0, 0.05, 0.1, 0.3)]}
-        lrs = targets(5e-4, 8)
+        tuned = {"linear": [{"fraction": f} for f in (0.0, 0.1, 0.3)]}
+        lrs = targets(1e-3, 6)
         yield from grid(BERT, "AdamW", {"guided": [{}], "ramp": [{}], **tuned}, lrs)
         yield from grid(BERT, "RAdam", {"linear": [{}]}, lrs)
     if part == "long":
@@ -128,7 +128,7 @@ def jobs(part: str) -> Iterator[Job]:
                 width=pick((32, 48, 64)),
                 depth=pick((1, 2, 4, 6)),
                 context=32,
-                steps=200,
+                steps=150,
                 beta2=pick((0.95, 0.98, 0.999)),
                 weight_decay=pick((0.0, 0.1)),
                 clip=pick((0.0, 1.0)),
