@@ -13,13 +13,13 @@ def fixed_critical_lr(critical_lr, start=2.0):
     return lambda lr: start + lr * (lr - critical_lr)
 
 
-def lrs(guide, losses, num_steps, decay=lambda t: 1.0, **options):
-    return [guide.step(losses(t), decay(t), **options) for t in range(num_steps)]
+def lrs(guide, losses, num_steps, **options):
+    return [guide.step(losses(t), **options) for t in range(num_steps)]
 
 
 def test_the_distance_to_a_critical_lr_that_stands_still_decays_exponentially():
     # ln(c / η_t) = ln(c / η_0) e^(-ρ t), to the staircase's factor of 1.5 around c.
-    guide = GuidedWarmup(1.0, rate=RATE)
+    guide = GuidedWarmup(1.0, 1000, rate=RATE)
     made = lrs(guide, lambda t: fixed_critical_lr(0.5), 200)
     assert made[0] == pytest.approx(0.5e-3, rel=1.0)  # the search for c is to a factor of 2
     for t in (50, 100, 199):
@@ -27,43 +27,56 @@ def test_the_distance_to_a_critical_lr_that_stands_still_decays_exponentially():
         assert math.log(0.5 / made[t]) == pytest.approx(expected, abs=math.log(1.5) * (1 - (1 - RATE) ** t) + 0.1)
 
 
-def test_the_rise_written_out():
-    guide = GuidedWarmup(1.0, rate=0.05, init_lr=1e-3, every=1000)
-    guide.step(fixed_critical_lr(0.5))
-    assert guide.level == pytest.approx(1e-3)
-    level = 1e-3
-    for t in range(1, 30):
-        decay = 1 - t / 100
-        level *= (guide.critical_lr / (decay * level)) ** 0.05
-        assert guide.step(fixed_critical_lr(0.5), decay) == pytest.approx(decay * level, rel=1e-12)
+def test_the_rise_and_the_decay_written_out():
+    decay = lambda x: 1 - x / 400  # noqa: E731
+    guide = GuidedWarmup(0.02, 400, decay, rate=0.05, init_lr=1e-3, every=1000)
+    made = lrs(guide, lambda t: fixed_critical_lr(0.5), 400)
+    expected = [1e-3]
+    while expected[-1] < 0.02:
+        expected.append(min(0.02, expected[-1] * (guide.critical_lr / expected[-1]) ** 0.05))
+    end = len(expected) - 1
+    assert guide.ramp_end == end
+    assert 5 < end < 100
+    expected += [0.02 * (1 - (t - end) / (400 - end)) for t in range(end + 1, 400)]
+    assert made == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_target_is_reached_and_never_passed():
-    guide = GuidedWarmup(1e-2, rate=RATE)
+    guide = GuidedWarmup(1e-2, 1000, rate=RATE)
     made = lrs(guide, lambda t: fixed_critical_lr(0.5), 300)
     assert all(later >= earlier for earlier, later in zip(made, made[1:], strict=False))
     assert max(made) == made[-1] == 1e-2
-    assert guide.reached
+    assert guide.ramp_end is not None
+
+
+@pytest.mark.parametrize("make", [GuidedWarmup, PersistentCatapult])
+def test_a_ramp_that_does_not_end_gives_way_to_the_decay_at_half_of_the_run(make):
+    guide = make(100.0, 60, lambda x: 1 - x / 60)
+    made = lrs(guide, lambda t: fixed_critical_lr(1e-3, start=2.0 + t), 60)
+    assert guide.ramp_end == 29
+    assert made[29] == max(made) > 0
+    assert made[30:] == pytest.approx([guide.level * (60 - t) / 31 for t in range(30, 60)])
 
 
 @pytest.mark.parametrize("target", [1.0, 100.0])
 def test_the_peak_is_the_smallest_critical_lr_met_however_high_the_target(target):
     # η_c falls to 0.01 by step 60 and rises again.
     critical = lambda t: 0.01 * math.exp(5 * abs(1 - t / 60))  # noqa: E731
-    guide = GuidedWarmup(target, rate=0.03, until="end")
+    guide = GuidedWarmup(target, 1000, rate=0.02)
     made = lrs(guide, lambda t: fixed_critical_lr(critical(t)), 300)
-    assert made[-1] == pytest.approx(guide.peak)
-    assert all(lr <= guide.peak * 1.0001 for lr in made[70:])
-    assert 0.01 / 1.5 <= guide.peak <= 0.01 * 1.5**3  # a staircase's mean over 20 steps
-    half = GuidedWarmup(target, rate=0.03, kappa=0.5, until="end")
-    lrs(half, lambda t: fixed_critical_lr(critical(t)), 300)
-    assert half.peak == pytest.approx(guide.peak / 2)
+    assert made[-1] == guide.level == pytest.approx(guide.peak)
+    assert 0.01 / 1.5 <= guide.peak <= 0.01 * 1.5**4  # a staircase's mean over 20 steps
+    half = GuidedWarmup(target, 1000, rate=0.02, kappa=0.5, until="end")
+    whole = GuidedWarmup(target, 1000, rate=0.02, until="end")
+    for either in (half, whole):
+        lrs(either, lambda t: fixed_critical_lr(critical(t)), 300)
+    assert half.peak == pytest.approx(whole.peak / 2)
 
 
 def test_the_staircase_finds_where_half_of_the_batches_rise():
     # Batches whose η_c scatters by 3 either way.
     scatter = [3.0, 1 / 3, 1.5, 1 / 1.5, 2.0, 0.5, 1.0]
-    guide = GuidedWarmup(1e3, every=1, until="end")
+    guide = GuidedWarmup(1e3, 1000, every=1, until="end")
     seen = []
     for t in range(95):
         guide.step(fixed_critical_lr(0.2 * scatter[t * 3 % 7]))
@@ -78,7 +91,7 @@ def test_a_trial_costs_one_forward_pass_and_they_become_rarer():
         loss_at = fixed_critical_lr(0.5)
         return lambda lr: calls.append((t, lr)) or loss_at(lr)
 
-    guide = GuidedWarmup(100.0, until="end")
+    guide = GuidedWarmup(100.0, 10_000, until="end")
     lrs(guide, counted, 10_000)
     tried = [(t, lr) for t, lr in calls if lr > 0]
     assert len(tried) == guide.num_trials
@@ -92,9 +105,10 @@ def test_a_trial_costs_one_forward_pass_and_they_become_rarer():
 
 def test_after_the_target_nothing_is_tried_unless_asked_to_the_end():
     for until, asks in (("target", False), ("end", True)):
-        guide = GuidedWarmup(1e-3, until=until)
+        guide = GuidedWarmup(1e-3, 1000, until=until)
         lrs(guide, lambda t: fixed_critical_lr(0.5), 120)
-        assert guide.reached
+        assert guide.ramp_end is not None
+        assert guide.handed_over != asks
         trials = guide.num_trials
         lrs(guide, lambda t: fixed_critical_lr(1e-4), 200)
         assert (guide.num_trials > trials) == asks
@@ -103,18 +117,23 @@ def test_after_the_target_nothing_is_tried_unless_asked_to_the_end():
 
 def test_the_decay_multiplies_the_peak_and_does_not_lower_it():
     # η_c follows the learning rate down, as it does in training: at 3 η it is never in the way.
-    guide = GuidedWarmup(1e-2, until="end")
-    decay = lambda t: max(0.1, 1 - t / 500)  # noqa: E731
+    guide = GuidedWarmup(1e-2, 600, lambda x: max(0.1, 1 - x / 500), until="end")
     made = []
     for t in range(600):
-        last = made[-1] if made else 1e-2
-        made.append(guide.step(fixed_critical_lr(3 * last if t > 200 else 0.5), decay(t)))
+        made.append(guide.step(fixed_critical_lr(3 * made[-1] if t > 200 else 0.5)))
+    assert guide.level == 1e-2
     assert made[-1] == pytest.approx(1e-3)
+
+
+def test_a_decay_to_zero_ends_without_an_error():
+    guide = GuidedWarmup(1e-2, 100, lambda x: 1 - x / 100, rate=0.2, until="end", every=1)
+    made = lrs(guide, lambda t: fixed_critical_lr(0.5), 101)
+    assert made[100] == pytest.approx(0.0, abs=1e-15)
 
 
 def test_an_optimizer_with_a_warmup_of_its_own_is_held_to_what_it_bears_without_it():
     # GI-Adam at step t bears 1 / w_t times what AdamW does.
-    plain, gi = GuidedWarmup(10.0, until="end"), GuidedWarmup(10.0, until="end")
+    plain, gi = GuidedWarmup(10.0, 1000), GuidedWarmup(10.0, 1000)
     for t in range(200):
         own = math.sqrt(1 - 0.999 ** (t + 1))
         a = plain.step(fixed_critical_lr(0.05))
@@ -124,7 +143,7 @@ def test_an_optimizer_with_a_warmup_of_its_own_is_held_to_what_it_bears_without_
 
 
 def test_a_loss_that_is_not_finite_has_risen():
-    guide = GuidedWarmup(1.0, every=1)
+    guide = GuidedWarmup(1.0, 1000, every=1)
     guide.step(fixed_critical_lr(0.5))
     before = guide.critical_lr
     guide.step(lambda lr: 2.0 if lr == 0 else math.nan)
@@ -134,7 +153,7 @@ def test_a_loss_that_is_not_finite_has_risen():
 
 
 def test_a_first_loss_that_is_not_finite_is_an_error():
-    for guide in (GuidedWarmup(1.0), PersistentCatapult(1.0)):
+    for guide in (GuidedWarmup(1.0, 9), PersistentCatapult(1.0, 9)):
         with pytest.raises(RuntimeError, match="training loss of step 1 is nan before any update"):
             guide.step(lambda lr: math.nan)
 
@@ -143,12 +162,19 @@ def test_a_first_loss_that_is_not_finite_is_an_error():
     "curve", [lambda lr: 1.0 + lr, lambda lr: 1.0, lambda lr: 1.0 - lr], ids=["up", "flat", "down"]
 )
 def test_a_first_batch_without_a_critical_lr_still_gives_a_learning_rate(curve):
-    guide = GuidedWarmup(1.0)
+    guide = GuidedWarmup(1.0, 200)
     made = lrs(guide, lambda t: curve, 50)
     assert all(0 < lr <= 1.0 for lr in made)
 
 
-@pytest.mark.parametrize("make", [lambda: GuidedWarmup(1.0, until="end"), lambda: PersistentCatapult(1.0)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GuidedWarmup(0.02, 120, lambda x: 1 - x / 240, until="end"),
+        lambda: GuidedWarmup(1.0, 120, lambda x: 1 - x / 240),
+        lambda: PersistentCatapult(1.0, 120),
+    ],
+)
 def test_a_saved_state_goes_on_exactly(make):
     critical = lambda t: 0.3 * math.exp(-t / 50) + 0.01 * (t % 3)  # noqa: E731
     whole = make()
@@ -164,12 +190,12 @@ def test_a_saved_state_goes_on_exactly(make):
 
 def test_a_state_of_another_class_is_refused():
     with pytest.raises(ValueError, match="the state must be of a GuidedWarmup"):
-        GuidedWarmup(1.0).load_state_dict(PersistentCatapult(1.0).state_dict())
+        GuidedWarmup(1.0, 9).load_state_dict(PersistentCatapult(1.0, 9).state_dict())
 
 
 def test_persistent_catapult_goes_from_search_to_search_when_the_loss_is_below_where_it_was():
     # Algorithm 3 by hand: at θ* with L = 2, η_c = 0.1; the loss rises for two steps; below 2 it searches again.
-    guide = PersistentCatapult(1.0, init_lr=1e-3, delta=1e-3)
+    guide = PersistentCatapult(1.0, 1000, init_lr=1e-3, delta=1e-3)
     script = [(2.0, 0.1), (2.5, 9.0), (2.2, 9.0), (1.9, 0.4), (1.95, 9.0), (1.8, 2.0), (1.7, 9.0)]
     made = [guide.step(fixed_critical_lr(critical, start)) for start, critical in script]
     assert made[:3] == pytest.approx([0.1] * 3, rel=0.15)
@@ -177,24 +203,24 @@ def test_persistent_catapult_goes_from_search_to_search_when_the_loss_is_below_w
     assert made[3:5] == pytest.approx([0.4] * 2, rel=0.15)
     assert made[5:] == [1.0, 1.0]
     assert guide.num_searches == 3
-    assert guide.reached
+    assert guide.ramp_end == 5
     assert not guide.needs_trial
     trials = guide.num_trials
-    guide.step(fixed_critical_lr(0.01, 0.1), 0.5)
+    guide.step(fixed_critical_lr(0.01, 0.1))
     assert guide.num_trials == trials
 
 
 BAD = [
-    (lambda: GuidedWarmup(0.0), "target_lr must be positive and finite, got 0.0"),
-    (lambda: GuidedWarmup(1.0, rate=1.5), "rate must be positive and at most 1 and finite, got 1.5"),
-    (lambda: GuidedWarmup(1.0, kappa=-1.0), "kappa must be positive and finite, got -1.0"),
-    (lambda: GuidedWarmup(1.0, init_lr=math.nan), "init_lr must be positive and finite, got nan"),
-    (lambda: GuidedWarmup(1.0, every=0), "every must be at least 1, got 0"),
-    (lambda: GuidedWarmup(1.0, until="noon"), "until must be .* got 'noon'"),
-    (lambda: PersistentCatapult(1.0, delta=0.0), "delta must be positive and finite, got 0.0"),
-    (lambda: PersistentCatapult(1.0, init_lr=-1.0), "init_lr must be positive and finite, got -1.0"),
-    (lambda: GuidedWarmup(1.0).step(lambda lr: 1.0, decay=1.1), "decay must be at least 0 and at most 1, got 1.1"),
-    (lambda: GuidedWarmup(1.0).step(lambda lr: 1.0, own_warmup=0.0), "own_warmup must be above 0 .* got 0.0"),
+    (lambda: GuidedWarmup(0.0, 9), "target_lr must be positive and finite, got 0.0"),
+    (lambda: GuidedWarmup(1.0, 0), "num_training_steps must be at least 1, got 0"),
+    (lambda: GuidedWarmup(1.0, 9, rate=1.5), "rate must be positive and at most 1 and finite, got 1.5"),
+    (lambda: GuidedWarmup(1.0, 9, kappa=-1.0), "kappa must be positive and finite, got -1.0"),
+    (lambda: GuidedWarmup(1.0, 9, init_lr=math.nan), "init_lr must be positive and finite, got nan"),
+    (lambda: GuidedWarmup(1.0, 9, every=0), "every must be at least 1, got 0"),
+    (lambda: GuidedWarmup(1.0, 9, until="noon"), "until must be .* got 'noon'"),
+    (lambda: PersistentCatapult(1.0, 9, delta=0.0), "delta must be positive and finite, got 0.0"),
+    (lambda: PersistentCatapult(1.0, 9, init_lr=-1.0), "init_lr must be positive and finite, got -1.0"),
+    (lambda: GuidedWarmup(1.0, 9).step(lambda lr: 1.0, own_warmup=0.0), "own_warmup must be above 0 .* got 0.0"),
 ]
 
 

@@ -86,8 +86,8 @@ class WarmupArguments:
     critical_lr_method: str = field(
         default="secant",
         metadata={
-            "help": "How to search for the critical learning rate: `secant` (two forward passes if it is above "
-            "learning_rate, about seven if not) or `paper` (doubling from learning_rate / warmup_steps, then halving)."
+            "help": "How to search for the critical learning rate: `secant` (one forward pass if it is above "
+            "learning_rate, about six if not) or `paper` (doubling from learning_rate / warmup_steps, then halving)."
         },
     )
     catapult_delta: float = field(

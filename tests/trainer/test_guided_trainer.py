@@ -59,13 +59,19 @@ SCHEDULES = {
 }
 
 
+def own_factor(trainer):
+    """The factor of the Trainer's own schedule, of a fractional step."""
+    return trainer.lr_scheduler.lr_lambdas[0].inner
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_exponential_ramp_meets_every_decay(make_trainer, name):
+def test_the_exponential_ramp_is_followed_by_the_whole_of_every_decay(make_trainer, name):
     options = {"lr_scheduler_type": name, "lr_scheduler_kwargs": SCHEDULES[name] or None, "warmup_steps": 0}
-    decay = train(make_trainer(init_lr="zero", **options))
-    rates = train(make_trainer(warmup="exponential", init_lr="1e-4", warmup_growth=2.0, **options))
-    ramp = [1e-4 * 2.0**t for t in range(12)]
-    assert rates == pytest.approx([min(a, b) for a, b in zip(ramp, decay, strict=True)])
+    trainer = make_trainer(warmup="exponential", init_lr="1e-4", warmup_growth=2.0, **options)
+    rates = train(trainer)
+    reach, decay = math.log2(30), own_factor(trainer)
+    ramp = [1e-4 * 2.0**t for t in range(5)]
+    assert rates == pytest.approx(ramp + [3e-3 * decay((t - reach) * 12 / (12 - reach)) for t in range(5, 12)])
 
 
 def test_the_exponential_ramp_starts_at_the_critical_lr_or_the_cap(make_trainer):
@@ -81,20 +87,23 @@ def test_the_exponential_ramp_starts_at_the_critical_lr_or_the_cap(make_trainer)
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_guided_warmup_is_the_controllers_rule_in_the_trainer(make_trainer, name):
-    """The rule replayed from what was logged: estimates of η_c, and the decay of the Trainer's own schedule."""
+    """The rule replayed from the estimates of η_c that were logged, and the factor of the Trainer's own schedule."""
     options = {"lr_scheduler_type": name, "lr_scheduler_kwargs": SCHEDULES[name] or None}
-    decay = [lr / 3e-3 for lr in train(make_trainer(init_lr="zero", warmup_steps=0, max_steps=24, **options))]
     trainer = make_trainer(gi_adam=False, **GUIDED, **options)
     rates = train(trainer)
-    found = dict(critical_lrs(trainer))
+    found, decay = dict(critical_lrs(trainer)), own_factor(trainer)
     assert list(found)[:3] == [0, 2, 4]
-    level, critical = found[0] * 1e-3, found[0]
-    assert rates[0] == pytest.approx(level, rel=1e-6)
+    critical, end, expected = found[0], None, [found[0] * 1e-3]
     for t in range(1, 24):
         critical = found.get(t, critical)
-        if level < 3e-3:
-            level = min(3e-3, level * max(1.0, critical / (decay[t] * level)) ** 0.1)
-        assert rates[t] == pytest.approx(level * decay[t], rel=1e-6)
+        if end is None:
+            expected.append(min(3e-3, expected[-1] * (critical / expected[-1]) ** 0.1))
+            end = t if expected[-1] == 3e-3 or t + 1 >= 12 else None
+        else:
+            expected.append(expected[end] * decay((t - end) * 24 / (24 - end)))
+    assert end is not None
+    assert rates == pytest.approx(expected)
+    assert warmup_report(trainer)["warmup_steps_taken"] == end + 1
 
 
 @pytest.mark.parametrize("num", [0, 1, 2])
@@ -172,7 +181,7 @@ def test_trials_leave_no_trace_but_the_learning_rate(make_trainer):
 
 
 def test_a_target_that_is_too_high_is_not_reached(make_trainer):
-    options = GUIDED | {"max_steps": 60, "guide_rate": 0.2, "lr_scheduler_type": "constant", "gi_adam": False}
+    options = GUIDED | {"max_steps": 80, "guide_rate": 0.2, "lr_scheduler_type": "constant", "gi_adam": False}
     trainer = make_trainer(learning_rate=1e3, **options)
     rates = train(trainer)
     report = warmup_report(trainer)
