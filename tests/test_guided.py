@@ -41,6 +41,15 @@ def test_the_rise_and_the_decay_written_out():
     assert made == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_ramp_rests_where_the_critical_lr_is_below_it():
+    guide = GuidedWarmup(1.0, 1000, rate=0.3, every=5)
+    made = lrs(guide, lambda t: fixed_critical_lr(0.5 if t < 10 else 1e-9), 15)
+    assert guide.critical_lr < made[-1]
+    assert all(later >= earlier for earlier, later in zip(made, made[1:], strict=False))
+    guide.critical_lr = made[-1] / 10
+    assert guide.step(fixed_critical_lr(1e-9)) in (made[-1], guide.peak)
+
+
 def test_the_target_is_reached_and_never_passed():
     guide = GuidedWarmup(1e-2, 1000, rate=RATE)
     made = lrs(guide, lambda t: fixed_critical_lr(0.5), 300)
@@ -167,6 +176,7 @@ def test_a_first_batch_without_a_critical_lr_still_gives_a_learning_rate(curve):
     assert all(0 < lr <= 1.0 for lr in made)
 
 
+@pytest.mark.parametrize("stop", [1, 42, 77])
 @pytest.mark.parametrize(
     "make",
     [
@@ -175,15 +185,15 @@ def test_a_first_batch_without_a_critical_lr_still_gives_a_learning_rate(curve):
         lambda: PersistentCatapult(1.0, 120),
     ],
 )
-def test_a_saved_state_goes_on_exactly(make):
-    critical = lambda t: 0.3 * math.exp(-t / 50) + 0.01 * (t % 3)  # noqa: E731
+def test_a_saved_state_goes_on_exactly(make, stop):
+    critical = lambda t: 0.3 * math.exp(-t / 20) + 1e-4 * (t % 3)  # noqa: E731
     whole = make()
     expected = lrs(whole, lambda t: fixed_critical_lr(critical(t)), 120)
     first = make()
-    made = lrs(first, lambda t: fixed_critical_lr(critical(t)), 57)
+    made = lrs(first, lambda t: fixed_critical_lr(critical(t)), stop)
     again = make()
     again.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    made += [again.step(fixed_critical_lr(critical(t))) for t in range(57, 120)]
+    made += [again.step(fixed_critical_lr(critical(t))) for t in range(stop, 120)]
     assert made == expected
     assert again.state_dict() == whole.state_dict()
 
