@@ -177,6 +177,9 @@ def run(argv: list[str]) -> None:
     )
     if trainer.is_world_process_zero():
         print(summary(trainer, entropy))
+    # Together, and without a process group: threads that are left alone may abort the exit.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,18 @@ def test_a_recipe_has_only_options_that_are_known(path):
     assert "tokens per step" in path.read_text()
     tokens = recipe.context * args.per_device_train_batch_size * args.gradient_accumulation_steps
     assert f"= {tokens:,} tokens per step" in path.read_text()
+
+
+@pytest.mark.parametrize("warmup", ["guided", "exponential", "persistent"])
+def test_a_recipe_runs_with_a_warmup_that_needs_no_steps(warmup, tmp_path, capsys):
+    folder = tmp_path / "run"
+    pretrain.run(few_steps("clm", folder, "--warmup", warmup, "--warmup_steps", "0", "--max_steps", "8"))
+    printed = capsys.readouterr().out
+    assert re.search(rf"│ warmup +│ {warmup}", printed)
+    assert "highest learning rate" in printed
+    report = json.loads((folder / "warmup.json").read_text())
+    assert report["warmup"] == warmup
+    assert report["initial_eval_loss"] > report["final_eval_loss"]
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])

@@ -17,6 +17,9 @@ args = WarmupTrainingArguments(**{**OPTIONS, **run, **options})
 trainer = Trainer(make_model(dropout=0.0), args, train_dataset=make_dataset())
 WarmupCallback.attach(trainer)
 trainer.train()
-weights = [float(p.double().sum()) for p in trainer.model.parameters()]
+weights = [p.detach().double().sum().item() for p in trainer.model.parameters()]
 seen = {"world_size": args.world_size, "history": trainer.state.log_history, "weights": weights}
 (folder / f"{args.process_index}.json").write_text(json.dumps(seen))
+# Together, and without a process group: threads that are left alone may abort the exit.
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()

@@ -37,3 +37,20 @@ def test_two_processes_search_as_one_with_the_same_global_batch(options, tmp_pat
     assert together["warmup/critical_lr"] == pytest.approx(alone["warmup/critical_lr"], rel=1e-3)
     # The first loss is the step's own, averaged over the processes.
     assert together["warmup/evals"][0][1] == two[0]["history"][1]["loss"]
+
+
+@pytest.mark.slow
+def test_two_processes_are_guided_as_one(tmp_path):
+    options = {"warmup": "guided", "warmup_steps": 0, "max_steps": 12, "guide_every": 2, "guide_rate": 0.2}
+    (one,) = run(tmp_path / "one", 1, {**options, "per_device_train_batch_size": 8})
+    two = run(tmp_path / "two", 2, {**options, "per_device_train_batch_size": 4})
+    numbers = ("warmup/critical_lr", "warmup/init_lr", "warmup/peak_lr", "warmup/forward_passes", "learning_rate")
+    seen = [[{k: e[k] for k in numbers if k in e} for e in rank["history"]] for rank in (one, *two)]
+    assert seen[1] == seen[2]
+    assert two[0]["weights"] == two[1]["weights"]
+    assert len(seen[0]) == len(seen[1])
+    for alone, together in zip(seen[0], seen[1], strict=True):
+        for entry in (alone, together):  # losses that round otherwise may cost the first search a pass more
+            entry.pop("warmup/forward_passes", None)
+        assert together == pytest.approx(alone, rel=0.01)
+    assert any("warmup/peak_lr" in e for e in seen[0])
