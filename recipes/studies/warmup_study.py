@@ -101,6 +101,12 @@ def jobs(part: str) -> Iterator[Job]:
         yield from grid(GPT, "AdamW", {"guided": [{"until": "end"}], "persistent": [{}]}, lrs)
         yield from grid(GPT, "AdamW", {"ramp": [{"growth": g} for g in (1.03, 1.1)]}, lrs)
         yield from grid(GPT, "RAdam", {"linear": [{}]}, lrs)
+        # Far beyond what anybody would ask for.
+        absurd = targets(0.32, 3)
+        yield from grid(GPT, "AdamW", {"guided": [{}], "linear": [{"fraction": 0.3}]}, absurd)
+        yield from grid(GPT, "RAdam", {"linear": [{}]}, absurd)
+        # How often to try, at a sensible target and at one that is too high.
+        yield from grid(GPT, "AdamW", {"guided": [{"every": k} for k in (1, 2, 10, 20)]}, [1e-2, 8e-2])
     if part == "gi":
         yield from grid(GPT, "GIAdamW", {"guided": [{}], "ramp": [{}], **tuned}, targets(1.25e-3, 8))
     if part == "bert":
@@ -241,7 +247,7 @@ def window(made: list[Curve]) -> list[float]:
 
 def part_table(part: str) -> str:
     """A line per method; the best loss, and how it stands against the target."""
-    made = curves(read(part))
+    made = [curve for curve in curves(read(part)) if "every" not in curve.options]
     reference, over = tuned(made), window(made)
     lines = []
     for curve in sorted(made, key=lambda c: (c.optimizer, c.rule, str(c.options))):
@@ -264,6 +270,21 @@ def part_table(part: str) -> str:
         )
     note = f"Range: η_trgt from {min(over):g} to {max(over):g} ({max(over) / min(over):.0f} times)."
     return f"{tabulate(lines, headers='keys', tablefmt='github', disable_numparse=True)}\n\n{note}"
+
+
+def trials_table() -> str:
+    """The loss against how often guided warmup tries."""
+    lines = []
+    chosen = [curve for curve in curves(read("gpt")) if curve.rule == "guided" and "until" not in curve.options]
+    for curve in sorted(chosen, key=lambda c: c.options.get("every", 5)):
+        rows = [r for r in read("gpt") if r["rule"] == "guided" and json.loads(r["options"]) == curve.options]
+        line = {"steps between trials": curve.options.get("every", 5)}
+        for target in (1e-2, 8e-2):
+            passes = statistics.mean(float(r["probes"]) for r in rows if float(r["target"]) == target)
+            line[f"η_trgt = {target:g}: forward passes"] = f"{passes:.0f}"
+            line[f"{target:g}: loss"] = words(curve.losses[target])
+        lines.append(line)
+    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
 
 
 def short_table() -> str:
@@ -353,6 +374,7 @@ def report() -> str:
         "long": "GPT, 5 times the steps",
     }
     parts = [f"## {title}\n\n{part_table(part)}" for part, title in titles.items() if read(part)]
+    parts.append(f"## How often to try\n\n{trials_table()}")
     if read("short"):
         parts.append(f"## Steps to the loss of tuned linear warmup\n\n{short_table()}")
     if read("random"):
