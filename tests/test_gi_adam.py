@@ -1,5 +1,6 @@
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -499,3 +500,15 @@ def test_autograd_goes_through_a_differentiable_step():
 def test_bad_v0_is_named(v0):
     with pytest.raises(ValueError, match="v0 must be"):
         GIAdamW(parameters((2,)), v0=v0)
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.999])
+def test_own_warmup_is_the_length_of_the_step_to_come_on_a_constant_gradient(beta2):
+    theta = torch.zeros(3, requires_grad=True, dtype=torch.float64)
+    optimizer = GIAdamW([theta], lr=1.0, betas=(0.9, beta2), eps=0.0, weight_decay=0.0)
+    for t in range(1, 30):
+        expected, before = optimizer.own_warmup, theta.detach().clone()
+        assert expected == pytest.approx(math.sqrt(1 - beta2**t), rel=1e-12)
+        theta.grad = torch.tensor([1e-3, -2.0, 5.0], dtype=torch.float64)
+        optimizer.step()
+        torch.testing.assert_close((theta.detach() - before).abs(), torch.full_like(theta, expected))

@@ -10,8 +10,7 @@ README = (ROOT / "README.md").read_text()
 LOOPS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("loop", LOOPS, ids=["torch", "accelerate"])
-def test_a_loop_of_the_readme_runs_as_printed(loop, monkeypatch):
+def run(loop, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
@@ -26,12 +25,28 @@ def test_a_loop_of_the_readme_runs_as_printed(loop, monkeypatch):
         "num_steps": 8,
     }
     exec(loop, names)
-    assert names["found"].status == "above_target"
     assert names["step"] == 7
+    return names
+
+
+@pytest.mark.parametrize("loop", LOOPS[:2], ids=["torch", "accelerate"])
+def test_a_loop_of_the_readme_runs_as_printed(loop, monkeypatch):
+    names = run(loop, monkeypatch)
+    assert names["found"].status == "above_target"
     # η_init = 0.1 η_trgt, then the slope η_trgt / T_wrm: at the target after 3.6 steps.
     assert names["warmup"].init_fraction == 0.1
     assert names["schedule"].get_last_lr() == [1e-2]
     assert names["loss_fn"]().item() < 4.2
+
+
+def test_the_guided_loop_of_the_readme_runs_as_printed(monkeypatch):
+    (loop,) = LOOPS[2:]
+    names = run(loop, monkeypatch)
+    guide = names["guide"]
+    assert guide.num_steps == 8
+    assert guide.ramp_end == 3  # half of the run
+    assert names["lr"] == pytest.approx(guide.level * (1 - 4 / 5))
+    assert guide.num_trials > 2
 
 
 def test_the_trainer_example_is_two_added_lines():

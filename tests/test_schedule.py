@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from hf_warmup.schedule import WarmupSchedule, steps_saved
+from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, steps_saved
 
 N, T_WRM, TARGET = 100, 20, 0.5
 # Every LambdaLR that transformers makes, with its extra arguments.
@@ -24,10 +24,10 @@ SCHEDULES = {
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 
 
-def schedule(name, target=TARGET, **options):
+def schedule(name, target=TARGET, warmup_steps=T_WRM, **options):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], target)
     kwargs = {**SCHEDULES[name], **options}
-    return optimizer, get_scheduler(name, optimizer, T_WRM, N, scheduler_specific_kwargs=kwargs)
+    return optimizer, get_scheduler(name, optimizer, warmup_steps, N, scheduler_specific_kwargs=kwargs)
 
 
 def run(optimizer, scheduler, num_steps=N):
@@ -170,3 +170,65 @@ def test_steps_saved_counts_two_forward_passes_as_a_step():
     assert steps_saved(0.05, 0.5, 200, 10) == pytest.approx(200 * 0.1 - 5)
     assert steps_saved(0.05, 0.5, 20, 10) == pytest.approx(2 - 5)
     assert steps_saved(7.0, 0.5, 200) == 200
+
+
+@every_schedule
+def test_an_exponential_ramp_is_followed_by_the_whole_decay(name):
+    optimizer, scheduler = schedule(name, warmup_steps=0)
+    factor = scheduler.lr_lambdas[0]
+    ramp = ExponentialSchedule(scheduler, N)
+    assert not ramp.started
+    ramp.start(0.01, 1.25)
+    reach = math.log(100) / math.log(1.25)
+    for t, lr in enumerate(run(optimizer, scheduler)):
+        stretched = factor((t - reach) * N / (N - reach)) if t >= reach else None
+        assert lr == pytest.approx(TARGET * (0.01 * 1.25**t if t < reach else stretched), rel=1e-12, abs=1e-15)
+
+
+def steered(t, warmup):
+    """A controller that goes up to half of the target and hands over at step 10."""
+    if t <= 10:
+        warmup.steer(0.05 * t, {"t": t, "seen": [1.0, 2.0]}, ramp_end=10 if t == 10 else None)
+
+
+@every_schedule
+@pytest.mark.parametrize("stop", [0, 4, 10, 11, 60])
+def test_a_steered_schedule_hands_over_and_resumes_exactly(name, stop):
+    def run_from(first, last, warmup, optimizer):
+        lrs = []
+        for t in range(first, last):
+            steered(t, warmup)
+            lrs.append(optimizer.param_groups[0]["lr"])
+            assert warmup.scheduler.get_last_lr() == [lrs[-1]]
+            optimizer.step()
+            warmup.scheduler.step()
+        return lrs
+
+    optimizer, scheduler = schedule(name, warmup_steps=0)
+    factor, warmup = scheduler.lr_lambdas[0], SteeredSchedule(scheduler, N)
+    assert warmup.controller == {}
+    assert warmup.decay(30.5) == factor(30.5)
+    lrs = run_from(0, stop, warmup, optimizer)
+    file = io.BytesIO()
+    torch.save([scheduler.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    optimizer, scheduler = schedule(name, warmup_steps=0)
+    warmup = SteeredSchedule(scheduler, N)
+    scheduler.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert warmup.started == (stop > 0)
+    assert warmup.handed_over == (stop > 10)
+    if 0 < stop <= 10:
+        assert warmup.controller == {"t": stop - 1, "seen": [1.0, 2.0]}
+    lrs += run_from(stop, N, warmup, optimizer)
+    expected = [0.05 * t if t < 10 else 0.5 * factor((t - 10) * N / (N - 10)) for t in range(N)]
+    assert lrs == pytest.approx([TARGET * f for f in expected], abs=1e-15)
+
+
+def test_bad_steering_is_named():
+    _, scheduler = schedule("linear", warmup_steps=0)
+    with pytest.raises(ValueError, match="fraction must be at least 0 and finite, got nan"):
+        SteeredSchedule(scheduler, N).steer(math.nan, {})
+    with pytest.raises(ValueError, match="growth must be above 1 and finite, got 1.0"):
+        ExponentialSchedule(scheduler, N).start(0.1, 1.0)

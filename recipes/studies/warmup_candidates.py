@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from warmup_cases import DEVELOPMENT, LossAt, Setting, train
-from warmup_rules import cosine, linear, ramp
+from warmup_rules import cosine, guided, linear, ramp
 
 PATH = Path(__file__).parent / "results" / "warmup_candidates.csv"
 KEYS = ("setting", "changed", "optimizer", "rule", "options", "target", "seed")
@@ -134,6 +134,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "stop": Stop,
     "track": Track,
     "ratchet": Ratchet,
+    "guided": guided,  # as it is now: relax, and a decay that begins when the ramp has ended
     "linear": linear,
     "ramp": ramp,
 }
