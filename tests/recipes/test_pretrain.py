@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from transformers import EvalPrediction, pipeline
 
 import arguments
@@ -277,6 +279,26 @@ def test_an_earlier_run_is_kept_unless_told_otherwise(tmp_path):
     assert (folder / "warmup.json").read_bytes() == before
     pretrain.run(few_steps("clm", folder, "--overwrite", "--seed", "1"))
     assert (folder / "warmup.json").read_bytes() != before
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_launch_configuration_is_one_that_accelerate_knows(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes % config.num_machines == 0
+    assert config.use_cpu == (path.stem == "cpu")
+    assert config.mixed_precision == ("no" if path.stem == "cpu" else "bf16")
+    several = config.distributed_type == DistributedType.MULTI_GPU
+    assert several == (config.num_processes > 1)
+
+
+@pytest.mark.slow
+def test_two_processes_without_a_gpu_are_two(tmp_path):
+    options = ["--num_processes", "2", "--mixed_precision", "no"]
+    command = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", "accelerate_configs/ddp.yaml", *options]
+    script = ["recipes/pretrain.py", *few_steps("clm", tmp_path / "run")]
+    done = subprocess.run([sys.executable, *command, *script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"│ processes +│ 2 ", done.stdout)
 
 
 @pytest.mark.slow
