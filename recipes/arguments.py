@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import AutoConfig, HfArgumentParser, PretrainedConfig
 
 from hf_warmup.trainer import WarmupTrainingArguments
 
@@ -43,7 +43,14 @@ class RecipeArguments:
         },
     )
 
+    plan: int = field(
+        default=0,
+        metadata={"help": "Print what the run would be on that many processes (tokens, memory, search), and end."},
+    )
+
     def __post_init__(self) -> None:
+        if self.plan < 0:
+            raise ValueError(f"plan must be at least 0 processes, got {self.plan}")
         if not self.text:
             raise ValueError("text must name at least one file, got none")
         for path in self.text:
@@ -60,6 +67,22 @@ class RecipeArguments:
             known = False
         if not known:
             raise ValueError(f"model must be a mapping with a model_type, got {self.model!r}")
+
+
+def make_config(recipe: RecipeArguments, vocab_size: int, **special_ids: int | None) -> PretrainedConfig:
+    """The model's configuration; the vocabulary and the context are filled in."""
+    options = json.loads(recipe.model)
+    model_type = options.pop("model_type")
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError:
+        raise ValueError(f"model must have a model_type that transformers knows, got {model_type!r}") from None
+    for name, value in options.items():
+        if not hasattr(known, name):
+            raise ValueError(f"model has an option that {model_type} does not know, got {name}: {value}")
+    return AutoConfig.for_model(
+        model_type, vocab_size=vocab_size, max_position_embeddings=recipe.context, **special_ids, **options
+    )
 
 
 class _Parser(HfArgumentParser):

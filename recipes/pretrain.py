@@ -3,10 +3,10 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py recipes/tiny/gpt.yaml
 
 Any option of the recipe can be changed behind it: `--learning_rate 1e-3 --init_lr zero`. Leaves the model,
-its tokenizer, a model card with a plot, and `warmup.json` in the output folder.
+its tokenizer, a model card with a plot, and `warmup.json` in the output folder. `--plan 64` only says what the
+run would be on 64 processes.
 """
 
-import json
 import logging
 import shutil
 import sys
@@ -14,7 +14,6 @@ from pathlib import Path
 
 from tabulate import tabulate
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     PreTrainedModel,
@@ -28,9 +27,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments, warmup_report
 from hf_warmup.trainer.model_card import peak_words
 
-from arguments import RecipeArguments, parse
+from arguments import RecipeArguments, make_config, parse
 from data import load_text, load_tokenizer, make_collator, mask_once, pack, unigram_entropy
 from metrics import LanguageModelMetrics
+from plan import plan
 
 
 class Progress(ProgressCallback):
@@ -64,23 +64,12 @@ def prepare_output(args: WarmupTrainingArguments, recipe: RecipeArguments) -> st
 
 
 def make_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    options = json.loads(recipe.model)
-    model_type = options.pop("model_type")
-    try:
-        known = AutoConfig.for_model(model_type)
-    except ValueError:
-        raise ValueError(f"model must have a model_type that transformers knows, got {model_type!r}") from None
-    for name, value in options.items():
-        if not hasattr(known, name):
-            raise ValueError(f"model has an option that {model_type} does not know, got {name}: {value}")
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=recipe.context,
+    config = make_config(
+        recipe,
+        len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **options,
     )
     if recipe.objective == "mlm":
         return AutoModelForMaskedLM.from_config(config)
@@ -159,12 +148,16 @@ def summary(trainer: Trainer, entropy: float) -> str:
 
 def run(argv: list[str]) -> None:
     args, recipe = parse(argv)
+    if recipe.plan:
+        print(plan(args, recipe))
+        return
     # The evaluation before the first step is half of the summary.
     args.eval_on_start = not args.resume_from_checkpoint
     checkpoint = prepare_output(args, recipe)
     trainer, entropy = make_trainer(args, recipe)
     if recipe.overwrite and checkpoint is None and trainer.is_world_process_zero():
         shutil.rmtree(args.output_dir, ignore_errors=True)  # not before everything else has been checked
+    trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.evaluate()
     trainer.save_model()

@@ -12,10 +12,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from transformers import EvalPrediction, pipeline
 
+from hf_warmup import GuidedWarmup
+
 import arguments
 import data
 import metrics
 import pretrain
+from plan import trials
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
@@ -316,3 +319,45 @@ def test_the_readmes_launch_command_works_and_fails_with_a_code(tmp_path):
     done = launch()
     assert done.returncode == 0, done.stderr
     assert "validation loss before / after" in done.stdout
+
+
+def test_a_plan_says_what_a_run_would_be_and_does_nothing(tmp_path, capsys):
+    big = '{"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12}'
+    options = [
+        "--model",
+        big,
+        "--vocab_size",
+        "50257",
+        "--context",
+        "1024",
+        "--max_steps",
+        "10000",
+        "--warmup_steps",
+        "0",
+    ]
+    sizes = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--warmup", "guided"]
+    folder = tmp_path / "run"
+    pretrain.run([recipe_of("clm"), "--output_dir", str(folder), "--use_cpu", *options, *sizes, "--plan", "64"])
+    printed = capsys.readouterr().out
+    rows = {k.strip(): v.strip() for k, v in re.findall(r"│([^│]*)│([^│]*)│", printed)}
+    assert rows["processes"] == "64"
+    assert rows["parameters"] == "124,439,808"  # GPT-2's
+    assert rows["tokens per step"] == f"{4 * 2 * 64 * 1024:,}"
+    assert rows["tokens in all"] == f"{4 * 2 * 64 * 1024 * 10000:,}"
+    assert rows["memory of the parameters"] == f"{4 * 124439808 / 2**30:.2f} GiB"
+    assert rows["of the optimizer"] == f"{8 * 124439808 / 2**30:.2f} GiB"
+    assert rows["of these in all, per process"] == f"{(16 + 4.4) * 124439808 / 2**30:.2f} GiB"
+    assert "guided" in rows["warmup"]
+    assert float(re.search(r"\(([.0-9]+)% of the run\)", rows["search"])[1]) < 1
+    assert not folder.exists()
+    with pytest.raises(ValueError, match="plan must be at least 0 processes, got -1"):
+        arguments.parse([recipe_of("clm"), "--plan", "-1"])
+
+
+def test_the_plan_counts_the_trials_that_guided_warmup_makes():
+    for every in (1, 5, 7):
+        guide = GuidedWarmup(1e3, 1000, every=every, until="end")
+        first = guide.step(lambda lr: (lr - 1.0) ** 2) and guide.num_trials
+        for _ in range(999):
+            guide.step(lambda lr: (lr - 1.0) ** 2)
+        assert trials(1000, every) == guide.num_trials - first

@@ -62,7 +62,7 @@ def train(trainer, init_lr="catapult"):
 def metrics(trainer):
     """All that was logged, but for the warmup's own entry and the clock."""
     clock = ("runtime", "per_second")
-    entries = [e for e in trainer.state.log_history if "warmup/init_lr" not in e]
+    entries = [e for e in trainer.state.log_history if "warmup/mode" not in e]
     return [{k: v for k, v in e.items() if not k.endswith(clock)} for e in entries]
 
 
@@ -401,6 +401,43 @@ TRL = {
 def test_the_search_leaves_no_trace_in_trl_and_its_metrics(options, make, gathered):
     trainer, _ = assert_search_leaves_no_trace(lambda: make(options))
     assert gathered <= metrics(trainer)[0].keys()
+
+
+class LearningRates(TrainerCallback):
+    """Notes the learning rate that each step is made with, or sets it."""
+
+    def __init__(self, given=None):
+        self.given, self.seen = given, []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        for group in optimizer.param_groups if self.given is not None else ():
+            group["lr"] = self.given[state.global_step]
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def make_counting(options):
+    return Counting(make_model(), TrainingArguments(**options), train_dataset=make_dataset(64, VOCAB, LENGTH))
+
+
+@of_peft_and_trl
+@pytest.mark.parametrize("make", [make_counting, make_sft, make_dpo])
+def test_guided_warmup_leaves_no_trace_but_the_learning_rate(options, make):
+    options |= {"max_steps": 24, "warmup_steps": 0}
+    guided, plain = make(options), make(options)
+    WarmupCallback.attach(guided, WarmupArguments(warmup="guided", guide_every=2, guide_rate=0.1))
+    guided.add_callback(rates := LearningRates())
+    set_seed(1)
+    guided.train()
+    assert sum("warmup/critical_lr" in e for e in guided.state.log_history) >= 4
+    assert rates.seen[0] < rates.seen[5]
+    WarmupCallback.attach(plain, WarmupArguments(init_lr="zero"))
+    plain.add_callback(LearningRates(rates.seen))
+    set_seed(1)
+    plain.train()
+    left, right = guided.model.state_dict(), plain.model.state_dict()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    without = [[{k: v for k, v in e.items() if k != "learning_rate"} for e in metrics(t)] for t in (guided, plain)]
+    assert without[0] == without[1]
 
 
 def make_grpo(options):

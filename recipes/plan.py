@@ -1,0 +1,90 @@
+"""What a run would be, on any number of processes, without running it: `--plan 64`."""
+
+import torch
+from tabulate import tabulate
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from hf_warmup.trainer import WarmupTrainingArguments
+
+from arguments import RecipeArguments, make_config
+
+SINGLE, ADAM_STATES = 4, 2  # bytes of a number in single precision; numbers that Adam keeps per parameter
+SEARCH_COPIES = 1.1  # most that a search holds, in copies of the parameters
+
+
+def trials(steps: int, every: int) -> int:
+    """Trials of guided warmup in that many steps, beside the first search."""
+    count, step = 0, every
+    while step < steps:
+        count, step = count + 1, step + max(every, every * step // 100)
+    return count
+
+
+def search_cost(args: WarmupTrainingArguments) -> str:
+    """Forward passes of the search, and what part of the run they are."""
+    steps = args.max_steps
+
+    def share(passes: float) -> str:
+        # A training step is about three forward passes: its own and a backward pass of two.
+        return f" ({passes / 3 / steps:.2%} of the run)" if steps > 0 else ""
+
+    if args.warmup == "guided":
+        ramp = round(2 / args.guide_rate)
+        most = trials(steps if args.guide_until == "end" else steps // 2, args.guide_every) if steps > 0 else None
+        usual = trials(ramp, args.guide_every) + 5
+        if most is None:
+            return f"about {usual} forward passes"
+        return f"about {min(usual, most + 5)} forward passes, at most {most + 8}{share(most + 8)}"
+    if args.warmup == "persistent":
+        return "about 8 forward passes a search; how many searches depends on the run"
+    if args.init_lr != "catapult":
+        return "none"
+    passes = 8 * args.search_batches
+    return f"1 to {passes} forward passes{share(passes)}"
+
+
+def warmup_words(args: WarmupTrainingArguments) -> str:
+    if args.warmup == "guided":
+        return f"guided: about {round(2 / args.guide_rate)} steps, at most half of the run"
+    if args.warmup != "linear":
+        return f"{args.warmup}: as long as it takes"
+    steps = args.get_warmup_steps(args.max_steps) if args.max_steps > 0 else args.warmup_steps
+    return f"linear over {steps} steps"
+
+
+def gibibytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def plan(args: WarmupTrainingArguments, recipe: RecipeArguments) -> str:
+    """A table; nothing is trained, tokenized or written."""
+    cls = AutoModelForMaskedLM if recipe.objective == "mlm" else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = cls.from_config(make_config(recipe, recipe.vocab_size))
+    parameters = model.num_parameters()
+    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * recipe.plan
+    steps = f"{args.max_steps:,}" if args.max_steps > 0 else f"those of {args.num_train_epochs:g} epochs"
+    tokens = sequences * recipe.context
+    states = SINGLE * parameters
+    searches = args.warmup in ("guided", "persistent") or args.init_lr == "catapult"
+    extra = SEARCH_COPIES * states * searches
+    rows = [
+        ("processes", f"{recipe.plan}"),
+        ("parameters", f"{parameters:,}"),
+        ("sequences per step", f"{sequences:,}"),
+        ("tokens per step", f"{tokens:,}"),
+        ("steps", steps),
+        ("tokens in all", f"{tokens * args.max_steps:,}" if args.max_steps > 0 else "by the text"),
+        ("warmup", warmup_words(args)),
+        ("search", search_cost(args)),
+        ("memory of the parameters", gibibytes(states)),
+        ("of the gradients", gibibytes(states)),
+        ("of the optimizer", gibibytes(ADAM_STATES * states)),
+        ("of the search, while it runs", gibibytes(extra) + " on the CPU" * args.search_copy_on_cpu),
+        (
+            "of these in all, per process",
+            gibibytes((2 + ADAM_STATES) * states + extra * (not args.search_copy_on_cpu)),
+        ),
+    ]
+    note = "Single precision, every process with its own copy (DDP); activations come on top."
+    return tabulate(rows, tablefmt="rounded_outline", disable_numparse=True) + "\n" + note
