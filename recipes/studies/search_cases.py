@@ -41,15 +41,14 @@ def text_batches(seed: int) -> Iterator[Tensor]:
         yield torch.stack([text[s : s + CONTEXT] for s in starts])
 
 
-def image_batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def image_batches(generator: torch.Generator, size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
     """Noisy gratings of 16 × 16 pixels in ten orientations and random phases."""
-    generator = torch.Generator().manual_seed(seed)
     y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     while True:
-        labels = torch.randint(10, (64,), generator=generator)
-        angles, phases = labels * torch.pi / 10, 2 * torch.pi * torch.rand(64, generator=generator)
+        labels = torch.randint(10, (size,), generator=generator)
+        angles, phases = labels * torch.pi / 10, 2 * torch.pi * torch.rand(size, generator=generator)
         waves = torch.sin(angles.cos()[:, None, None] * x + angles.sin()[:, None, None] * y + phases[:, None, None])
-        yield (waves + torch.randn(64, 16, 16, generator=generator))[:, None], labels
+        yield (waves + torch.randn(size, 16, 16, generator=generator))[:, None], labels
 
 
 def gpt(seed: int) -> tuple[nn.Module, Iterator[Callable[[], Tensor]]]:
@@ -96,7 +95,7 @@ def cnn(seed: int) -> tuple[nn.Module, Iterator[Callable[[], Tensor]]]:
         nn.Dropout(0.1),
         nn.Linear(128, 10),
     )
-    batches = image_batches(seed)
+    batches = image_batches(torch.Generator().manual_seed(seed))
     return model, (lambda x=x, y=y: nn.functional.cross_entropy(model(x), y) for x, y in batches)
 
 

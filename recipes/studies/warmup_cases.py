@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from hf_warmup import GIAdamW, loss_after_step
 
-from search_cases import TEXT
+from search_cases import TEXT, image_batches
 
 MASK, EVAL_BATCHES = 0, 8
 
@@ -98,16 +98,6 @@ def windows(setting: Setting, held_out: bool, generator: torch.Generator) -> Ite
         yield torch.stack([ids[s : s + setting.context] for s in starts])
 
 
-def gratings(setting: Setting, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Noisy gratings of 16 × 16 pixels in ten orientations and random phases."""
-    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
-    while True:
-        labels = torch.randint(10, (setting.batch,), generator=generator)
-        angles, phases = labels * torch.pi / 10, 2 * torch.pi * torch.rand(setting.batch, generator=generator)
-        waves = torch.sin(angles.cos()[:, None, None] * x + angles.sin()[:, None, None] * y + phases[:, None, None])
-        yield (waves + torch.randn(setting.batch, 16, 16, generator=generator))[:, None], labels
-
-
 def make_model(setting: Setting) -> nn.Module:
     """The model at initialization, of torch's present random numbers."""
     s = setting
@@ -172,7 +162,7 @@ def losses(setting: Setting, model: nn.Module, held_out: bool, seed: int) -> Ite
     """A loss function per batch."""
     generator = torch.Generator().manual_seed(seed)
     if setting.family == "cnn":
-        for x, y in gratings(setting, generator):
+        for x, y in image_batches(generator, setting.batch):
             yield lambda x=x, y=y: nn.functional.cross_entropy(model(x), y)
     for ids in windows(setting, held_out, generator):
         if setting.family == "bert":
