@@ -130,7 +130,6 @@ class WarmupCallback(TrainerCallback):
                 f"gi_adam=True, but {type(self.trainer).__name__} made its own optimizer, {type(made).__name__}: "
                 "have it make a GIAdamW, or pass gi_adam=False to keep that optimizer"
             )
-        self._guide = None
         if self._schedule is None or self._schedule.started and not isinstance(self._schedule, SteeredSchedule):
             return  # no warmup to start, or a resumed run whose schedule knows its start
         if not self._schedule.started and self._schedule.scheduler.last_epoch > 0:
@@ -158,7 +157,11 @@ class WarmupCallback(TrainerCallback):
             RuntimeError: If the training loss is not finite before the first update.
         """
         if self._guide is not None:
-            self._steer(self._guide)
+            try:
+                self._steer(self._guide)
+            except BaseException:
+                self._stop_watching()
+                raise
             return
         if self._replay is None:
             return
@@ -279,14 +282,14 @@ class WarmupCallback(TrainerCallback):
         """Say what the step that is about to be made is made with."""
         schedule, target = self._schedule, self.trainer.args.learning_rate
         assert isinstance(schedule, SteeredSchedule)
-        optimizer, tried = innermost(self.trainer.optimizer), guide.needs_trial
-        if tried and not _can_step(optimizer):
-            return  # an overflow that the gradient scaler will skip, or nothing to learn from yet: with the next step
-        options: dict[str, Any] = {}
-        if isinstance(guide, GuidedWarmup) and isinstance(optimizer, GIAdamW):
-            options["own_warmup"] = optimizer.own_warmup
+        optimizer, own_warmup = innermost(self.trainer.optimizer), 1.0
+        if guide.needs_trial:
+            if not _can_step(optimizer):
+                return  # an overflow that the gradient scaler will skip, or nothing to learn from yet: next step
+            if isinstance(optimizer, GIAdamW):
+                own_warmup = optimizer.own_warmup  # asked for now only: the count of steps may be on the device
         ramping, passes = guide.ramp_end is None, guide.num_trials
-        lr = guide.step(self._loss_at(optimizer), **options)
+        lr = guide.step(self._loss_at(optimizer), own_warmup)
         if guide.handed_over:
             # The schedule counts its own steps, of which a resumed or a waiting run may have had more.
             ramp_end = schedule.scheduler.last_epoch

@@ -153,7 +153,7 @@ def warmup_section(report: dict[str, Any]) -> str:
 
 
 def plot_run(history: list[dict[str, Any]], path: Path) -> None:
-    """Plot learning rate and loss against the optimizer step.
+    """Plot learning rate and loss against the optimizer step; with the critical learning rate, where it was followed.
 
     Args:
         history: The trainer's log history.
@@ -168,6 +168,10 @@ def plot_run(history: list[dict[str, Any]], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
 
     curve(upper, "learning_rate", "-", "learning rate")
+    if sum("warmup/critical_lr" in e for e in history) > 1:
+        curve(upper, "warmup/critical_lr", ".", "critical learning rate")
+        upper.set_yscale("log")
+        upper.legend()
     curve(lower, "loss", "-", "training")
     curve(lower, "eval_loss", "o", "validation")
     upper.set_ylabel("learning rate")

@@ -275,3 +275,18 @@ def test_a_trainer_that_generates_its_batches_is_refused(make_trainer):
     trainer._buffered_inputs = None
     with pytest.raises(ValueError, match="warmup=guided does not run with Trainer: .* set warmup to linear"):
         WarmupCallback.attach(trainer, WarmupArguments(warmup="guided"))
+
+
+def test_an_error_in_a_trial_leaves_the_trainer_as_it_was(make_trainer):
+    class Full(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            if not torch.is_grad_enabled() and self.state.global_step > 3:
+                raise torch.OutOfMemoryError("no memory left")
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = make_trainer(Full, **GUIDED)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(trainer)
+    assert not {"get_batch_samples", "training_step"} & vars(trainer).keys()
+    assert "backward" not in vars(trainer.accelerator)
+    assert trainer.state.global_step == 4
