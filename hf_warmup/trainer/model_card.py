@@ -153,7 +153,7 @@ def warmup_section(report: dict[str, Any]) -> str:
 
 
 def plot_run(history: list[dict[str, Any]], path: Path) -> None:
-    """Plot learning rate and loss against the optimizer step; with the critical learning rate, where it was followed.
+    """Plot learning rate and loss against the optimizer step, and the critical learning rate if it was followed.
 
     Args:
         history: The trainer's log history.
