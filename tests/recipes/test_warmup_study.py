@@ -20,7 +20,8 @@ def test_rules_are_what_they_are_called():
     assert linear(setting, "AdamW", 0.2)(0, None) == 0.2
     rise = ramp(setting, "AdamW", 0.2, growth=2.0, init=1e-3)
     assert [rise(t, None) for t in range(3)] == pytest.approx([1e-3, 2e-3, 4e-3])
-    assert rise(50, None) == pytest.approx(0.2 * cosine(50, 100))
+    reach = math.log2(200)
+    assert rise(50, None) == pytest.approx(0.2 * cosine(50 - reach, 100 - reach))
     at = {
         name: RULES[name](setting, "AdamW", 1.0)(9, None) / cosine(9, 100)
         for name in RULES
