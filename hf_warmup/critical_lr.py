@@ -85,6 +85,21 @@ class CriticalLR:
         """Loss evaluations (forward passes) spent, the one at 0 included unless L(0) was given."""
         return len(self.evals) - self.start_given
 
+    def check_finite(self, step: int) -> None:
+        """End a run whose loss is not finite before its first update.
+
+        Args:
+            step: The optimizer step that was searched, from 1.
+
+        Raises:
+            RuntimeError: If L(0) is not finite.
+        """
+        if self.status == "nonfinite":
+            raise RuntimeError(
+                f"the training loss of step {step} is {self.evals[0][1]} before any update: check the data and the "
+                "model, no learning rate can help"
+            )
+
     def plot(self, ax: Any = None, *, target: float | None = None) -> Any:
         """Draw the losses tried against the learning rate, L(0), the bracket and η_trgt. Needs matplotlib.
 
@@ -157,8 +172,6 @@ def find_critical_lr(
     _check(guess=guess, target=target, rtol=rtol, delta=delta)
     if method not in ("secant", "paper"):
         raise ValueError(f'method must be "secant" or "paper", got {method!r}')
-    if start is not None and not math.isfinite(start):
-        return CriticalLR(math.nan, 0.0, math.inf, ((0.0, start),), "nonfinite", start_given=True)
     if max_evals < 2:
         raise ValueError(f"max_evals must be at least 2, got {max_evals}")
     search = _Search(loss_at, max_evals, start)

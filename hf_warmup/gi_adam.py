@@ -125,7 +125,7 @@ class GIAdamW(torch.optim.AdamW):
     def own_warmup(self) -> float:
         """Factor √(1-β2^t) by which the step to come, number t, is shorter than AdamW's on a constant gradient.
 
-        Of the parameter that has made the most steps, and its group's β2.
+        Of each group's first parameter, that which has made the most steps, and its group's β2.
         """
         counts = [
             (float(self.state[p]["step"]), float(group["betas"][1]))

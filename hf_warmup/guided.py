@@ -36,6 +36,7 @@ same losses.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,17 @@ _SETTLED = 100  # step after which trials become rarer, in proportion to t
 _LATEST = 0.5  # of the run: when a ramp that has not ended gives way to the decay
 
 
-class _Controller:
+def decay_step(step: int, ramp_end: int, num_training_steps: int) -> float:
+    """Where a decay made for all N steps stands if it began at t_r: (t - t_r) N / (N - t_r)."""
+    return (step - ramp_end) * num_training_steps / max(1, num_training_steps - ramp_end)
+
+
+def trial_interval(step: int, every: int) -> int:
+    """Steps from the trial of guided warmup in `step` to the next one."""
+    return max(every, every * step // _SETTLED)
+
+
+class _Controller(ABC):
     """What both have in common: the decay after the ramp, the state as plain numbers, the search."""
 
     _saved: tuple[str, ...] = ("num_steps", "num_trials", "ramp_end", "critical_lr", "level")
@@ -98,12 +109,11 @@ class _Controller:
         """The factor f of the present step: 1 during the ramp, then the whole decay in the steps that are left."""
         if self.ramp_end is None:
             return 1.0
-        left = self.num_training_steps - self.ramp_end
-        return self.decay((self.num_steps - self.ramp_end) * self.num_training_steps / max(1, left))
+        return self.decay(decay_step(self.num_steps, self.ramp_end, self.num_training_steps))
 
+    @abstractmethod
     def _decide(self, loss_at: LossAt, factor: float, own_warmup: float) -> bool:
         """Set `level`; say whether the ramp has reached its end."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """The state, in numbers and lists of numbers: fit for JSON and for `torch.load(weights_only=True)`."""
@@ -128,11 +138,7 @@ class _Controller:
     def _search(self, loss_at: LossAt, **options: Any) -> CriticalLR:
         found = find_critical_lr(loss_at, start=loss_at(0.0), **options)
         self.num_trials += found.num_evals
-        if found.status == "nonfinite":
-            raise RuntimeError(
-                f"the training loss of step {self.num_steps + 1} is {found.evals[0][1]} before any update: check the "
-                "data and the model, no learning rate can help"
-            )
+        found.check_finite(self.num_steps + 1)
         return found
 
 
@@ -226,7 +232,7 @@ class GuidedWarmup(_Controller):
         self.next_trial = self.every
 
     def _trial(self, loss_at: LossAt, factor: float, own_warmup: float) -> None:
-        self.next_trial = self.num_steps + max(self.every, self.every * self.num_steps // _SETTLED)
+        self.next_trial = self.num_steps + trial_interval(self.num_steps, self.every)
         self.num_trials += 1
         self.estimates = [*self.estimates, self.critical_lr][-_MEAN:]
         # Not `loss > start`: a loss that is not finite has risen.

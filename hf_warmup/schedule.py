@@ -36,6 +36,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from hf_warmup.guided import decay_step
+
 
 def steps_saved(init_lr: float, target_lr: float, warmup_steps: int, forward_passes: int = 0) -> float:
     """T_save = T_wrm η_init / η_trgt - T_fp / 2, negative where the search cost more than it saved.
@@ -112,12 +114,13 @@ class _Factor:
         return False
 
 
-class _Linear(_Factor):
-    __slots__ = ("num_training_steps", "warmup_steps")
+class _Ramp(_Factor):
+    """A ramp from η_init that is known later, and f in the steps that are left."""
 
-    def __init__(self, inner: Callable[[Any], float], warmup_steps: int, num_training_steps: int) -> None:
+    __slots__ = ("num_training_steps",)
+
+    def __init__(self, inner: Callable[[Any], float], num_training_steps: int) -> None:
         super().__init__(inner)
-        self.warmup_steps = warmup_steps
         self.num_training_steps = num_training_steps
         self.init_fraction: float | None = None
         self.first_step = 0
@@ -126,22 +129,54 @@ class _Linear(_Factor):
     def started(self) -> bool:
         return self.init_fraction is not None
 
+    def _stretched(self, t: int, reach: float, warmup_steps: int = 0) -> float:
+        """The factor f at step `t` of a ramp that took `reach` of them where f has `warmup_steps`."""
+        decay_steps = self.num_training_steps - warmup_steps
+        if decay_steps == 0:
+            return 1.0
+        left = self.num_training_steps - self.first_step - reach
+        return self.inner(warmup_steps + (t - reach) * (decay_steps / left if left > 0 else 1.0))
+
+
+class _RampSchedule(_Changed):
+    """A schedule whose factors are ramps."""
+
+    _factors: list[Any]
+
+    @property
+    def init_fraction(self) -> float | None:
+        """η_init / η_trgt; None before `start`."""
+        return self._factors[0].init_fraction
+
+    def _start(self, init_fraction: float) -> None:
+        if not 0 < init_fraction < math.inf:
+            raise ValueError(f"init_fraction must be positive and finite, got {init_fraction}")
+        for factor in self._factors:
+            factor.init_fraction = min(1.0, init_fraction)
+            factor.first_step = self.scheduler.last_epoch
+        self._apply()
+
+
+class _Linear(_Ramp):
+    __slots__ = ("warmup_steps",)
+
+    def __init__(self, inner: Callable[[Any], float], warmup_steps: int, num_training_steps: int) -> None:
+        super().__init__(inner, num_training_steps)
+        self.warmup_steps = warmup_steps
+
     def __call__(self, step: int) -> float:
         if self.init_fraction is None:
             return self.inner(step)
         t = step - self.first_step
         factor = self.init_fraction + t / self.warmup_steps
-        if factor < 1:
-            return factor
-        decay_steps = self.num_training_steps - self.warmup_steps
-        if decay_steps == 0:
-            return 1.0
-        reach = self.warmup_steps * (1 - self.init_fraction)
-        left = self.num_training_steps - self.first_step - reach
-        return self.inner(self.warmup_steps + (t - reach) * (decay_steps / left if left > 0 else 1.0))
+        return (
+            factor
+            if factor < 1
+            else self._stretched(t, self.warmup_steps * (1 - self.init_fraction), self.warmup_steps)
+        )
 
 
-class WarmupSchedule(_Changed):
+class WarmupSchedule(_RampSchedule):
     """Makes an existing `LambdaLR` warm up from an η_init that is known later, or from a checkpoint.
 
     The schedule is changed in place and stays the user's object. Until `start` it gives the learning rates
@@ -158,7 +193,6 @@ class WarmupSchedule(_Changed):
     """
 
     _factor = _Linear
-    _factors: list[_Linear]
 
     def __init__(self, scheduler: LRScheduler, warmup_steps: int, num_training_steps: int) -> None:
         if not 1 <= warmup_steps <= num_training_steps:
@@ -176,11 +210,6 @@ class WarmupSchedule(_Changed):
                     f"the schedule's factor must be 1 when warmup ends, got {peak} at warmup_steps={self.warmup_steps}"
                 )
 
-    @property
-    def init_fraction(self) -> float | None:
-        """η_init / η_trgt; None before `start`."""
-        return self._factors[0].init_fraction
-
     def start(self, init_fraction: float) -> None:
         """Start warmup with the step that comes next, at η_init = `init_fraction` η_trgt.
 
@@ -190,38 +219,22 @@ class WarmupSchedule(_Changed):
         Raises:
             ValueError: If `init_fraction` is not positive and finite.
         """
-        _check_fraction(init_fraction)
-        for factor in self._factors:
-            factor.init_fraction = min(1.0, init_fraction)
-            factor.first_step = self.scheduler.last_epoch
-        self._apply()
+        self._start(init_fraction)
 
 
-class _Exponential(_Factor):
-    __slots__ = ("num_training_steps",)
-
+class _Exponential(_Ramp):
     def __init__(self, inner: Callable[[Any], float], num_training_steps: int) -> None:
-        super().__init__(inner)
-        self.num_training_steps = num_training_steps
-        self.init_fraction: float | None = None
+        super().__init__(inner, num_training_steps)
         self.growth = 1.0
-        self.first_step = 0
-
-    @property
-    def started(self) -> bool:
-        return self.init_fraction is not None
 
     def __call__(self, step: int) -> float:
         if self.init_fraction is None:
             return self.inner(step)
         t, reach = step - self.first_step, -math.log(self.init_fraction) / math.log(self.growth)
-        if t < reach:
-            return self.init_fraction * self.growth**t
-        left = self.num_training_steps - self.first_step - reach
-        return self.inner((t - reach) * (self.num_training_steps / left if left > 0 else 1.0))
+        return self.init_fraction * self.growth**t if t < reach else self._stretched(t, reach)
 
 
-class ExponentialSchedule(_Changed):
+class ExponentialSchedule(_RampSchedule):
     """Makes an existing `LambdaLR` without warmup rise by a fixed growth per step from an η_init known later.
 
     Args:
@@ -233,15 +246,9 @@ class ExponentialSchedule(_Changed):
     """
 
     _factor = _Exponential
-    _factors: list[_Exponential]
 
     def __init__(self, scheduler: LRScheduler, num_training_steps: int) -> None:
         super().__init__(scheduler, num_training_steps)
-
-    @property
-    def init_fraction(self) -> float | None:
-        """η_init / η_trgt; None before `start`."""
-        return self._factors[0].init_fraction
 
     def start(self, init_fraction: float, growth: float) -> None:
         """Start the ramp with the step that comes next, at η_init = `init_fraction` η_trgt.
@@ -253,13 +260,11 @@ class ExponentialSchedule(_Changed):
         Raises:
             ValueError: If `init_fraction` is not positive and finite, or `growth` not above 1 and finite.
         """
-        _check_fraction(init_fraction)
         if not 1 < growth < math.inf:
             raise ValueError(f"growth must be above 1 and finite, got {growth}")
         for factor in self._factors:
-            factor.init_fraction, factor.growth = min(1.0, init_fraction), growth
-            factor.first_step = self.scheduler.last_epoch
-        self._apply()
+            factor.growth = growth
+        self._start(init_fraction)
 
 
 class _Steered(_Factor):
@@ -281,8 +286,7 @@ class _Steered(_Factor):
             return self.inner(step)
         if self.ramp_end is None:
             return self.fraction
-        left = max(1, self.num_training_steps - self.ramp_end)
-        return self.fraction * self.inner((step - self.ramp_end) * self.num_training_steps / left)
+        return self.fraction * self.inner(decay_step(step, self.ramp_end, self.num_training_steps))
 
 
 class SteeredSchedule(_Changed):
@@ -341,8 +345,3 @@ class SteeredSchedule(_Changed):
         for factor in self._factors:
             factor.fraction, factor.ramp_end, factor.controller = fraction, ramp_end, controller
         self._apply()
-
-
-def _check_fraction(fraction: float) -> None:
-    if not 0 < fraction < math.inf:
-        raise ValueError(f"init_fraction must be positive and finite, got {fraction}")

@@ -4,7 +4,9 @@ import torch
 from tabulate import tabulate
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from hf_warmup.guided import trial_interval
 from hf_warmup.trainer import WarmupTrainingArguments
+from hf_warmup.trainer.arguments import TRYING
 
 from arguments import RecipeArguments, make_config
 
@@ -16,7 +18,7 @@ def trials(steps: int, every: int) -> int:
     """Trials of guided warmup in that many steps, beside the first search."""
     count, step = 0, every
     while step < steps:
-        count, step = count + 1, step + max(every, every * step // 100)
+        count, step = count + 1, step + trial_interval(step, every)
     return count
 
 
@@ -66,7 +68,7 @@ def plan(args: WarmupTrainingArguments, recipe: RecipeArguments) -> str:
     steps = f"{args.max_steps:,}" if args.max_steps > 0 else f"those of {args.num_train_epochs:g} epochs"
     tokens = sequences * recipe.context
     states = SINGLE * parameters
-    searches = args.warmup in ("guided", "persistent") or args.init_lr == "catapult"
+    searches = args.warmup in TRYING or args.init_lr == "catapult"
     extra = SEARCH_COPIES * states * searches
     rows = [
         ("processes", f"{recipe.plan}"),

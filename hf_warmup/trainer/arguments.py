@@ -9,6 +9,9 @@ from typing import cast
 
 from transformers import TrainingArguments
 
+# The warmups that try learning rates along the run.
+TRYING = ("persistent", "guided")
+
 
 @dataclass
 class WarmupArguments:
@@ -139,7 +142,7 @@ class WarmupArguments:
                 raise ValueError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, got {getattr(self, name)!r}")
         if self.warmup != "linear" and fixed is None and self.init_lr != "catapult":
             raise ValueError(f"init_lr must be catapult or a number with warmup={self.warmup}, got {self.init_lr!r}")
-        if self.warmup in ("persistent", "guided") and self.search_batches != 1:
+        if self.warmup in TRYING and self.search_batches != 1:
             raise ValueError(f"search_batches must be 1 with warmup={self.warmup}, got {self.search_batches}")
         if not 1 < self.warmup_growth < math.inf:
             raise ValueError(f"warmup_growth must be above 1 and finite, got {self.warmup_growth}")

@@ -29,7 +29,7 @@ from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.guided import GuidedWarmup, PersistentCatapult
 from hf_warmup.probe import innermost, loss_after_step
 from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, steps_saved
-from hf_warmup.trainer.arguments import WarmupArguments
+from hf_warmup.trainer.arguments import TRYING, WarmupArguments
 from hf_warmup.trainer.model_card import write_card
 from hf_warmup.trainer.optimizer import GIAdamWFactory, gi_adam_cls_and_kwargs
 from hf_warmup.trainer.replay import StepReplay
@@ -172,11 +172,7 @@ class WarmupCallback(TrainerCallback):
             found = self._search(optimizer, self._replay)
         finally:
             self._stop_watching()
-        if found.status == "nonfinite":
-            raise RuntimeError(
-                f"the training loss of step {state.global_step + 1} is {found.evals[0][1]} before any update: check "
-                "the data and the model, no learning rate can help"
-            )
+        found.check_finite(state.global_step + 1)
         most = self.arguments.max_init_fraction * args.learning_rate
         if found.value > 0:
             self._start(min(found.value, most), found, capped=found.value > most)
@@ -198,16 +194,14 @@ class WarmupCallback(TrainerCallback):
         write_card(self.trainer)
 
     def _search(self, optimizer: Optimizer, replay: StepReplay) -> CriticalLR:
-        trainer, arguments, target = self.trainer, self.arguments, self.trainer.args.learning_rate
+        arguments, target = self.arguments, self.trainer.args.learning_rate
         paper = arguments.critical_lr_method == "paper"
         guess = target / self._schedule.warmup_steps if isinstance(self._schedule, WarmupSchedule) else 1e-4
         if arguments.search_batches > 1:
             replay.draw(arguments.search_batches - 1)
         self._num_batches = replay.num_steps
         return find_critical_lr(
-            lambda lr: loss_after_step(
-                optimizer, replay.losses, lr, module=trainer.model, copy_on_cpu=arguments.search_copy_on_cpu
-            ),
+            lambda lr: self._losses_after(optimizer, replay, lr),
             guess=guess if paper else None,
             target=target,
             start=replay.loss_before(),
@@ -311,9 +305,14 @@ class WarmupCallback(TrainerCallback):
         if guide.handed_over:
             self._stop_watching()
 
+    def _losses_after(self, optimizer: Optimizer, replay: StepReplay, lr: float) -> list[float]:
+        """The losses of the batches of `replay` after the step that `optimizer` would make with `lr`."""
+        on_cpu = self.arguments.search_copy_on_cpu
+        return loss_after_step(optimizer, replay.losses, lr, module=self.trainer.model, copy_on_cpu=on_cpu)
+
     def _loss_at(self, optimizer: Optimizer) -> Callable[[float], float]:
         """The loss of the present step's batches after a step of some learning rate."""
-        replay, module, on_cpu = self._replay, self.trainer.model, self.arguments.search_copy_on_cpu
+        replay = self._replay
         before: list[float] = []
 
         def loss_at(lr: float) -> float:
@@ -322,7 +321,7 @@ class WarmupCallback(TrainerCallback):
                 return before[0]
             known = replay.loss_before() if lr == 0 else None
             if known is None:
-                (known,) = loss_after_step(optimizer, replay.losses, lr, module=module, copy_on_cpu=on_cpu)
+                (known,) = self._losses_after(optimizer, replay, lr)
             if lr == 0:
                 before.append(known)
             return known
@@ -387,7 +386,7 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
             f"{SchedulerType(args.lr_scheduler_type).value}: it follows the loss and has no warmup to start; pass "
             "init_lr=zero to use GI-Adam alone"
         )
-    tries = arguments.warmup in ("guided", "persistent")
+    tries = arguments.warmup in TRYING
     if tries or fixed is None:
         asked = f"warmup={arguments.warmup}" if tries else "init_lr=catapult"
         instead = "set warmup to linear or exponential, and init_lr" if tries else "set init_lr"

@@ -18,6 +18,7 @@ from transformers import Trainer
 
 from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.probe import innermost
+from hf_warmup.trainer.arguments import TRYING
 
 _BEGIN, _END = "<!-- hf-warmup begins -->", "<!-- hf-warmup ends -->"
 
@@ -125,7 +126,7 @@ def warmup_section(report: dict[str, Any]) -> str:
         Markdown, with the plot as `warmup.png`.
     """
     rows = [("Optimizer", _optimizer_words(report)), ("Warmup", _mode_words(report["warmup"]))]
-    if report["asked_init_lr"] == "catapult" or report["warmup"] in ("guided", "persistent"):
+    if report["asked_init_lr"] == "catapult" or report["warmup"] in TRYING:
         rows.append(("Critical learning rate η_c", _critical_words(report)))
     rows += [
         ("Initial learning rate η_init", f"{report['init_lr']:.3g} ({_init_words(report)})"),
@@ -238,7 +239,7 @@ def peak_words(report: dict[str, Any]) -> str:
 
 
 def _critical_words(report: dict[str, Any]) -> str:
-    if report["warmup"] in ("guided", "persistent"):
+    if report["warmup"] in TRYING:
         if report["critical_lr"] is None:
             return "not measured"
         return f"{report['critical_lr']:.3g} at the first step, {report['smallest_critical_lr']:.3g} at the least"

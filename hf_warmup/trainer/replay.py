@@ -48,7 +48,7 @@ class StepReplay:
         def watched(*args: Any, **kwargs: Any) -> Any:
             batches, num_items = self._get_batch_samples(*args, **kwargs)
             # Copies: a training step may take things out of its batch, put things in, and write into its tensors.
-            self._steps, self._total = [], None
+            self._steps, self._total, self._left = [], None, 0
             if self.keeps():
                 kept = batches[:num_batches]
                 self._left = len(kept)
@@ -57,7 +57,7 @@ class StepReplay:
 
         def added_up(*args: Any, **kwargs: Any) -> Tensor:
             loss = self._training_step(*args, **kwargs)
-            if self._steps and self._left > 0:
+            if self._left > 0:
                 self._left -= 1
                 self._total = loss.clone() if self._total is None else self._total + loss
             return loss

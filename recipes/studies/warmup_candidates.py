@@ -10,6 +10,7 @@ spend trials of the loss after the step that is about to be made; `kappa`, `ever
 import csv
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
@@ -26,7 +27,7 @@ PATH = Path(__file__).parent / "results" / "warmup_candidates.csv"
 KEYS = ("setting", "changed", "optimizer", "rule", "options", "target", "seed")
 
 
-class Candidate:
+class Candidate(ABC):
     """What they have in common: a search at the first step, then a staircase."""
 
     def __init__(
@@ -78,8 +79,9 @@ class Candidate:
         self.critical = 2 * lr * own
         self.level = self.level or 1e-3 * self.critical
 
+    @abstractmethod
     def rate_of(self, step: int, decay: float) -> float:
-        raise NotImplementedError
+        """The learning rate of `step`, from the estimates so far."""
 
 
 class Peak(Candidate):

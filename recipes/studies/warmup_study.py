@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from tqdm import tqdm
 
-from warmup_cases import Setting, train, unigram_entropy
+from warmup_cases import DEVELOPMENT, Setting, train, unigram_entropy
 from warmup_rules import RULES
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,20 +36,7 @@ FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 UNTUNED = ("sqrt(1-b2^t)", "untuned linear", "untuned exponential", "ramp", "guided")
 
 GPT = Setting("GPT", text="code", width=48, depth=2, beta2=0.95, weight_decay=0.1, clip=1.0)
-BERT = Setting(
-    "BERT",
-    family="bert",
-    text="code",
-    width=48,
-    depth=3,
-    context=32,
-    batch=32,
-    beta2=0.98,
-    weight_decay=0.01,
-    clip=1.0,
-    dropout=0.1,
-    steps=600,
-)
+BERT = replace(DEVELOPMENT["BERT"], width=48, depth=3)
 LONG = replace(GPT, name="long", steps=5 * GPT.steps)
 
 
@@ -97,7 +84,7 @@ def jobs(part: str) -> Iterator[Job]:
     tuned = {"linear": [{"fraction": f} for f in FRACTIONS]}
     if part == "gpt":
         lrs = targets(1.25e-3, 8)
-        yield from grid(GPT, "AdamW", {"guided": [{}], **tuned} | {rule: [{}] for rule in UNTUNED}, lrs)
+        yield from grid(GPT, "AdamW", tuned | {rule: [{}] for rule in UNTUNED}, lrs)
         yield from grid(GPT, "AdamW", {"guided": [{"until": "end"}], "persistent": [{}]}, lrs)
         yield from grid(GPT, "AdamW", {"ramp": [{"growth": g} for g in (1.03, 1.1)]}, lrs)
         yield from grid(GPT, "RAdam", {"linear": [{}]}, lrs)
@@ -274,10 +261,10 @@ def part_table(part: str) -> str:
 
 def trials_table() -> str:
     """The loss against how often guided warmup tries."""
-    lines = []
-    chosen = [curve for curve in curves(read("gpt")) if curve.rule == "guided" and "until" not in curve.options]
+    lines, made = [], [row for row in read("gpt") if row["rule"] == "guided"]
+    chosen = [curve for curve in curves(made) if "until" not in curve.options]
     for curve in sorted(chosen, key=lambda c: c.options.get("every", 5)):
-        rows = [r for r in read("gpt") if r["rule"] == "guided" and json.loads(r["options"]) == curve.options]
+        rows = [row for row in made if json.loads(row["options"]) == curve.options]
         line = {"steps between trials": curve.options.get("every", 5)}
         for target in (1e-2, 8e-2):
             passes = statistics.mean(float(r["probes"]) for r in rows if float(r["target"]) == target)
