@@ -26,6 +26,10 @@ foreach and fused kernels. Two choices differ from the authors' code [2]:
   non-zero gradient. This holds for whole parameters: the row of an embedding whose token is not in
   the first batch still has v_0 = 0, and its first non-zero gradient makes a full Adam step.
 
+On many processes v_0 is the square of the gradient that AdamW would use, reduced and unscaled, whatever way it
+is split: under DDP, in the shards of FSDP2 (DTensors), of which one that happens to be zero does not wait if
+another is not, and in the flat partitions of DeepSpeed's ZeRO, each of which is a parameter of its own here.
+
 [1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements",
     NeurIPS 2024, arXiv:2406.09405, GI-Adam; v_0 = α g_0² and RI-Adam are variants named there.
 [2] `adam_init(grads=...)`, github.com/dayal-kalra/why-warmup at 877d887 (JAX, MIT).
@@ -38,6 +42,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import ParamsT
 
 # Without the hooks that torch puts around every optimizer's `step`: GIAdamW.step has its own.
@@ -60,14 +66,20 @@ class GIAdamW(torch.optim.AdamW):
         amsgrad: Divide by the largest v_t so far. It is counted from v_1 on.
         v0: Where the second moment starts: `"gradient"` (g_0²), `"random"` (RI-Adam: r², r normal and
             scaled so that ‖r‖ = ‖g_0‖ over the parameters born together; drawn from a generator of its
-            own seeded with `torch.initial_seed()`, so ranks that share a seed share r), or a positive
-            number α (α g_0²).
+            own seeded with `torch.initial_seed()`, so ranks that share a seed share r, and shards of a
+            DTensor are parts of the one r), or a positive number α (α g_0²).
         maximize: Ascend.
         foreach: Use torch's foreach kernel.
         capturable: Safe to capture in a CUDA graph once every parameter is born.
         differentiable: Let autograd through the step.
         fused: Use torch's fused kernel. Under `torch.amp.GradScaler` gradients then arrive scaled; v_0
             is the square of the unscaled gradient, and a step that overflows leaves no state.
+
+    Attributes:
+        v0: Where the second moment starts.
+        process_group: Processes over which the parameters are split without torch's knowledge, as ZeRO's
+            partitions are: `"random"` takes its norm over all of them, and draws other numbers on each. None if
+            they are not.
 
     Raises:
         ValueError: If `v0` is none of these, or AdamW refuses an argument.
@@ -93,6 +105,7 @@ class GIAdamW(torch.optim.AdamW):
         if not (v0 in ("gradient", "random") or (is_number and 0 < float(v0) < math.inf)):
             raise ValueError(f'v0 must be "gradient", "random" or a positive number, got {v0!r}')
         self.v0 = v0
+        self.process_group: dist.ProcessGroup | None = None
         # Parameters with state whose gradients so far were exactly zero. Not in the state: whether a
         # parameter waits can be read off its state, at the price of a device sync.
         self._waiting: set[Tensor] = set()
@@ -115,10 +128,11 @@ class GIAdamW(torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        vars(self).setdefault("process_group", None)  # of this run's processes, so not in the state
         self._waiting = {
             p
             for p in self._parameters()
-            if self.state.get(p) and self.state[p]["step"] == 0 and not self.state[p]["exp_avg_sq"].any()
+            if self._has_state(p) and self.state[p]["step"] == 0 and not _whole(self.state[p]["exp_avg_sq"].any())
         }
 
     @property
@@ -131,7 +145,7 @@ class GIAdamW(torch.optim.AdamW):
             (float(self.state[p]["step"]), float(group["betas"][1]))
             for group in self.param_groups
             for p in group["params"][:1]
-            if p in self.state
+            if self._has_state(p)
         ]
         steps, beta2 = max(counts, default=(0.0, float(self.defaults["betas"][1])))
         return math.sqrt(1 - beta2 ** (steps + 1))
@@ -150,7 +164,7 @@ class GIAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            if self._waiting or any(p not in self.state for p in self._parameters()):
+            if self._waiting or not all(map(self._has_state, self._parameters())):
                 self._step_with_births()
             else:
                 _adamw_step(self)
@@ -171,7 +185,7 @@ class GIAdamW(torch.optim.AdamW):
             ValueError: If the number of gradients or a shape differs from the parameters'.
         """
         params = list(self._parameters())
-        if self.state:
+        if any(map(self._has_state, params)):
             raise RuntimeError(
                 "seed_second_moment must be called before the first step: a parameter has state already"
             )
@@ -192,9 +206,15 @@ class GIAdamW(torch.optim.AdamW):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _has_state(self, p: Tensor) -> bool:
+        # Not `p in self.state`: who only looks (DeepSpeed's ZeRO does) leaves an empty state behind.
+        return bool(self.state.get(p))
+
     @torch.compiler.disable  # Which parameters are born depends on the data; a compiled step is whole afterwards.
     def _step_with_births(self) -> None:
-        unborn = [p for p in self._parameters() if p.grad is not None and (p not in self.state or p in self._waiting)]
+        unborn = [
+            p for p in self._parameters() if p.grad is not None and (p in self._waiting or not self._has_state(p))
+        ]
         found_inf = getattr(self, "found_inf", None)
         overflow = bool(unborn) and found_inf is not None and bool(found_inf)
         if not overflow:
@@ -215,7 +235,9 @@ class GIAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             self._init_group(group, [], [], [], [], [], [])
         grads = [_real(p.grad) for p in params if p.grad is not None]
-        born = [p for p, nonzero in zip(params, _are_nonzero(grads), strict=True) if nonzero]
+        # The random numbers are scaled by a norm over all processes: then all partitions are born together.
+        processes = self.process_group if self.v0 == "random" else None
+        born = [p for p, nonzero in zip(params, _are_nonzero(grads, processes), strict=True) if nonzero]
         self._waiting = (self._waiting | set(params)) - set(born)
         for p, square in zip(born, self._v0_squares([_real(p.grad) for p in born]), strict=True):
             _real(self.state[p]["exp_avg_sq"]).copy_(square)
@@ -230,14 +252,13 @@ class GIAdamW(torch.optim.AdamW):
         if self.v0 != "random":
             return [float(self.v0) * g.square() for g in grads]
         # Later births must not draw the same numbers again; the count is the same after a resume.
-        seed = torch.initial_seed() + len(self.state) - len(grads)
+        seed = torch.initial_seed() + sum(map(self._has_state, self.state)) - len(grads)
+        if self.process_group is not None:
+            seed += 2**32 * dist.get_rank(self.process_group)
         generators = {g.device: torch.Generator(g.device).manual_seed(seed % 2**63) for g in grads}
-        draws = [
-            torch.randn(g.shape, generator=generators[g.device], device=g.device, dtype=_at_least_single(g))
-            for g in grads
-        ]
-        scale = _global_norm(grads) / _global_norm(draws)
-        return [(r * scale.to(r)).square() for r in draws]
+        draws = [_normal_like(g, generators[g.device]) for g in grads]
+        scale = _global_norm(grads, self.process_group) / _global_norm(draws, self.process_group)
+        return [(r * scale.to(r.device, r.dtype)).square() for r in draws]
 
     def _decay(self, params: Iterable[Tensor]) -> None:
         """Decay `params` as AdamW does under a zero gradient."""
@@ -258,15 +279,47 @@ def _at_least_single(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _are_nonzero(tensors: list[Tensor]) -> list[bool]:
-    """Whether each tensor has an element that is not zero (a NaN is none), in one device sync."""
+def _are_nonzero(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> list[bool]:
+    """Whether each tensor has an element that is not zero (a NaN is none), in one device sync.
+
+    Args:
+        tensors: On every process the same number of them, if they are split.
+        group: Processes over which they are split, if they are no DTensors.
+
+    Returns:
+        The same on every process that holds a part.
+    """
     if not tensors:
         return []
-    # The largest magnitude is exact in every dtype, where a sum of squares may underflow.
-    largest = [norm.ne(0).to(tensors[0].device) for norm in torch._foreach_norm(tensors, ord=math.inf)]
-    return torch.stack(largest).tolist()
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    # The largest magnitude is exact in every dtype, where a sum of squares may underflow. A shard may be empty.
+    norms = iter(torch._foreach_norm([t for t in local if t.numel() > 0], ord=math.inf))
+    device = local[0].device
+    flags = torch.stack([(next(norms) if t.numel() > 0 else t.new_zeros(())).ne(0).to(device) for t in local]).int()
+    for mesh in dict.fromkeys(t.device_mesh for t in tensors if isinstance(t, DTensor)):
+        for dim in range(mesh.ndim):
+            dist.all_reduce(flags, dist.ReduceOp.MAX, mesh.get_group(dim))
+    if group is not None:
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group)
+    return flags.bool().tolist()
 
 
-def _global_norm(tensors: list[Tensor]) -> Tensor:
-    norms = torch._foreach_norm([t.to(_at_least_single(t)) for t in tensors])
-    return torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).norm()
+def _normal_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers; of a DTensor this process's part of those that one process would draw for all."""
+    whole = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=_at_least_single(tensor))
+    if not isinstance(tensor, DTensor):
+        return whole
+    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def _global_norm(tensors: list[Tensor], group: dist.ProcessGroup | None) -> Tensor:
+    norms = map(_whole, torch._foreach_norm([t.to(_at_least_single(t)) for t in tensors]))
+    norm = torch.stack([norm.to(tensors[0].device, torch.float64) for norm in norms]).norm()
+    if group is not None:
+        dist.all_reduce(norm.square_(), group=group)
+        norm.sqrt_()
+    return norm
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -14,18 +14,26 @@ are what they were, bit for bit, also when the loss raises. It costs one optimiz
 While it runs it holds one copy of the parameters, on their device or on the CPU. torch's optimizers act on every
 element alone, so the step is made on one piece of the parameters after another, each with its own copy of its
 piece of the state; of an optimizer that is not known to do so the whole state is copied too.
+
+On many processes each moves what it holds: everything, or the local shards of DTensors (FSDP2), in place and
+without gathering them. `Shards` says what that is, and can be told of other ways to split a model. Every process
+must then probe the same learning rates, and the losses, which are its own, are to be averaged over them.
 """
 
 import copy
+import math
 import random
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hf_warmup.gi_adam import GIAdamW
@@ -40,6 +48,89 @@ _ELEMENTWISE = {
 _PIECE, _PIECES = 2**14, 80
 
 
+@dataclass
+class Shard:
+    """A parameter, or this process's part of one.
+
+    Attributes:
+        tensor: Its values, in their place.
+        grad: Gives the elements of its gradient from `start` to `stop`, counted in the flat order of `tensor`: flat,
+            or in the shape of `tensor` if they are all.
+        state: Of the optimizer, with tensors of the same elements.
+    """
+
+    tensor: Tensor
+    grad: Callable[[int, int], Tensor]
+    state: dict[str, Any]
+
+
+class Shards:
+    """The parameters that an optimizer moves, as this process holds them: whole, or the local shards of DTensors.
+
+    For models that are split in another way, derive from it.
+
+    Args:
+        optimizer: The optimizer, in accelerate's wrapper or not.
+        module: The model; needed if it is one of FSDP2, whose modules may hold gathered weights.
+
+    Attributes:
+        optimizer: The innermost optimizer.
+        module: The model.
+
+    Raises:
+        ValueError: If the parameters are DTensors and `module` is None.
+    """
+
+    def __init__(self, optimizer: Optimizer, module: nn.Module | None = None) -> None:
+        self.optimizer = innermost(optimizer)
+        self.module = module
+        if module is None and any(isinstance(p, DTensor) for g in self.optimizer.param_groups for p in g["params"]):
+            raise ValueError("module must be the model that the sharded parameters belong to, got None")
+
+    def groups(self) -> list[tuple[dict[str, Any], list[Shard]]]:
+        """Every parameter group of the optimizer, with its parameters that have a gradient."""
+        return [
+            (group, [self._shard(p) for p in group["params"] if p.grad is not None])
+            for group in self.optimizer.param_groups
+        ]
+
+    def _shard(self, p: Tensor) -> Shard:
+        grad, state = _local(p.grad), self.optimizer.state.get(p, {})
+        assert grad is not None
+
+        def cut(start: int, stop: int) -> Tensor:
+            return grad.detach() if stop - start == grad.numel() else grad.detach().reshape(-1)[start:stop]
+
+        return Shard(_local(p.detach()), cut, {name: _local(value) for name, value in state.items()})
+
+    def largest_gradient(self) -> float:
+        """The largest magnitude in this process's gradients; not finite if one is not, 0 if there are none."""
+        grads = [shard.grad(0, shard.tensor.numel()) for _, shards in self.groups() for shard in shards]
+        return largest_magnitude(grads)
+
+    def changed(self) -> None:
+        """Carry the values to whatever the model computes with; called after every change of them."""
+        self.evaluated()
+
+    def evaluated(self) -> None:
+        """Let go of what a forward pass without autograd left behind; called after every one."""
+        # FSDP2 keeps the root's weights gathered then, so the next pass would not see that their shards changed.
+        if self.module is not None:
+            for module in self.module.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+
+def largest_magnitude(tensors: Sequence[Tensor]) -> float:
+    """The largest magnitude of all elements, in one device sync; NaN if there is one, 0 if there are none."""
+    norms = torch._foreach_norm([t for t in tensors if t.numel() > 0], ord=math.inf)
+    return float(torch.stack([norm.float().to(norms[0].device) for norm in norms]).max()) if norms else 0.0
+
+
+def _local(value: Any) -> Any:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 @torch.no_grad()
 def loss_after_step(
     optimizer: Optimizer,
@@ -48,6 +139,7 @@ def loss_after_step(
     *,
     module: nn.Module | None = None,
     copy_on_cpu: bool = False,
+    shards: Shards | None = None,
 ) -> Any:
     """The loss after the step that `optimizer` would make now with learning rate `lr`.
 
@@ -60,25 +152,34 @@ def loss_after_step(
             time, so the same dropout masks.
         lr: η. With parameter groups of several learning rates (`initial_lr`, where a scheduler has set it) the
             largest of them is meant, and the others keep their ratio to it. 0 evaluates the loss at θ.
-        module: The model, to restore its buffers (BatchNorm's running statistics) and its train/eval mode.
+        module: The model, to restore its buffers (BatchNorm's running statistics) and its train/eval mode. Needed
+            if it is one of FSDP2.
         copy_on_cpu: Keep the copy of the parameters in the CPU's memory: slower, for when the GPU's is full.
+        shards: What this process holds of the parameters, if they are neither whole nor DTensors.
 
     Returns:
         The loss as a float, possibly not finite; a list of floats if `loss_fn` returned a sequence.
 
     Raises:
-        ValueError: If `lr` is negative or not finite.
-        RuntimeError: If a step hook is registered on the optimizer: it might act twice or leave a trace.
+        ValueError: If `lr` is negative or not finite, or the parameters are DTensors and `module` is None.
+        RuntimeError: If a step hook is registered on the optimizer: it might act twice or leave a trace. Or if the
+            optimizer acts on whole parameters and `shards` has parts.
     """
     if not 0 <= lr < float("inf"):
         raise ValueError(f"lr must be at least 0 and finite, got {lr}")
-    optimizer = innermost(optimizer)
+    shards = Shards(optimizer, module) if shards is None else shards
     with ExitStack() as restored:
         restored.callback(RandomNumbers().restore)
         if module is not None:
             restored.enter_context(_same_module(module))
         if lr > 0:
-            restored.enter_context(_moved(optimizer, lr, copy_on_cpu))
+            # `changed` may be a collective: twice on every process, also where the step raises.
+            restored.callback(shards.changed)
+            try:
+                restored.enter_context(_moved(shards, lr, copy_on_cpu))
+            finally:
+                shards.changed()
+        restored.callback(shards.evaluated)
         # Inside an autocast region of the caller, autocast would go on with the weights it cast before.
         restored.callback(torch.clear_autocast_cache)
         torch.clear_autocast_cache()
@@ -87,25 +188,29 @@ def loss_after_step(
 
 
 @torch.no_grad()
-def update_slope(optimizer: Optimizer, lr: float) -> float:
+def update_slope(optimizer: Optimizer, lr: float, *, module: nn.Module | None = None) -> float:
     """The slope gᵀu at which the loss starts down along the step that `optimizer` would make now.
 
     Args:
         optimizer: As for `loss_after_step`; its gradients must be those of the loss itself, not clipped.
         lr: η at which the step is taken to measure u = (θ - step(η)(θ)) / η; any will do where u does not depend
             on it. Of the size that is probed: rounding blurs a step that is far smaller than θ.
+        module: The model, if it is one of FSDP2.
 
     Returns:
-        gᵀu, in units of the loss per learning rate. Costs an optimizer step, no forward pass.
+        gᵀu, in units of the loss per learning rate; of parameters that are sharded this process's part of the sum.
+        Costs an optimizer step, no forward pass.
 
     Raises:
         ValueError: If `lr` is not positive and finite.
     """
     if not 0 < lr < float("inf"):
         raise ValueError(f"lr must be positive and finite, got {lr}")
-    optimizer = innermost(optimizer)
-    with _moved(optimizer, lr, copy_on_cpu=False) as starts:
-        products = [((v - p) * p.grad).sum(dtype=torch.float64) for p, v in starts if p.grad is not None]
+    shards = Shards(optimizer, module)
+    with _moved(shards, lr, copy_on_cpu=False) as starts:
+        products = [
+            ((value - shard.tensor) * shard.grad(0, value.numel())).sum(dtype=torch.float64) for shard, value in starts
+        ]
         return sum(float(product) for product in products) / lr
 
 
@@ -121,33 +226,39 @@ def _with_lr(group: dict[str, Any], lr: float) -> dict[str, Any]:
 
 
 @contextmanager
-def _moved(optimizer: Optimizer, lr: float, copy_on_cpu: bool) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def _moved(shards: Shards, lr: float, copy_on_cpu: bool) -> Iterator[list[tuple[Shard, Tensor]]]:
     """Make the step on the parameters alone; undo it on the way out, bit for bit.
 
     Raises:
-        RuntimeError: If the optimizer has step hooks.
+        RuntimeError: If the optimizer has step hooks, or acts on more than the shards.
 
     Yields:
-        Each parameter and its value before the step.
+        Each shard and its value before the step.
     """
+    optimizer = shards.optimizer
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise RuntimeError(
             f"cannot probe {type(optimizer).__name__}: it has step hooks, which a probe would run once per learning "
             "rate; remove them before the search and register them again after it"
         )
-    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not _is_elementwise(optimizer) and type(shards) is not Shards:
+        raise RuntimeError(
+            f"cannot probe {type(optimizer).__name__} on {type(shards).__name__}: its step looks at more than a "
+            "part of a parameter; use GIAdamW or an optimizer of torch.optim that moves every element alone"
+        )
+    held = [shard for _, members in shards.groups() for shard in members]
     # Copied back: θ - ηu + ηu is not θ in floating point.
-    values = [p.to("cpu", copy=True) if copy_on_cpu else p.clone() for p in params]
+    values = [shard.tensor.to("cpu", copy=True) if copy_on_cpu else shard.tensor.clone() for shard in held]
     try:
         if _is_elementwise(optimizer):
-            for piece in _pieces(optimizer, lr):
+            for piece in _pieces(shards, lr):
                 piece.step()
         else:
             _step_and_restore_state(optimizer, lr)
-        yield list(zip(params, values, strict=True))
+        yield list(zip(held, values, strict=True))
     finally:
-        if params:
-            torch._foreach_copy_(params, values)
+        if held:
+            torch._foreach_copy_([shard.tensor for shard in held], values)
 
 
 def _is_elementwise(optimizer: Optimizer) -> bool:
@@ -155,13 +266,13 @@ def _is_elementwise(optimizer: Optimizer) -> bool:
     return type(optimizer) in _ELEMENTWISE and getattr(optimizer, "v0", None) != "random"
 
 
-def _pieces(optimizer: Optimizer, lr: float) -> Iterator[Optimizer]:
-    """Optimizers like `optimizer` over its parameters' own memory, a piece at a time, with copies of their state."""
-    num_elements = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    size = max(_PIECE, num_elements // _PIECES // 64 * 64)
-    for group, group_lr in zip(optimizer.param_groups, _lrs(optimizer, lr), strict=True):
+def _pieces(shards: Shards, lr: float) -> Iterator[Optimizer]:
+    """Optimizers like that of `shards` over the same memory, a piece at a time, with copies of their state."""
+    optimizer, groups = shards.optimizer, shards.groups()
+    size = max(_PIECE, sum(shard.tensor.numel() for _, held in groups for shard in held) // _PIECES // 64 * 64)
+    for (group, held), group_lr in zip(groups, _lrs(optimizer, lr), strict=True):
         piece: dict[Tensor, dict[str, Any]] = {}
-        for part, state in _parts(optimizer, group["params"], size):
+        for part, state in _parts(held, size):
             piece[part] = state
             if sum(p.numel() for p in piece) >= size:
                 yield _like(optimizer, group, group_lr, piece)
@@ -170,23 +281,23 @@ def _pieces(optimizer: Optimizer, lr: float) -> Iterator[Optimizer]:
             yield _like(optimizer, group, group_lr, piece)
 
 
-def _parts(optimizer: Optimizer, params: Iterable[Tensor], size: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+def _parts(held: Iterable[Shard], size: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Views of at most about `size` elements, with their gradient, and a copy of their state."""
-    for p in params:
-        if p.grad is None:
-            continue
-        state = optimizer.state.get(p, {})
-        like_p = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == p.shape}
-        plain = all(type(t) in (Tensor, nn.Parameter) and t.is_contiguous() for t in (p, p.grad, *like_p.values()))
-        whole = p.numel() <= size or not plain
-        for start in (0,) if whole else range(0, p.numel(), size):
+    for shard in held:
+        p, num_elements = shard.tensor, shard.tensor.numel()
+        like_p = {k: v for k, v in shard.state.items() if isinstance(v, Tensor) and v.shape == p.shape}
+        whole = num_elements <= size or not all(
+            type(t) in (Tensor, nn.Parameter) and t.is_contiguous() for t in (p, *like_p.values())
+        )
+        for start in (0,) if whole else range(0, num_elements, size):
+            stop = num_elements if whole else min(start + size, num_elements)
 
-            def cut(tensor: Tensor, start: int = start, whole: bool = whole) -> Tensor:
-                return tensor.detach() if whole else tensor.detach().view(-1)[start : start + size]
+            def cut(tensor: Tensor, start: int = start, stop: int = stop) -> Tensor:
+                return tensor.detach() if stop - start == tensor.numel() else tensor.detach().view(-1)[start:stop]
 
             part = cut(p)
-            part.grad = cut(p.grad)
-            yield part, {k: cut(v).clone() if k in like_p else copy.deepcopy(v) for k, v in state.items()}
+            part.grad = shard.grad(start, stop)
+            yield part, {k: cut(v).clone() if k in like_p else copy.deepcopy(v) for k, v in shard.state.items()}
 
 
 def _like(optimizer: Optimizer, group: dict[str, Any], lr: float, piece: dict[Tensor, dict[str, Any]]) -> Optimizer:

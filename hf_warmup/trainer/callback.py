@@ -17,8 +17,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,9 +25,10 @@ from transformers.trainer_utils import SchedulerType
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.guided import GuidedWarmup, PersistentCatapult
-from hf_warmup.probe import innermost, loss_after_step
+from hf_warmup.probe import Shards, innermost, loss_after_step
 from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, steps_saved
 from hf_warmup.trainer.arguments import TRYING, WarmupArguments
+from hf_warmup.trainer.backends import Backend, backend_of, check_processes, tell_partitioned, why_not_try
 from hf_warmup.trainer.model_card import write_card
 from hf_warmup.trainer.optimizer import GIAdamWFactory, gi_adam_cls_and_kwargs
 from hf_warmup.trainer.replay import StepReplay
@@ -46,6 +45,7 @@ class WarmupCallback(TrainerCallback):
         self._schedule: WarmupSchedule | ExponentialSchedule | SteeredSchedule | None = None
         self._guide: GuidedWarmup | PersistentCatapult | None = None
         self._replay: StepReplay | None = None
+        self._backend: Backend | None = None
         self._num_batches = 1
 
     @classmethod
@@ -130,6 +130,7 @@ class WarmupCallback(TrainerCallback):
                 f"gi_adam=True, but {type(self.trainer).__name__} made its own optimizer, {type(made).__name__}: "
                 "have it make a GIAdamW, or pass gi_adam=False to keep that optimizer"
             )
+        tell_partitioned(self.trainer)
         if self._schedule is None or self._schedule.started and not isinstance(self._schedule, SteeredSchedule):
             return  # no warmup to start, or a resumed run whose schedule knows its start
         if not self._schedule.started and self._schedule.scheduler.last_epoch > 0:
@@ -139,13 +140,20 @@ class WarmupCallback(TrainerCallback):
         elif (init_lr := self.arguments.fixed_init_lr) is not None:
             self._start(init_lr, None, capped=False)
         else:
-            self._replay = StepReplay(self.trainer)
+            self._watch_steps()
+
+    def _watch_steps(self, keeps: Callable[[], bool] = lambda: True, num_batches: int | None = None) -> None:
+        """Be ready to try learning rates before the steps that `keeps` tells of."""
+        self._backend = backend_of(self.trainer)
+        in_backward = self._backend.steps_in_backward
+        self._replay = StepReplay(self.trainer, keeps, num_batches, steps_in_backward=in_backward)
+        self._backend.watch_step(self._before_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note the random numbers of the step that the search may replay."""
-        if self._replay is not None and self._replay.keeps():
+        if self._replay is not None:
             self._replay.step_begins()
 
     def on_pre_optimizer_step(
@@ -154,24 +162,31 @@ class WarmupCallback(TrainerCallback):
         """Search for η_c and start warmup; or say what the step is made with.
 
         Raises:
-            RuntimeError: If the training loss is not finite before the first update.
+            RuntimeError: If the training loss is not finite before the first update, or another process failed.
         """
-        if self._guide is not None:
-            try:
-                self._steer(self._guide)
-            except BaseException:
-                self._stop_watching()
-                raise
+        if self._backend is not None and not self._backend.steps_in_backward:
+            self._before_step()
+
+    def _before_step(self) -> None:
+        """What is to be done when the gradients of a step are ready and the optimizer has not used them."""
+        if self._backend is None or self._replay is None:
             return
-        if self._replay is None:
-            return
-        optimizer = innermost(self.trainer.optimizer)
-        if not _can_step(optimizer):
-            return  # an overflow that the gradient scaler will skip, or nothing to learn from yet
         try:
-            found = self._search(optimizer, self._replay)
-        finally:
+            if self._guide is not None:
+                self._steer(self._guide, self._backend, self._replay)
+            else:
+                self._search_and_start(self._backend, self._replay)
+        except BaseException:
             self._stop_watching()
+            raise
+
+    def _search_and_start(self, backend: Backend, replay: StepReplay) -> None:
+        shards = backend.shards()
+        if not backend.can_step(shards):
+            return  # an overflow that the gradient scaler will skip, or nothing to learn from yet
+        args, state = self.trainer.args, self.trainer.state
+        found = self._search(shards, backend, replay)
+        self._stop_watching()
         found.check_finite(state.global_step + 1)
         most = self.arguments.max_init_fraction * args.learning_rate
         if found.value > 0:
@@ -193,7 +208,7 @@ class WarmupCallback(TrainerCallback):
         self._stop_watching()
         write_card(self.trainer)
 
-    def _search(self, optimizer: Optimizer, replay: StepReplay) -> CriticalLR:
+    def _search(self, shards: Shards, backend: Backend, replay: StepReplay) -> CriticalLR:
         arguments, target = self.arguments, self.trainer.args.learning_rate
         paper = arguments.critical_lr_method == "paper"
         guess = target / self._schedule.warmup_steps if isinstance(self._schedule, WarmupSchedule) else 1e-4
@@ -201,10 +216,10 @@ class WarmupCallback(TrainerCallback):
             replay.draw(arguments.search_batches - 1)
         self._num_batches = replay.num_steps
         return find_critical_lr(
-            lambda lr: self._losses_after(optimizer, replay, lr),
+            lambda lr: self._losses_after(shards, backend, replay, lr),
             guess=guess if paper else None,
             target=target,
-            start=replay.loss_before(),
+            start=_loss_before(backend, replay),
             method="paper" if paper else "secant",
             delta=arguments.catapult_delta,
             rtol=arguments.critical_lr_rtol,
@@ -268,22 +283,23 @@ class WarmupCallback(TrainerCallback):
         if schedule.handed_over:
             return
         self._guide = guide
-        self._replay = StepReplay(
-            self.trainer, keeps=lambda: guide.needs_trial, num_batches=arguments.guide_micro_batches or None
-        )
+        self._watch_steps(lambda: guide.needs_trial, arguments.guide_micro_batches or None)
 
-    def _steer(self, guide: GuidedWarmup | PersistentCatapult) -> None:
+    def _steer(self, guide: GuidedWarmup | PersistentCatapult, backend: Backend, replay: StepReplay) -> None:
         """Say what the step that is about to be made is made with."""
         schedule, target = self._schedule, self.trainer.args.learning_rate
         assert isinstance(schedule, SteeredSchedule)
         optimizer, own_warmup = innermost(self.trainer.optimizer), 1.0
+        loss_at: Callable[[float], float] = _not_asked
         if guide.needs_trial:
-            if not _can_step(optimizer):
+            shards = backend.shards()
+            if not backend.can_step(shards):
                 return  # an overflow that the gradient scaler will skip, or nothing to learn from yet: next step
             if isinstance(optimizer, GIAdamW):
                 own_warmup = optimizer.own_warmup  # asked for now only: the count of steps may be on the device
+            loss_at = self._loss_at(shards, backend, replay)
         ramping, passes = guide.ramp_end is None, guide.num_trials
-        lr = guide.step(self._loss_at(optimizer), own_warmup)
+        lr = guide.step(loss_at, own_warmup)
         if guide.handed_over:
             # The schedule counts its own steps, of which a resumed or a waiting run may have had more.
             ramp_end = schedule.scheduler.last_epoch
@@ -305,26 +321,26 @@ class WarmupCallback(TrainerCallback):
         if guide.handed_over:
             self._stop_watching()
 
-    def _losses_after(self, optimizer: Optimizer, replay: StepReplay, lr: float) -> list[float]:
-        """The losses of the batches of `replay` after the step that `optimizer` would make with `lr`."""
-        on_cpu = self.arguments.search_copy_on_cpu
-        return loss_after_step(optimizer, replay.losses, lr, module=self.trainer.model, copy_on_cpu=on_cpu)
+    def _losses_after(self, shards: Shards, backend: Backend, replay: StepReplay, lr: float) -> list[float]:
+        """The losses of the batches of `replay` after the step that the optimizer would make with `lr`."""
+        return backend.together(
+            lambda: loss_after_step(
+                shards.optimizer,
+                replay.losses,
+                lr,
+                module=self.trainer.model,
+                copy_on_cpu=self.arguments.search_copy_on_cpu,
+                shards=shards,
+            )
+        )
 
-    def _loss_at(self, optimizer: Optimizer) -> Callable[[float], float]:
+    def _loss_at(self, shards: Shards, backend: Backend, replay: StepReplay) -> Callable[[float], float]:
         """The loss of the present step's batches after a step of some learning rate."""
-        replay = self._replay
-        before: list[float] = []
 
+        @functools.cache
         def loss_at(lr: float) -> float:
-            assert replay is not None
-            if lr == 0 and before:
-                return before[0]
-            known = replay.loss_before() if lr == 0 else None
-            if known is None:
-                (known,) = self._losses_after(optimizer, replay, lr)
-            if lr == 0:
-                before.append(known)
-            return known
+            known = _loss_before(backend, replay) if lr == 0 else None
+            return self._losses_after(shards, backend, replay, lr)[0] if known is None else known
 
         return loss_at
 
@@ -340,18 +356,20 @@ class WarmupCallback(TrainerCallback):
         if self._replay is not None:
             self._replay.stop()
             self._replay = None
+        if self._backend is not None:
+            self._backend.unwatch_step()
+            self._backend = None
         self._guide = None
 
 
-def _can_step(optimizer: Optimizer) -> bool:
-    """Whether the gradients are finite and not all zero."""
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not grads:
-        return False
-    largest = torch.stack(
-        [norm.float().to(grads[0].device) for norm in torch._foreach_norm(grads, ord=math.inf)]
-    ).max()
-    return math.isfinite(largest) and bool(largest > 0)
+def _loss_before(backend: Backend, replay: StepReplay) -> float | None:
+    """The step's own loss; None where it has to be measured."""
+    loss = replay.loss_before()
+    return None if loss is None else backend.together(lambda: [loss])[0]
+
+
+def _not_asked(lr: float) -> float:
+    raise AssertionError(f"no loss was to be asked for, got {lr}")
 
 
 def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
@@ -361,6 +379,7 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
         ValueError: With the option and its value.
     """
     args = trainer.args
+    check_processes(trainer)
     if any(isinstance(callback, WarmupCallback) for callback in trainer.callback_handler.callbacks):
         raise ValueError("WarmupCallback is attached to this trainer already")
     if args.max_steps > 0 and (warmup_steps := args.get_warmup_steps(args.max_steps)) > args.max_steps:
@@ -395,12 +414,8 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
                 f"search_batches must be 1 for a stream, got {arguments.search_batches}: drawing batches ahead would "
                 "move it"
             )
-        for name, enabled in [("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)]:
-            if enabled:
-                raise ValueError(
-                    f"{asked} does not run under {name} yet: there the parameters that a search must move "
-                    f"are sharded; {instead} to a number or to zero"
-                )
+        if (reason := why_not_try(trainer)) is not None:
+            raise ValueError(f"{asked} cannot try learning rates here: {reason}; or {instead} to a number or to zero")
         # What trl's on-policy trainers (GRPO, RLOO, GKD, online DPO, distillation) have in common; the names of
         # their classes would miss the next one. The model's own `generation_config` is not looked at.
         if vars(trainer).keys() & {"_buffered_inputs", "generation_config", "generation_kwargs"}:

@@ -1,8 +1,8 @@
 """The exact training loss of a step, again: same batches, same dropout, at whatever the weights are now.
 
 A Trainer's loss is more than the model's: micro-batches are summed by their token counts, labels smoothed,
-losses computed by the user's function or a subclass, scaled for accumulation and averaged over processes. So
-the step is replayed through the trainer's own `training_step`, only without the backward pass.
+losses computed by the user's function or a subclass, and scaled for accumulation. So the step is replayed through
+the trainer's own `training_step`, only without the backward pass. The losses are those of this process.
 
 Computing a loss may also count and gather: trl's trainers keep entropies and token counts for the next log
 line in attributes of the trainer. A replay works on copies of such attributes, as they were before the step's
@@ -29,10 +29,16 @@ class StepReplay:
         trainer: The trainer; its `get_batch_samples` and `training_step` are watched until `stop`.
         keeps: Whether the next step is wanted at all. One that is not costs nothing.
         num_batches: How many of the step's micro-batches the loss is made of, the first ones; all if None.
+        steps_in_backward: Whether the optimizer's step is made before `training_step` has given its loss.
     """
 
     def __init__(
-        self, trainer: Trainer, keeps: Callable[[], bool] = lambda: True, num_batches: int | None = None
+        self,
+        trainer: Trainer,
+        keeps: Callable[[], bool] = lambda: True,
+        num_batches: int | None = None,
+        *,
+        steps_in_backward: bool = False,
     ) -> None:
         self.trainer = trainer
         self.keeps = keeps
@@ -42,8 +48,8 @@ class StepReplay:
         self._random_numbers: RandomNumbers | None = None
         self._attributes: dict[str, Any] = {}
         self._total: Tensor | None = None  # the step's own loss, as far as it has come
-        self._own_methods = {name: vars(trainer).get(name) for name in ("get_batch_samples", "training_step")}
         self._get_batch_samples, self._training_step = trainer.get_batch_samples, trainer.training_step
+        self._replaced: list[tuple[Any, str, Any]] = []
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             batches, num_items = self._get_batch_samples(*args, **kwargs)
@@ -57,27 +63,44 @@ class StepReplay:
 
         def added_up(*args: Any, **kwargs: Any) -> Tensor:
             loss = self._training_step(*args, **kwargs)
-            if self._left > 0:
-                self._left -= 1
-                self._total = loss.clone() if self._total is None else self._total + loss
+            self._add(loss)
             return loss
 
-        trainer.get_batch_samples = watched  # type: ignore[method-assign]
-        trainer.training_step = added_up  # type: ignore[method-assign]
+        backward = trainer.accelerator.backward
+
+        def added_up_before(loss: Tensor, **kwargs: Any) -> Any:
+            self._add(loss.detach())
+            return backward(loss, **kwargs)
+
+        self._replace(trainer, "get_batch_samples", watched)
+        if steps_in_backward:
+            self._replace(trainer.accelerator, "backward", added_up_before)
+        else:
+            self._replace(trainer, "training_step", added_up)
+
+    def _replace(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
+        self._replaced.append((owner, name, vars(owner).get(name)))
+        setattr(owner, name, method)
+
+    def _add(self, loss: Tensor) -> None:
+        if self._left > 0:
+            self._left -= 1
+            self._total = loss.clone() if self._total is None else self._total + loss
 
     def stop(self) -> None:
         """Let go of the batches and of the trainer."""
-        for name, method in self._own_methods.items():
+        for owner, name, method in self._replaced:
             if method is None:
-                vars(self.trainer).pop(name, None)  # the class's method shows again
+                vars(owner).pop(name, None)  # the class's method shows again
             else:
-                setattr(self.trainer, name, method)
+                setattr(owner, name, method)
         self._steps, self._random_numbers, self._attributes, self._total = [], None, {}, None
 
     def step_begins(self) -> None:
         """Note the random numbers, and what the trainer has counted, before the step's first micro-batch."""
-        self._random_numbers = RandomNumbers()
-        self._attributes = _copies_of_data(vars(self.trainer))
+        if self.keeps():
+            self._random_numbers = RandomNumbers()
+            self._attributes = _copies_of_data(vars(self.trainer))
 
     def draw(self, num_steps: int) -> None:
         """Take in the batches of that many further steps, from a data loader of their own.
@@ -105,7 +128,7 @@ class StepReplay:
         return len(self._steps)
 
     def loss_before(self) -> float | None:
-        """The loss that those batches had in the step, averaged over the processes.
+        """The loss that those batches had in the step.
 
         It is what `losses` gives at unchanged weights, bit for bit.
 
@@ -115,11 +138,11 @@ class StepReplay:
         """
         if self._total is None or self.num_steps > 1 or self.trainer.args.torch_compile:
             return None
-        return float(self.trainer.accelerator.reduce(self._total, reduction="mean"))
+        return float(self._total)
 
     @torch.no_grad()
     def losses(self) -> list[Tensor]:
-        """The training loss of each step's batches at the current weights, averaged over the processes.
+        """The training loss of each step's batches at the current weights.
 
         Returns:
             0-d tensors. At unchanged weights the first is, bit for bit, the loss that the step itself had.
@@ -136,16 +159,19 @@ class StepReplay:
             vars(trainer).update(_copies_of_data(vars(trainer)) | _copies_of_data(self._attributes))
             for batch in batches:
                 total += self._training_step(trainer.model_wrapped, _copy_of_batch(batch), num_items)
-        return trainer.accelerator.reduce(total, reduction="mean")
+        return total
 
 
 @contextmanager
 def _without_backward(accelerator: Any) -> Iterator[None]:
+    watched = vars(accelerator).get("backward")
     accelerator.backward = lambda loss, **kwargs: None
     try:
         yield
     finally:
         del accelerator.backward
+        if watched is not None:
+            accelerator.backward = watched
 
 
 @contextmanager
