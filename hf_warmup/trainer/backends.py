@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from torch import Tensor
 from transformers import Trainer
 
@@ -199,7 +199,7 @@ class ZeroShards(Shards):
         return largest_magnitude([g for group in self._partitions() for _, grads in group for g in grads])
 
     def evaluated(self) -> None:
-        """Nothing to let go of: ZeRO-3 releases what it gathered when the weights change."""
+        """Nothing to let go of."""
 
 
 class Zero12Shards(ZeroShards):
@@ -238,8 +238,11 @@ class Zero3Shards(ZeroShards):
         for i, p in enumerate(zero.fp32_partitioned_groups_flat):
             zero.fp16_partitioned_groups_flat[i].data.copy_(p.data)
             zero._unflatten_partitioned_parameters(i)
-        # Gathered weights, those that are kept and those fetched ahead, are of before the change.
-        zero.parameter_offload.partition_all_parameters()
+        self.evaluated()  # gathered weights, those that are kept and those fetched ahead, are of before the change
+
+    def evaluated(self) -> None:
+        """Let go of all gathered weights, as the engine's step will in any case."""
+        self.zero.parameter_offload.partition_all_parameters()
 
 
 def backend_of(trainer: Trainer) -> Backend:
@@ -257,11 +260,18 @@ def backend_of(trainer: Trainer) -> Backend:
     return Backend(trainer, collective_forward=kind is DistributedType.FSDP)
 
 
-def tell_partitioned(trainer: Trainer) -> None:
-    """Tell a GIAdamW over which processes ZeRO has split its parameters; nothing to do elsewhere."""
+def prepare_optimizer(trainer: Trainer) -> None:
+    """Put right what DeepSpeed's ZeRO leaves in the optimizer; nothing to do elsewhere. Before the first step."""
+    if not trainer.is_deepspeed_enabled:
+        return
     optimizer = innermost(trainer.optimizer)
-    if trainer.is_deepspeed_enabled and isinstance(optimizer, GIAdamW):
+    if isinstance(optimizer, GIAdamW):
         optimizer.process_group = getattr(trainer.model_wrapped.optimizer, "dp_process_group", None)
+    # From a universal checkpoint ZeRO-3 gives all its partitions one tensor to count steps in: each would be
+    # counted once per partition.
+    for state in optimizer.state.values():
+        if isinstance(count := state.get("step"), Tensor):
+            state["step"] = count.clone()
 
 
 def check_processes(trainer: Trainer) -> None:
@@ -271,7 +281,9 @@ def check_processes(trainer: Trainer) -> None:
         ValueError: With the option and its value.
     """
     kind = trainer.accelerator.distributed_type
-    if trainer.is_fsdp_enabled and trainer.args.world_size > 1 and kind is not DistributedType.FSDP:
+    # Where accelerate ignores it, the trainer knows nothing of it.
+    asked = trainer.is_fsdp_enabled or trainer.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if asked and trainer.args.world_size > 1 and kind is not DistributedType.FSDP:
         raise ValueError(
             f"fsdp is set, but these {trainer.args.world_size} processes run as {kind.value}: accelerate shards on "
             "accelerators only and says nothing; leave fsdp out to train with DDP on CPUs"

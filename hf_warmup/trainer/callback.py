@@ -28,7 +28,7 @@ from hf_warmup.guided import GuidedWarmup, PersistentCatapult
 from hf_warmup.probe import Shards, innermost, loss_after_step
 from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, steps_saved
 from hf_warmup.trainer.arguments import TRYING, WarmupArguments
-from hf_warmup.trainer.backends import Backend, backend_of, check_processes, tell_partitioned, why_not_try
+from hf_warmup.trainer.backends import Backend, backend_of, check_processes, prepare_optimizer, why_not_try
 from hf_warmup.trainer.model_card import write_card
 from hf_warmup.trainer.optimizer import GIAdamWFactory, gi_adam_cls_and_kwargs
 from hf_warmup.trainer.replay import StepReplay
@@ -130,7 +130,7 @@ class WarmupCallback(TrainerCallback):
                 f"gi_adam=True, but {type(self.trainer).__name__} made its own optimizer, {type(made).__name__}: "
                 "have it make a GIAdamW, or pass gi_adam=False to keep that optimizer"
             )
-        tell_partitioned(self.trainer)
+        prepare_optimizer(self.trainer)
         if self._schedule is None or self._schedule.started and not isinstance(self._schedule, SteeredSchedule):
             return  # no warmup to start, or a resumed run whose schedule knows its start
         if not self._schedule.started and self._schedule.scheduler.last_epoch > 0:

@@ -1,25 +1,228 @@
-"""One of the processes of test_processes.py: trains and writes what it saw."""
+"""One of the processes of test_processes.py and test_deepspeed.py: trains as it is told and writes what it saw.
+
+torchrun --nproc_per_node 2 processes.py FOLDER '[{"name": "linear", "backend": "fsdp2", "learning_rate": 3e-3}]'
+"""
 
 import json
+import os
+import signal
 import sys
+from itertools import accumulate
 from pathlib import Path
 
-from transformers import Trainer, set_seed
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments
+import torch
+from accelerate.state import DistributedType, PartialState
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, set_seed
+
+from hf_warmup import GIAdamW
+from hf_warmup.probe import innermost, loss_after_step
+from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments, callback
 
 from tiny import OPTIONS, make_dataset, make_model
 
-folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-set_seed(0)
-run = {"output_dir": str(folder / "run"), "max_steps": 6, "warmup_steps": 4}
-args = WarmupTrainingArguments(**{**OPTIONS, **run, **options})
-trainer = Trainer(make_model(dropout=0.0), args, train_dataset=make_dataset())
-WarmupCallback.attach(trainer)
-trainer.train()
-weights = [p.detach().double().sum().item() for p in trainer.model.parameters()]
-seen = {"world_size": args.world_size, "history": trainer.state.log_history, "weights": weights}
-(folder / f"{args.process_index}.json").write_text(json.dumps(seen))
-# Together, and without a process group: threads that are left alone may abort the exit.
-trainer.accelerator.wait_for_everyone()
-trainer.accelerator.end_training()
+FSDP2 = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+
+
+def spread(backend):
+    """The options that ask for a backend: ddp, fsdp2, fsdp2_full (checkpoints), zero1 to 3, zero2_bf16, ..."""
+    name, _, variant = backend.partition("_")
+    if name == "fsdp2":
+        return {
+            "fsdp": True,
+            "fsdp_config": {**FSDP2, "state_dict_type": f"{variant or 'sharded'}_state_dict".upper()},
+        }
+    if name.startswith("zero"):
+        config = {
+            # Gather layers when they are needed and not before, and keep the small weights gathered.
+            "zero_optimization": {
+                "stage": int(name[-1]),
+                "stage3_max_live_parameters": 0,
+                "stage3_max_reuse_distance": 0,
+                "stage3_prefetch_bucket_size": 0,
+                "stage3_param_persistence_threshold": 100,
+            },
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "checkpoint": {"load_universal": bool(os.environ.get("LOAD_UNIVERSAL"))},
+        }
+        return {"deepspeed": config, "bf16": variant == "bf16"}
+    return {}
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def second_moments(trainer):
+    """Adam's v by parameter, put together from all processes."""
+    named = dict(trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters())
+    if trainer.is_deepspeed_enabled:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        zero = trainer.model_wrapped.optimizer
+        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+            # It linked them after its first group's first step, when the others had no state yet.
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+        return {name: safe_get_full_optimizer_state(p, "exp_avg_sq").clone() for name, p in named.items()}
+    state = innermost(trainer.optimizer).state
+    return {name: whole(state[p]["exp_avg_sq"]).clone() for name, p in named.items()}
+
+
+def weights(trainer):
+    named = dict(trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters())
+    if trainer.is_deepspeed_enabled:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: safe_get_full_fp32_param(p).clone() for name, p in named.items()}
+    return {name: whole(p.detach()).clone() for name, p in named.items()}
+
+
+class Watcher(TrainerCallback):
+    """Keeps v and the squared gradient of the first step, and kills where it is told to."""
+
+    def __init__(self, trainer, kill):
+        self.trainer, self.kill, self.kept = trainer, kill, {}
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 0 and not self.trainer.is_deepspeed_enabled:
+            named = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped).named_parameters()
+            self.kept["squares"] = {name: whole(p.grad).square() for name, p in named}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1 and isinstance(innermost(self.trainer.optimizer), GIAdamW):
+            self.kept["second_moments"] = second_moments(self.trainer)
+        if self.kill == [state.global_step, args.process_index]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def with_memory(seen):
+    """`loss_after_step`, noting the most bytes it held at once, and the most of them that the forward pass takes."""
+
+    def peak(optimizer, loss_fn, lr, **kwargs):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            losses = loss_after_step(optimizer, loss_fn, lr, **kwargs)
+        events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = list(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+        return losses, max(held), held[-1]
+
+    def measured(optimizer, loss_fn, lr, **kwargs):
+        for _ in range(2):  # the first may let go of what the training step left behind
+            _, forward, _ = peak(optimizer, loss_fn, 0.0, **kwargs)
+        losses, most, left = peak(optimizer, loss_fn, lr, **kwargs)
+        shard = sum(s.tensor.nbytes for _, shards in kwargs["shards"].groups() for s in shards)
+        seen.append({"lr": lr, "forward": forward, "peak": most, "left": left, "shard": shard})
+        return losses
+
+    return measured
+
+
+def held(trainer):
+    """All weights of this process: the optimizer's, whole or in parts, and those the model computes with."""
+    if trainer.is_deepspeed_enabled:
+        zero = trainer.model_wrapped.optimizer
+        masters = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
+        return [t.clone() for t in (*masters, *(getattr(p, "ds_tensor", p.data) for p in trainer.model.parameters()))]
+    params = [p for group in innermost(trainer.optimizer).param_groups for p in group["params"]]
+    return [(p.to_local() if isinstance(p, DTensor) else p).detach().clone() for p in params]
+
+
+class Failing(Trainer):
+    """Raises on process 1 while learning rates are tried."""
+
+    def compute_loss(self, *args, **kwargs):
+        if torch.is_grad_enabled():
+            self.held_before = held(self)
+        elif self.args.process_index == 1:
+            raise RuntimeError("CUDA out of memory, they say")
+        return super().compute_loss(*args, **kwargs)
+
+
+def make_large_model():
+    """2.6 million parameters: pieces of the probe are 1/80 of them, not a fixed least size."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config)
+
+
+class FeatureNorm(torch.nn.BatchNorm1d):
+    """Batch norm over the last dimension: its running statistics are buffers, which DDP sends around."""
+
+    def forward(self, hidden):
+        return super().forward(hidden.flatten(0, 1)).view_as(hidden)
+
+
+def run(
+    folder,
+    *,
+    name,
+    backend="ddp",
+    v0=None,
+    kill=None,
+    fails=False,
+    memory=False,
+    batch_norm=False,
+    resume=None,
+    **options,
+):
+    set_seed(0)
+    base = {"output_dir": str(folder / name), "max_steps": 6, "warmup_steps": 4, **spread(backend)}
+    args = WarmupTrainingArguments(**{**OPTIONS, **base, **options})
+    if backend.startswith("fsdp2"):
+        # accelerate shards on accelerators only; on CPUs it would train with DDP and say nothing.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    model = make_large_model() if memory else make_model(dropout=0.0)
+    if batch_norm:
+        model.model.norm = FeatureNorm(model.config.hidden_size)
+    kwargs = {"optimizer_cls_and_kwargs": (GIAdamW, {"lr": args.learning_rate, "v0": v0})} if v0 else {}
+    trainer = (Failing if fails else Trainer)(model, args, train_dataset=make_dataset(), **kwargs)
+    WarmupCallback.attach(trainer)
+    watcher, seen_memory = Watcher(trainer, kill), []
+    trainer.add_callback(watcher)
+    if memory:
+        callback.loss_after_step = with_memory(seen_memory)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except RuntimeError as error:
+        if fails:
+            same = all(map(torch.equal, trainer.held_before, held(trainer)))
+            told = {"error": str(error), "restored": same}
+            (folder / f"{name}.{args.process_index}.json").write_text(json.dumps(told))
+        raise
+    seen = {
+        "world_size": args.world_size,
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "history": trainer.state.log_history,
+        "memory": seen_memory,
+        "buffers": [b.double().sum().item() for b in trainer.model.buffers()],
+    }
+    (folder / f"{name}.{args.process_index}.json").write_text(json.dumps(seen))
+    # Gathering takes all processes.
+    tensors = {**watcher.kept, "weights": weights(trainer)}
+    if args.process_index == 0:
+        torch.save(tensors, folder / f"{name}.pt")
+    return trainer
+
+
+def main(folder, runs):
+    for options in runs:
+        try:
+            trainer = run(folder, **options)
+        except ValueError as error:
+            if not options["name"].startswith("refused"):
+                raise
+            (folder / f"{options['name']}.0.json").write_text(json.dumps({"error": str(error)}))
+    # Together, and without a process group: threads that are left alone may abort the exit.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

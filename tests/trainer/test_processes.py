@@ -1,56 +1,175 @@
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""DDP and FSDP2 on two processes, against one process with the same global batch.
+
+accelerate shards on accelerators only: FSDP2 runs on these CPUs because processes.py tells it that it is on some.
+"""
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "processes.py"
+from launching import LINEAR, Seen, assert_equal, assert_same_run, assert_v0_is_squared_gradient, launch
+
+pytestmark = pytest.mark.slow
+
+GIVEN = {**LINEAR, "init_lr": "3e-4", "save_strategy": "no"}  # what the search ends at: its cap
+GUIDED = {**LINEAR, "warmup": "guided", "warmup_steps": 0, "guide_every": 2, "guide_rate": 0.2, "learning_rate": 1e-2}
+SGD = {"learning_rate": 1e3, "optim": "sgd", "gi_adam": False, "max_init_fraction": 1.0}
+ADAM = {"learning_rate": 30, "max_init_fraction": 1.0, "max_grad_norm": 0.3}
+FOUND = {"max_steps": 1, "warmup_steps": 1}
+RANDOM = {**FOUND, "v0": "random", "init_lr": "zero"}
+RUNS = {
+    "linear": {**LINEAR, "max_grad_norm": 100.0},  # so that v is the square of a gradient that is not clipped
+    "given": {**GIVEN, "max_grad_norm": 100.0},
+    "guided": GUIDED,
+    "sgd": {**SGD, **FOUND},
+    "adam": {**ADAM, **FOUND},
+    "random": {**RANDOM, "max_grad_norm": 100.0},
+}
 
 
-def run(folder, num_processes, options):
-    folder.mkdir()
-    launcher = [sys.executable]
-    if num_processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--standalone"]
-    command = [*launcher, str(SCRIPT), str(folder), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"{i}.json").read_text()) for i in range(num_processes)]
+def runs(backend, **more):
+    return [{"name": name, "backend": backend, **options} for name, options in {**RUNS, **more}.items()]
 
 
-@pytest.mark.slow
+def resumed(folder, name, step, **changes):
+    checkpoint = str(folder / name / f"checkpoint-{step}")
+    return {**RUNS[name.partition("_")[0]], "resume": checkpoint, "save_strategy": "no", **changes}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes") / "one"
+    accumulated = {**RUNS["linear"], "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    launch(folder, 1, *runs("ddp", accumulated={**accumulated, "save_strategy": "no"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ddp(one):
+    folder = one.parent / "ddp"
+    more = {f"from_{step}": resumed(folder, "linear", step) for step in (4, 12)}
+    more["guided_from_4"] = resumed(folder, "guided", 4)
+    more["grown"] = resumed(one, "linear", 4)
+    for name in ("linear", "given"):
+        more[f"batch_norm_{name}"] = {**RUNS[name], "batch_norm": True, "save_strategy": "no"}
+    more["refused"] = {"fsdp": True, "fsdp_config": {"version": 2}}
+    launch(folder, 2, *runs("ddp", **more))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fsdp2(one):
+    folder = one.parent / "fsdp2"
+    more = {f"from_{step}": resumed(folder, "linear", step) for step in (4, 12)}
+    more["guided_from_4"] = resumed(folder, "guided", 4)
+    more["linear_full"] = {**RUNS["linear"], "backend": "fsdp2_full"}
+    more["full_from_4"] = resumed(folder, "linear_full", 4, backend="fsdp2_full")
+    more["memory"] = {**FOUND, "learning_rate": 1e-2, "memory": True}
+    launch(folder, 2, *runs("fsdp2", **more))
+    return folder
+
+
+@pytest.fixture(params=["ddp", "fsdp2"])
+def two(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_two_processes_are_two_and_sharded_if_asked(ddp, fsdp2):
+    for folder, wrapped in ((ddp, "DistributedDataParallel"), (fsdp2, "FSDPLlamaForCausalLM")):
+        seen = Seen(folder, "linear")
+        assert [process["world_size"] for process in seen.processes] == [2, 2]
+        assert seen.processes[0]["wrapped"] == wrapped
+
+
+@pytest.mark.parametrize("name", ["linear", "guided", "sgd", "adam"])
+def test_the_run_is_that_of_one_process_with_the_same_global_batch(name, two, one):
+    seen = Seen(two, name)
+    assert_same_run(seen, Seen(one, name))
+    assert seen.processes[0]["history"] == [*seen.processes[1]["history"][:-1], seen.history[-1]]  # but for times
+
+
+def test_accumulation_changes_nothing(one):
+    assert_same_run(Seen(one, "accumulated"), Seen(one, "linear"))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_the_search_has_something_to_find(name, one):
+    (status,) = Seen(one, name).numbers("warmup/status")
+    assert status == "found"
+
+
+def test_the_loss_before_the_step_is_the_steps_own(two):
+    seen = Seen(two, "sgd")
+    assert seen.numbers("warmup/evals")[0][0][1] == seen.numbers("loss")[0]
+
+
+def test_the_second_moment_starts_at_the_square_of_the_reduced_gradient(two, one):
+    assert_v0_is_squared_gradient(Seen(two, "linear"), Seen(one, "linear"))
+
+
+def test_random_second_moments_are_those_of_one_process(two, one):
+    v, alone = (Seen(folder, "random").tensors["second_moments"] for folder in (two, one))
+    norm = sum(float(t.sum()) for t in Seen(one, "linear").tensors["squares"].values())
+    assert sum(float(t.sum()) for t in v.values()) == pytest.approx(norm, rel=1e-5)
+    for name in v:
+        assert (v[name] - alone[name]).abs().max() < 1e-5 * alone[name].max(), name
+
+
+def test_a_search_leaves_no_trace(two):
+    assert_equal(Seen(two, "linear").weights, Seen(two, "given").weights)
+
+
+def test_a_search_leaves_no_trace_in_buffers_that_ddp_sends_around(ddp):
+    searched, given = Seen(ddp, "batch_norm_linear"), Seen(ddp, "batch_norm_given")
+    assert_equal(searched.weights, given.weights)
+    for one, other in zip(searched.processes, given.processes, strict=True):
+        assert one["buffers"] == other["buffers"]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"learning_rate": 3e-3}, {"learning_rate": 1e3, "optim": "sgd", "gi_adam": False, "max_init_fraction": 1.0}],
-    ids=["capped", "found"],
+    ("name", "unbroken"),
+    [("from_4", "linear"), ("from_12", "linear"), ("guided_from_4", "guided"), ("full_from_4", "linear_full")],
 )
-def test_two_processes_search_as_one_with_the_same_global_batch(options, tmp_path):
-    (one,) = run(tmp_path / "one", 1, {**options, "per_device_train_batch_size": 8})
-    two = run(tmp_path / "two", 2, {**options, "per_device_train_batch_size": 4})
-    assert [ranks["world_size"] for ranks in two] == [2, 2]
-    assert two[0]["history"][0] == two[1]["history"][0]
-    assert two[0]["weights"] == two[1]["weights"]
-    alone, together = one["history"][0], two[0]["history"][0]
-    assert together["warmup/status"] == alone["warmup/status"]
-    assert together["warmup/critical_lr"] == pytest.approx(alone["warmup/critical_lr"], rel=1e-3)
-    # The first loss is the step's own, averaged over the processes.
-    assert together["warmup/evals"][0][1] == two[0]["history"][1]["loss"]
+def test_a_resumed_run_is_bitwise_the_unbroken_one(name, unbroken, two):
+    if "full" in name and two.name == "ddp":
+        name, unbroken = "from_4", "linear"  # DDP has no other kind of checkpoint
+    seen, reference = Seen(two, name), Seen(two, unbroken)
+    assert_equal(seen.weights, reference.weights)
+    assert seen.numbers("learning_rate") == reference.numbers("learning_rate")
 
 
-@pytest.mark.slow
-def test_two_processes_are_guided_as_one(tmp_path):
-    options = {"warmup": "guided", "warmup_steps": 0, "max_steps": 12, "guide_every": 2, "guide_rate": 0.2}
-    (one,) = run(tmp_path / "one", 1, {**options, "per_device_train_batch_size": 8})
-    two = run(tmp_path / "two", 2, {**options, "per_device_train_batch_size": 4})
-    numbers = ("warmup/critical_lr", "warmup/init_lr", "warmup/peak_lr", "warmup/forward_passes", "learning_rate")
-    seen = [[{k: e[k] for k in numbers if k in e} for e in rank["history"]] for rank in (one, *two)]
-    assert seen[1] == seen[2]
-    assert two[0]["weights"] == two[1]["weights"]
-    assert len(seen[0]) == len(seen[1])
-    for alone, together in zip(seen[0], seen[1], strict=True):
-        for entry in (alone, together):  # losses that round otherwise may cost the first search a pass more
-            entry.pop("warmup/forward_passes", None)
-        assert together == pytest.approx(alone, rel=0.01)
-    assert any("warmup/peak_lr" in e for e in seen[0])
+def test_a_run_resumes_on_more_processes_and_on_fewer(ddp, fsdp2, one):
+    folder = one.parent / "fewer"
+    shrunk = {"ddp": resumed(ddp, "linear", 4), "fsdp2": resumed(fsdp2, "linear", 4)}
+    shrunk["fsdp2_full"] = resumed(fsdp2, "linear_full", 4)
+    launch(folder, 1, *({"name": backend, "backend": backend, **options} for backend, options in shrunk.items()))
+    unbroken = Seen(one, "linear")
+    for seen in (Seen(ddp, "grown"), *(Seen(folder, name) for name in shrunk)):
+        assert_same_run(seen, unbroken)
+        assert seen.numbers("learning_rate") == unbroken.numbers("learning_rate")
+
+
+def test_the_search_on_shards_holds_one_copy_of_them(fsdp2):
+    for process in Seen(fsdp2, "memory").processes:
+        (seen,) = process["memory"]
+        # The forward pass gathers a layer at a time in either.
+        assert seen["shard"] < 0.51 * 4 * 4_233_728
+        assert seen["peak"] - seen["forward"] < 1.1 * seen["shard"]
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+def test_a_process_that_fails_in_the_search_ends_all_with_its_reason_and_the_weights_restored(backend, tmp_path):
+    done = launch(tmp_path, 2, {"name": "run", "backend": backend, "fails": True, "warmup_steps": 4}, fails=True)
+    assert "RuntimeError: CUDA out of memory, they say" in done.stderr
+    seen = Seen(tmp_path, "run")
+    assert [process["restored"] for process in seen.processes] == [True, True]
+    if backend == "ddp":
+        assert "process 1 failed while learning rates were tried" in seen.processes[0]["error"]
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_with_the_learning_rates_of_an_unbroken_one(one, tmp_path):
+    launch(tmp_path, 2, {**RUNS["linear"], "name": "linear", "backend": "fsdp2", "kill": [6, 1]}, fails=True)
+    launch(tmp_path, 2, {**resumed(tmp_path, "linear", 4), "name": "again", "backend": "fsdp2"})
+    assert_same_run(Seen(tmp_path, "again"), Seen(one, "linear"))
+
+
+def test_sharding_that_accelerate_would_ignore_is_refused(ddp):
+    assert "fsdp is set, but these 2 processes run as MULTI_CPU" in Seen(ddp, "refused").processes[0]["error"]
