@@ -67,3 +67,10 @@ def assert_v0_is_squared_gradient(seen, reference):
     assert seen.tensors["second_moments"].keys() == squares.keys()
     for name, v in seen.tensors["second_moments"].items():
         assert (v - squares[name]).abs().max() < 1e-5 * squares[name].max(), name
+
+
+def assert_one_copy(memory):
+    """What the search holds beside the forward pass is a copy of the shard, which is half of 4,229,376 weights."""
+    assert memory["shard"] == 4 * 4_229_376 // 2
+    assert memory["shard"] < memory["own"] < 1.1 * memory["shard"]
+    assert memory["left"] == 0

@@ -27,7 +27,7 @@ from tiny import OPTIONS, make_dataset, make_model
 FSDP2 = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
 
 
-def spread(backend):
+def spread(backend, changes):
     """The options that ask for a backend: ddp, fsdp2, fsdp2_full (checkpoints), zero1 to 3, zero2_bf16, ..."""
     name, _, variant = backend.partition("_")
     if name == "fsdp2":
@@ -50,7 +50,7 @@ def spread(backend):
             "gradient_clipping": "auto",
             "checkpoint": {"load_universal": bool(os.environ.get("LOAD_UNIVERSAL"))},
         }
-        return {"deepspeed": config, "bf16": variant == "bf16"}
+        return {"deepspeed": {**config, **changes}, "bf16": variant == "bf16"}
     return {}
 
 
@@ -102,7 +102,7 @@ class Watcher(TrainerCallback):
 
 
 def with_memory(seen):
-    """`loss_after_step`, noting the most bytes it held at once, and the most of them that the forward pass takes."""
+    """`loss_after_step`, noting the most bytes that it holds at once by itself, and that the forward pass does."""
 
     def peak(optimizer, loss_fn, lr, **kwargs):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -114,10 +114,10 @@ def with_memory(seen):
     def measured(optimizer, loss_fn, lr, **kwargs):
         for _ in range(2):  # the first may let go of what the training step left behind
             _, forward, _ = peak(optimizer, loss_fn, 0.0, **kwargs)
-        losses, most, left = peak(optimizer, loss_fn, lr, **kwargs)
+        _, own, left = peak(optimizer, lambda: 0.0, lr, **kwargs)
         shard = sum(s.tensor.nbytes for _, shards in kwargs["shards"].groups() for s in shards)
-        seen.append({"lr": lr, "forward": forward, "peak": most, "left": left, "shard": shard})
-        return losses
+        seen.append({"own": own, "left": left, "forward": forward, "shard": shard})
+        return loss_after_step(optimizer, loss_fn, lr, **kwargs)
 
     return measured
 
@@ -170,10 +170,11 @@ def run(
     memory=False,
     batch_norm=False,
     resume=None,
+    config=None,
     **options,
 ):
     set_seed(0)
-    base = {"output_dir": str(folder / name), "max_steps": 6, "warmup_steps": 4, **spread(backend)}
+    base = {"output_dir": str(folder / name), "max_steps": 6, "warmup_steps": 4, **spread(backend, config or {})}
     args = WarmupTrainingArguments(**{**OPTIONS, **base, **options})
     if backend.startswith("fsdp2"):
         # accelerate shards on accelerators only; on CPUs it would train with DDP and say nothing.
@@ -212,6 +213,7 @@ def run(
 
 
 def main(folder, runs):
+    trainer = None
     for options in runs:
         try:
             trainer = run(folder, **options)
@@ -219,9 +221,10 @@ def main(folder, runs):
             if not options["name"].startswith("refused"):
                 raise
             (folder / f"{options['name']}.0.json").write_text(json.dumps({"error": str(error)}))
-    # Together, and without a process group: threads that are left alone may abort the exit.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    if trainer is not None:
+        # Together, and without a process group: threads that are left alone may abort the exit.
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

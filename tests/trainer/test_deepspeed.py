@@ -1,0 +1,161 @@
+"""DeepSpeed's ZeRO-1, 2 and 3 on two processes, against one process with the same global batch.
+
+`make test-deepspeed` installs DeepSpeed and runs these; without it they are skipped. DeepSpeed takes one Trainer
+per process, so every run is a launch of its own.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+from launching import (
+    LINEAR,
+    Seen,
+    assert_equal,
+    assert_one_copy,
+    assert_same_run,
+    assert_v0_is_squared_gradient,
+    launch,
+)
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make test-deepspeed` installs it")
+pytestmark = pytest.mark.slow
+
+UNCLIPPED = {**LINEAR, "max_grad_norm": 100.0}
+GIVEN = {**LINEAR, "init_lr": "3e-4", "save_strategy": "no", "max_grad_norm": 100.0}
+GUIDED = {**LINEAR, "warmup": "guided", "warmup_steps": 0, "guide_every": 2, "guide_rate": 0.2, "learning_rate": 1e-2}
+ADAM = {"max_steps": 1, "warmup_steps": 1, "learning_rate": 30, "max_init_fraction": 1.0, "max_grad_norm": 0.3}
+RUNS = {"linear": UNCLIPPED, "given": GIVEN, "guided": GUIDED, "adam": ADAM}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deepspeed") / "one"
+    launch(folder, 1, *({"name": name, **options} for name, options in RUNS.items()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(one):
+    """The run of that name on that backend, made once."""
+    made = {}
+
+    def get(backend, name, num_processes=2, environment=None, **options):
+        if (backend, name) not in made:
+            folder = one.parent / backend
+            options = {**RUNS.get(name, {}), **options}
+            launch(folder, num_processes, {"name": name, "backend": backend, **options}, **(environment or {}))
+            made[backend, name] = Seen(folder, name)
+        return made[backend, name]
+
+    return get
+
+
+every_stage = pytest.mark.parametrize("backend", ["zero1", "zero2", "zero3"])
+sharded = pytest.mark.parametrize("backend", ["zero2", "zero3"])
+
+
+@every_stage
+def test_the_run_is_that_of_one_process_with_the_same_global_batch(backend, run, one):
+    seen = run(backend, "linear")
+    assert [process["world_size"] for process in seen.processes] == [2, 2]
+    assert seen.processes[0]["wrapped"] == "DeepSpeedEngine"
+    assert_same_run(seen, Seen(one, "linear"))
+
+
+@every_stage
+def test_the_second_moment_starts_at_the_square_of_the_reduced_gradient(backend, run, one):
+    assert_v0_is_squared_gradient(run(backend, "linear"), Seen(one, "linear"))
+
+
+@every_stage
+def test_the_search_finds_what_one_process_finds_along_clipped_gradients(backend, run, one):
+    seen = run(backend, "adam")
+    assert seen.numbers("warmup/status") == ["found"]
+    assert_same_run(seen, Seen(one, "adam"))
+
+
+@sharded
+def test_guided_warmup_is_that_of_one_process(backend, run, one):
+    assert_same_run(run(backend, "guided"), Seen(one, "guided"))
+
+
+@pytest.mark.parametrize("backend", ["zero2", "zero3", "zero2_bf16", "zero3_bf16"])
+def test_a_search_leaves_no_trace_in_masters_or_low_precision_weights(backend, run):
+    # A training step makes the next losses from the low-precision weights and the masters from themselves.
+    searched, given = run(backend, "linear"), run(backend, "given")
+    assert_equal(searched.weights, given.weights)
+    assert searched.numbers("loss") == given.numbers("loss")
+
+
+@sharded
+def test_random_second_moments_have_the_norm_of_the_whole_gradient(backend, run, one):
+    options = {"max_steps": 1, "warmup_steps": 1, "v0": "random", "init_lr": "zero", "max_grad_norm": 100.0}
+    seen = run(backend, "random", **options)
+    squares = Seen(one, "linear").tensors["squares"]
+    v = seen.tensors["second_moments"]
+    groups = [{name for name in squares if ("norm" in name) == decayed} for decayed in (True, False)]
+    for names in groups:  # ZeRO steps one parameter group after another
+        drawn, norm = (sum(float(tensors[name].sum()) for name in names) for tensors in (v, squares))
+        assert drawn == pytest.approx(norm, rel=1e-4)
+
+
+@sharded
+@pytest.mark.parametrize("step", [4, 12])
+def test_a_resumed_run_has_the_losses_of_the_unbroken_one(backend, step, run, one):
+    unbroken = run(backend, "linear")
+    checkpoint = str(one.parent / backend / "linear" / f"checkpoint-{step}")
+    seen = run(backend, f"from_{step}", **{**UNCLIPPED, "resume": checkpoint, "save_strategy": "no"})
+    assert seen.numbers("learning_rate") == unbroken.numbers("learning_rate")
+    assert seen.numbers("loss") == pytest.approx(unbroken.numbers("loss"), rel=1e-6)
+
+
+@sharded
+def test_a_run_resumes_on_fewer_processes_from_a_universal_checkpoint(backend, run, one):
+    unbroken = run(backend, "linear")
+    checkpoint = one.parent / backend / "linear" / "checkpoint-4"
+    options = {**UNCLIPPED, "resume": str(checkpoint), "save_strategy": "no"}
+    refused = launch(one.parent / backend, 1, {"name": "x", "backend": backend, **options}, fails=True)
+    assert "a DP world size of 2" in " ".join(refused.stderr.split())
+
+    folders = [f"{checkpoint}/global_step4", f"{checkpoint}/global_step4_universal"]
+    convert = ["-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, *convert, "--input_folder", folders[0], "--output_folder", folders[1]]
+    subprocess.run(command, check=True, capture_output=True)
+    seen = run(backend, "shrunk", num_processes=1, environment={"LOAD_UNIVERSAL": "1"}, **options)
+    assert seen.numbers("learning_rate") == unbroken.numbers("learning_rate")
+    assert seen.numbers("loss") == pytest.approx(unbroken.numbers("loss"), rel=1e-5)
+
+
+def test_the_search_on_partitions_holds_one_copy_of_them(run):
+    seen = run("zero3", "memory", max_steps=1, warmup_steps=1, learning_rate=1e-2, memory=True)
+    for process in seen.processes:
+        (found,) = process["memory"]
+        assert_one_copy(found)
+        assert found["forward"] < 2 * 4 * (4 * 256 * 256 + 3 * 256 * 1024)  # bytes of a layer
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"scheduler": {"type": "WarmupLR"}}, "has a section scheduler, {'type': 'WarmupLR'}, which takes the place"),
+        ({"optimizer": {"type": "AdamW"}}, "has a section optimizer"),
+        ({"zero_optimization": {"stage": 0}}, "stage 0 has no partitions to move"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "that DeepSpeed offloads"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size=2"),
+    ],
+)
+def test_what_would_be_something_else_is_refused(config, message, tmp_path):
+    launch(tmp_path, 1, {"name": "refused", "backend": "zero2", "config": config})
+    assert message in Seen(tmp_path, "refused").processes[0]["error"]
+
+
+@sharded
+def test_a_process_that_fails_in_the_search_ends_all_with_its_reason_and_the_weights_restored(backend, tmp_path):
+    done = launch(tmp_path, 2, {"name": "run", "backend": backend, "fails": True, "warmup_steps": 4}, fails=True)
+    assert "RuntimeError: CUDA out of memory, they say" in done.stderr
+    seen = Seen(tmp_path, "run")
+    assert [process["restored"] for process in seen.processes] == [True, True]
+    if backend == "zero2":
+        assert "process 1 failed while learning rates were tried" in seen.processes[0]["error"]
