@@ -10,7 +10,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types clean
+DEEPSPEED := $(VENV)/.deepspeed
+
+.PHONY: demo test test-deepspeed deepspeed lint types clean
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml \
@@ -18,6 +20,12 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-deepspeed: $(DEEPSPEED)
+	$(BIN)/python -m pytest tests/trainer/test_deepspeed.py tests/recipes/test_pretrain.py -k deepspeed
+
+# The extra, from source and without compiling its kernels: none is needed on a CPU, and on a GPU they compile when used.
+deepspeed: $(DEEPSPEED)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -43,3 +51,8 @@ $(READY): pyproject.toml constraints.txt
 		>> $(VENV)/constraints.txt
 	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev]'
 	touch $(READY)
+
+$(DEEPSPEED): $(READY)
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt setuptools wheel
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --no-build-isolation -c $(VENV)/constraints.txt deepspeed
+	touch $(DEEPSPEED)

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from hf_warmup.gi_adam import GIAdamW
@@ -372,13 +373,22 @@ def _device_module() -> Any:
 
 @contextmanager
 def _same_module(module: nn.Module) -> Iterator[None]:
-    """Give back every submodule's train/eval mode and every buffer."""
+    """Give back every submodule's train/eval mode and every buffer.
+
+    DDP sends its buffers around before a forward pass and, after one without autograd, not before the next. The
+    step that is probed has sent them, so no pass does here, and what the next one does is left as it was.
+    """
+    replicas = [(m, m.require_forward_param_sync) for m in module.modules() if isinstance(m, DistributedDataParallel)]
     modes = [(m, m.training) for m in module.modules()]
     buffers = [(m, dict(m._buffers)) for m in module.modules() if m._buffers]
     values = [(b, b.clone()) for _, named in buffers for b in named.values() if b is not None]
     try:
+        for replica, _ in replicas:
+            replica.require_forward_param_sync = False
         yield
     finally:
+        for replica, broadcasts in replicas:
+            replica.require_forward_param_sync = broadcasts
         for m, training in modes:
             m.training = training  # not train(): that would set the children too
         for m, named in buffers:

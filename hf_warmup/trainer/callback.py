@@ -328,7 +328,7 @@ class WarmupCallback(TrainerCallback):
                 shards.optimizer,
                 replay.losses,
                 lr,
-                module=self.trainer.model,
+                module=self.trainer.model_wrapped,
                 copy_on_cpu=self.arguments.search_copy_on_cpu,
                 shards=shards,
             )

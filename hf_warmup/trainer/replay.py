@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from transformers import Trainer
 
 from hf_warmup.probe import RandomNumbers
@@ -155,12 +154,11 @@ class StepReplay:
     def _loss(self, batches: list[Any], num_items: Tensor | int | None) -> Tensor:
         trainer = self.trainer
         total = torch.zeros((), device=trainer.args.device)
-        wrapped = trainer.model_wrapped
-        with _without_backward(trainer.accelerator), _without_broadcast(wrapped), _same_attributes(trainer):
+        with _without_backward(trainer.accelerator), _same_attributes(trainer):
             # The step itself may have made some of them.
             vars(trainer).update(_copies_of_data(vars(trainer)) | _copies_of_data(self._attributes))
             for batch in batches:
-                total += self._training_step(wrapped, _copy_of_batch(batch), num_items)
+                total += self._training_step(trainer.model_wrapped, _copy_of_batch(batch), num_items)
         return total
 
 
@@ -174,23 +172,6 @@ def _without_backward(accelerator: Any) -> Iterator[None]:
         del accelerator.backward
         if watched is not None:
             accelerator.backward = watched
-
-
-@contextmanager
-def _without_broadcast(model: nn.Module) -> Iterator[None]:
-    """Forward passes of each process alone: DDP would send its buffers around, which the step itself has done.
-
-    It also takes a pass without autograd for a sign that the next one need not do so.
-    """
-    replicas = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    broadcasts = [replica.require_forward_param_sync for replica in replicas]
-    try:
-        for replica in replicas:
-            replica.require_forward_param_sync = False
-        yield
-    finally:
-        for replica, broadcast in zip(replicas, broadcasts, strict=True):
-            replica.require_forward_param_sync = broadcast
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import EvalPrediction, pipeline
 
 from hf_warmup import GuidedWarmup
@@ -290,18 +290,53 @@ def test_a_launch_configuration_is_one_that_accelerate_knows(path):
     assert config.num_processes % config.num_machines == 0
     assert config.use_cpu == (path.stem == "cpu")
     assert config.mixed_precision == ("no" if path.stem == "cpu" else "bf16")
-    several = config.distributed_type == DistributedType.MULTI_GPU
-    assert several == (config.num_processes > 1)
+    assert config.distributed_type == {
+        "cpu": DistributedType.NO,
+        "single_gpu": DistributedType.NO,
+        "fsdp2": DistributedType.FSDP,
+        "deepspeed_zero2": DistributedType.DEEPSPEED,
+        "deepspeed_zero3": DistributedType.DEEPSPEED,
+    }.get(path.stem, DistributedType.MULTI_GPU)
+    assert (config.distributed_type != DistributedType.NO) == (config.num_processes > 1)
+    if path.stem == "fsdp2":
+        options = dict(config.fsdp_config)
+        version = options.pop("fsdp_version")
+        plugin = {name.removeprefix("fsdp_"): value for name, value in options.items()}
+        assert FullyShardedDataParallelPlugin(fsdp_version=version, **plugin).fsdp_version == 2
+    if path.stem.startswith("deepspeed"):
+        assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
+
+
+def launched_on_two_processes(config, folder):
+    options = ["--num_processes", "2", "--mixed_precision", "no"]
+    command = [
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--config_file",
+        f"accelerate_configs/{config}",
+        *options,
+    ]
+    script = ["recipes/pretrain.py", *few_steps("clm", folder, "--max_steps", "4")]
+    return subprocess.run([sys.executable, *command, *script], cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.slow
-def test_two_processes_without_a_gpu_are_two(tmp_path):
-    options = ["--num_processes", "2", "--mixed_precision", "no"]
-    command = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", "accelerate_configs/ddp.yaml", *options]
-    script = ["recipes/pretrain.py", *few_steps("clm", tmp_path / "run")]
-    done = subprocess.run([sys.executable, *command, *script], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("config", ["ddp", "deepspeed_zero2", "deepspeed_zero3"])
+def test_two_processes_without_a_gpu_are_two(config, tmp_path, monkeypatch):
+    if config.startswith("deepspeed"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make deepspeed` installs it")
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    done = launched_on_two_processes(f"{config}.yaml", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert re.search(r"│ processes +│ 2 ", done.stdout)
+
+
+@pytest.mark.slow
+def test_sharding_that_accelerate_ignores_without_a_gpu_is_refused(tmp_path):
+    done = launched_on_two_processes("fsdp2.yaml", tmp_path / "run")
+    assert done.returncode != 0
+    assert "error: fsdp is set, but these 2 processes run as MULTI_CPU" in done.stderr
 
 
 @pytest.mark.slow
