@@ -1,5 +1,7 @@
 """What a run would be, on any number of processes, without running it: `--plan 64`."""
 
+import functools
+
 import torch
 from tabulate import tabulate
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
@@ -10,7 +12,8 @@ from hf_warmup.trainer.arguments import TRYING
 
 from arguments import RecipeArguments, make_config
 
-SINGLE, ADAM_STATES = 4, 2  # bytes of a number in single precision; numbers that Adam keeps per parameter
+SINGLE, HALF = 4, 2  # bytes of a number
+ADAM_STATES = 2  # numbers that Adam keeps per parameter
 SEARCH_COPIES = 1.1  # most that a search holds, in copies of the parameters
 
 
@@ -58,8 +61,34 @@ def gibibytes(count: float) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
+def memory_per_process(parameters: int, processes: int, low: int, search: bool) -> list[list[str]]:
+    """Rows: weights, gradients, optimizer, search and all of them; columns: the ways to spread a model.
+
+    Args:
+        parameters: Of the model.
+        processes: What shards are divided by.
+        low: Bytes of a number in the precision that DeepSpeed's model computes with. DDP and FSDP2 keep single
+            precision and cast on the fly.
+        search: Whether learning rates are tried: a copy of what a process holds in single precision.
+    """
+    whole, part = parameters, parameters / processes
+    ways = {
+        "DDP": (SINGLE * whole, SINGLE * whole, whole),
+        "ZeRO-2": (low * whole + SINGLE * part, low * part, part),
+        "ZeRO-3": ((low + SINGLE) * part, low * part, part),
+        "FSDP2": (SINGLE * part, SINGLE * part, part),
+    }
+    columns = []
+    for weights, gradients, held in ways.values():
+        needs = [weights, gradients, ADAM_STATES * SINGLE * held, SEARCH_COPIES * SINGLE * held * search]
+        columns.append([*needs, sum(needs)])
+    names = ("weights", "gradients", "optimizer", "search, while it runs", "in all")
+    rows = [[name, *map(gibibytes, row)] for name, *row in zip(names, *columns, strict=True)]
+    return [["memory per process", *ways], *rows]
+
+
 def plan(args: WarmupTrainingArguments, recipe: RecipeArguments) -> str:
-    """A table; nothing is trained, tokenized or written."""
+    """Two tables; nothing is trained, tokenized or written."""
     cls = AutoModelForMaskedLM if recipe.objective == "mlm" else AutoModelForCausalLM
     with torch.device("meta"):
         model = cls.from_config(make_config(recipe, recipe.vocab_size))
@@ -67,9 +96,6 @@ def plan(args: WarmupTrainingArguments, recipe: RecipeArguments) -> str:
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * recipe.plan
     steps = f"{args.max_steps:,}" if args.max_steps > 0 else f"those of {args.num_train_epochs:g} epochs"
     tokens = sequences * recipe.context
-    states = SINGLE * parameters
-    searches = args.warmup in TRYING or args.init_lr == "catapult"
-    extra = SEARCH_COPIES * states * searches
     rows = [
         ("processes", f"{recipe.plan}"),
         ("parameters", f"{parameters:,}"),
@@ -79,14 +105,12 @@ def plan(args: WarmupTrainingArguments, recipe: RecipeArguments) -> str:
         ("tokens in all", f"{tokens * args.max_steps:,}" if args.max_steps > 0 else "by the text"),
         ("warmup", warmup_words(args)),
         ("search", search_cost(args)),
-        ("memory of the parameters", gibibytes(states)),
-        ("of the gradients", gibibytes(states)),
-        ("of the optimizer", gibibytes(ADAM_STATES * states)),
-        ("of the search, while it runs", gibibytes(extra) + " on the CPU" * args.search_copy_on_cpu),
-        (
-            "of these in all, per process",
-            gibibytes((2 + ADAM_STATES) * states + extra * (not args.search_copy_on_cpu)),
-        ),
     ]
-    note = "Single precision, every process with its own copy (DDP); activations come on top."
-    return tabulate(rows, tablefmt="rounded_outline", disable_numparse=True) + "\n" + note
+    searches = args.warmup in TRYING or args.init_lr == "catapult"
+    low = HALF if args.bf16 or args.fp16 else SINGLE
+    memory = memory_per_process(parameters, recipe.plan, low, searches and not args.search_copy_on_cpu)
+    notes = ["Activations come on top, and the layer that is gathered where weights are sharded."]
+    if searches and args.search_copy_on_cpu:
+        notes.append("The copy of the search is on the CPU.")
+    table = functools.partial(tabulate, tablefmt="rounded_outline", disable_numparse=True)
+    return "\n".join([table(rows), table(memory, headers="firstrow"), *notes])

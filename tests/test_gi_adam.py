@@ -385,6 +385,17 @@ def test_parameters_replaced_in_the_groups_are_born_too():
     torch.testing.assert_close(optimizer.state[new[0]]["exp_avg_sq"], new[0].grad ** 2)
 
 
+def test_an_empty_state_that_someone_left_behind_by_looking_is_not_a_birth():
+    # As DeepSpeed's ZeRO-1 and 2 do between the steps of their parameter groups.
+    (p,) = parameters((3,))
+    optimizer = GIAdamW([p])
+    assert optimizer.state[p] == {}
+    assert optimizer.own_warmup == pytest.approx(0.001**0.5)
+    p.grad = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], p.grad.square())
+
+
 def test_a_parameter_without_gradient_has_no_state_and_stays():
     params = parameters((5,), (3,))
     optimizer = GIAdamW(params, 0.1, weight_decay=0.5)

@@ -374,14 +374,21 @@ def test_a_plan_says_what_a_run_would_be_and_does_nothing(tmp_path, capsys):
     folder = tmp_path / "run"
     pretrain.run([recipe_of("clm"), "--output_dir", str(folder), "--use_cpu", *options, *sizes, "--plan", "64"])
     printed = capsys.readouterr().out
-    rows = {k.strip(): v.strip() for k, v in re.findall(r"│([^│]*)│([^│]*)│", printed)}
+    rows = {k.strip(): v.strip() for k, v in re.findall(r"│([^│]*)│([^│]*)│\n", printed)}
     assert rows["processes"] == "64"
     assert rows["parameters"] == "124,439,808"  # GPT-2's
     assert rows["tokens per step"] == f"{4 * 2 * 64 * 1024:,}"
     assert rows["tokens in all"] == f"{4 * 2 * 64 * 1024 * 10000:,}"
-    assert rows["memory of the parameters"] == f"{4 * 124439808 / 2**30:.2f} GiB"
-    assert rows["of the optimizer"] == f"{8 * 124439808 / 2**30:.2f} GiB"
-    assert rows["of these in all, per process"] == f"{(16 + 4.4) * 124439808 / 2**30:.2f} GiB"
+    # Bytes per parameter of weights, gradients, Adam's moments and the search's copy, in single precision.
+    expected = {
+        "DDP": 4 + 4 + 8 + 4.4,
+        "ZeRO-2": 4 + (4 + 4 + 8 + 4.4) / 64,
+        "ZeRO-3": (4 + 4 + 4 + 8 + 4.4) / 64,
+        "FSDP2": (4 + 4 + 8 + 4.4) / 64,
+    }
+    memory = {row[0]: row[1:] for row in re.findall(5 * r"│ ([^│]*?) +" + "│", printed)}
+    assert memory["memory per process"] == tuple(expected)
+    assert memory["in all"] == tuple(f"{size * 124439808 / 2**30:.2f} GiB" for size in expected.values())
     assert "guided" in rows["warmup"]
     assert float(re.search(r"\(([.0-9]+)% of the run\)", rows["search"])[1]) < 1
     assert not folder.exists()

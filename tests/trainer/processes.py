@@ -22,7 +22,7 @@ from hf_warmup import GIAdamW
 from hf_warmup.probe import innermost, loss_after_step
 from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments, callback
 
-from tiny import OPTIONS, make_dataset, make_model
+from tiny import OPTIONS, VOCAB, make_dataset, make_model
 
 FSDP2 = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
 
@@ -171,6 +171,7 @@ def run(
     batch_norm=False,
     resume=None,
     config=None,
+    tokens=VOCAB,
     **options,
 ):
     set_seed(0)
@@ -183,7 +184,7 @@ def run(
     if batch_norm:
         model.model.norm = FeatureNorm(model.config.hidden_size)
     kwargs = {"optimizer_cls_and_kwargs": (GIAdamW, {"lr": args.learning_rate, "v0": v0})} if v0 else {}
-    trainer = (Failing if fails else Trainer)(model, args, train_dataset=make_dataset(), **kwargs)
+    trainer = (Failing if fails else Trainer)(model, args, train_dataset=make_dataset(vocab=tokens), **kwargs)
     WarmupCallback.attach(trainer)
     watcher, seen_memory = Watcher(trainer, kill), []
     trainer.add_callback(watcher)
@@ -202,6 +203,7 @@ def run(
         "wrapped": type(trainer.model_wrapped).__name__,
         "history": trainer.state.log_history,
         "memory": seen_memory,
+        "counts": [float(state["step"]) for state in innermost(trainer.optimizer).state.values() if "step" in state],
         "buffers": [b.double().sum().item() for b in trainer.model.buffers()],
     }
     (folder / f"{name}.{args.process_index}.json").write_text(json.dumps(seen))

@@ -72,6 +72,7 @@ def fsdp2(one):
     more["guided_from_4"] = resumed(folder, "guided", 4)
     more["linear_full"] = {**RUNS["linear"], "backend": "fsdp2_full"}
     more["full_from_4"] = resumed(folder, "linear_full", 4, backend="fsdp2_full")
+    more["few_tokens"] = {**FOUND, "tokens": 25}  # of 50: one half of the embedding has no gradient
     more["memory"] = {**FOUND, "learning_rate": 1e-2, "memory": True}
     launch(folder, 2, *runs("fsdp2", **more))
     return folder
@@ -113,6 +114,11 @@ def test_the_loss_before_the_step_is_the_steps_own(two):
 
 def test_the_second_moment_starts_at_the_square_of_the_reduced_gradient(two, one):
     assert_v0_is_squared_gradient(Seen(two, "linear"), Seen(one, "linear"))
+
+
+def test_a_shard_whose_gradient_is_zero_does_not_wait_if_another_of_its_parameter_has_one(fsdp2):
+    for process in Seen(fsdp2, "few_tokens").processes:
+        assert set(process["counts"]) == {1.0}
 
 
 def test_random_second_moments_are_those_of_one_process(two, one):
