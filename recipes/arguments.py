@@ -24,7 +24,28 @@ class RecipeArguments:
     )
     text: list[str] = field(
         default_factory=list,
-        metadata={"help": "Plain text files in UTF-8; in a YAML, relative to its folder."},
+        metadata={"help": "Files to train on, .txt in UTF-8, .jsonl or .parquet; in a YAML, relative to its folder."},
+    )
+    dataset: str = field(default="", metadata={"help": "A data set of the hub, by name, in place of `text`."})
+    dataset_config: str = field(default="", metadata={"help": "Its configuration, such as sample-10BT."})
+    dataset_split: str = field(default="train", metadata={"help": "The split of it that is trained on."})
+    text_column: str = field(default="text", metadata={"help": "The column of .jsonl, .parquet or `dataset`."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read documents while training instead of before it. Of .txt files paragraphs are documents then. "
+            "Needs max_steps; the text begins again when it ends."
+        },
+    )
+    held_out: int = field(
+        default=500, metadata={"help": "Documents at the start of a stream that are kept for evaluation."}
+    )
+    shuffle_blocks: int = field(default=4096, metadata={"help": "Blocks of a stream that are shuffled together."})
+    tokenizer: str = field(
+        default="", metadata={"help": "A tokenizer of the hub or a folder; one is trained on the text if empty."}
+    )
+    init_from: str = field(
+        default="", metadata={"help": "Folder of a model to go on from, with its weights; `model` is not used then."}
     )
     model: str = field(
         default="",
@@ -35,6 +56,14 @@ class RecipeArguments:
     )
     vocab_size: int = field(default=4096, metadata={"help": "Size of the tokenizer that is trained on the text."})
     context: int = field(default=128, metadata={"help": "Tokens in a training sequence."})
+    document_mask: bool = field(
+        default=False,
+        metadata={"help": "Let no token see another document of its block, and begin positions anew (`clm` only)."},
+    )
+    whole_word_mask: bool = field(
+        default=False,
+        metadata={"help": "Mask all tokens of a word or none (`mlm` only); masked words are all [MASK]."},
+    )
     mlm_probability: float = field(default=0.15, metadata={"help": "Fraction of the tokens masked by `mlm`."})
     overwrite: bool = field(
         default=False,
@@ -42,7 +71,19 @@ class RecipeArguments:
             "help": "Delete the earlier run in output_dir first; anything but a run is left alone, with an error."
         },
     )
-
+    sample_prompt: str = field(
+        default="", metadata={"help": "A text that the model goes on with after every evaluation (`clm` only)."}
+    )
+    peak_tflops: float = field(
+        default=0.0,
+        metadata={
+            "help": "What a device does at most, in 10^12 operations per second, for the MFU; known for some GPUs."
+        },
+    )
+    smoke: bool = field(
+        default=False,
+        metadata={"help": "Shrink the model and the batch, and nothing else, to see that a recipe runs."},
+    )
     plan: int = field(
         default=0,
         metadata={"help": "Print what the run would be on that many processes (tokens, memory, search), and end."},
@@ -51,16 +92,24 @@ class RecipeArguments:
     def __post_init__(self) -> None:
         if self.plan < 0:
             raise ValueError(f"plan must be at least 0 processes, got {self.plan}")
-        if not self.text:
-            raise ValueError("text must name at least one file, got none")
+        if bool(self.text) == bool(self.dataset):
+            got = f"{', '.join(self.text)} and {self.dataset}" if self.text else "none"
+            raise ValueError(f"text must name at least one file, or dataset a data set, and not both, got {got}")
         for path in self.text:
             if not Path(path).is_file():
                 raise ValueError(f"text must be a file that exists, got {path}")
-        for name, least in (("vocab_size", 300), ("context", 8)):
+        for name, objective in (("document_mask", "clm"), ("sample_prompt", "clm"), ("whole_word_mask", "mlm")):
+            if getattr(self, name) and self.objective != objective:
+                raise ValueError(f"{name} is for objective={objective}, got {self.objective}")
+        for name, least in (("vocab_size", 300), ("context", 8), ("held_out", 1), ("shuffle_blocks", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"mlm_probability must be between 0 and 1, got {self.mlm_probability}")
+        if self.init_from:
+            if not (Path(self.init_from) / "config.json").is_file():
+                raise ValueError(f"init_from must be the folder of a model, got {self.init_from}")
+            return
         try:
             known = isinstance(json.loads(self.model)["model_type"], str)
         except (ValueError, TypeError, KeyError):
@@ -80,9 +129,21 @@ def make_config(recipe: RecipeArguments, vocab_size: int, **special_ids: int | N
     for name, value in options.items():
         if not hasattr(known, name):
             raise ValueError(f"model has an option that {model_type} does not know, got {name}: {value}")
-    return AutoConfig.for_model(
-        model_type, vocab_size=vocab_size, max_position_embeddings=recipe.context, **special_ids, **options
-    )
+    if recipe.smoke:
+        options |= {known.attribute_map.get(name, name): size for name, size in _SMOKE.items() if hasattr(known, name)}
+    positions = {"max_position_embeddings": recipe.context}
+    return AutoConfig.for_model(model_type, **{"vocab_size": vocab_size, **positions, **special_ids, **options})
+
+
+# A model that takes no time: by the names that the configurations of transformers have for these.
+_SMOKE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 
 
 class _Parser(HfArgumentParser):
@@ -110,6 +171,13 @@ def parse(argv: list[str]) -> tuple[WarmupTrainingArguments, RecipeArguments]:
     # As if typed before the rest: argparse checks what is typed, but not the defaults it is given.
     arguments = _as_typed(_read(path)) + argv[1:]
     training, recipe = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    if recipe.streaming and training.max_steps <= 0:
+        raise ValueError(
+            f"max_steps must be positive with streaming=true, got {training.max_steps}: a stream has no end"
+        )
+    if recipe.smoke:
+        training.per_device_train_batch_size = training.per_device_eval_batch_size = 2
+        training.gradient_accumulation_steps = min(2, training.gradient_accumulation_steps)
     return training, recipe
 
 

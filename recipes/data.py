@@ -1,45 +1,131 @@
-"""From plain text to packed blocks: a tokenizer trained on the text, and a held-out split."""
+"""The text of a recipe: plain files, JSON lines, parquet or a data set of the hub; its tokenizer and its blocks."""
 
 import hashlib
 import os
 import tempfile
-from itertools import chain
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
-import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import OfflineModeIsEnabled
+from requests import HTTPError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast, default_data_collator
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from arguments import RecipeArguments
+from collator import Collator
+from framing import Framing
 
 # One segment in ten is held out, spread over the text: its last tenth may be of another kind.
 _HELD_OUT = 10
 _SEGMENT_CHARACTERS = 5000
+_FIRST = 10_000  # documents of a stream that a tokenizer is trained on
+_AT_ONCE = 1000  # documents packed together, with the end of the last block lost
 
 
-def load_text(recipe: RecipeArguments) -> tuple[Dataset, Dataset]:
-    """Lines for training, and the held-out ones."""
-    if all(not Path(file).read_text(encoding="utf-8").strip() for file in recipe.text):
+def load_text(recipe: RecipeArguments) -> tuple[Dataset | IterableDataset, Dataset]:
+    """Documents (of plain text files: lines) for training, and the held-out ones; both with the column `text`.
+
+    Raises:
+        ValueError: In one line, if there is no such data set or it cannot be reached, or it holds no text.
+    """
+    if recipe.streaming:
+        documents = _load(recipe, streaming=True)
+        held_out = list(documents.take(recipe.held_out))
+        if not held_out:
+            raise ValueError(f"text must hold some text, got none in {_name(recipe)}")
+        return documents.skip(recipe.held_out), Dataset.from_list(held_out)
+    if joined(recipe) and all(not Path(file).read_text(encoding="utf-8").strip() for file in recipe.text):
         raise ValueError(f"text must hold some text, got only white space in {', '.join(recipe.text)}")
-    lines = load_dataset("text", data_files=recipe.text, split="train", keep_linebreaks=True)
-    ends = np.cumsum([len(line) for line in lines["text"]])
-    segments = ends // min(_SEGMENT_CHARACTERS, max(1, ends[-1] // (2 * _HELD_OUT)))
+    documents = _load(recipe, streaming=False)
+    ends = np.cumsum([len(text) for text in documents["text"]])
+    if len(ends) == 0:
+        raise ValueError(f"text must hold some text, got none in {_name(recipe)}")
+    if joined(recipe):
+        segments = ends // min(_SEGMENT_CHARACTERS, max(1, ends[-1] // (2 * _HELD_OUT)))
+    else:
+        segments = np.arange(len(ends))
     held_out = segments % _HELD_OUT == _HELD_OUT - 1
-    return lines.select(np.flatnonzero(~held_out)), lines.select(np.flatnonzero(held_out))
+    return documents.select(np.flatnonzero(~held_out)), documents.select(np.flatnonzero(held_out))
 
 
-def load_tokenizer(recipe: RecipeArguments, lines: Dataset) -> PreTrainedTokenizerFast:
-    """Byte-level BPE for `clm`, WordPiece for `mlm`; trained once for a text and kept in the datasets cache."""
+def joined(recipe: RecipeArguments) -> bool:
+    """Whether the text is plain files read as a whole, whose lines are parts of one document."""
+    return not recipe.streaming and not recipe.dataset and _format(recipe) == "text"
+
+
+def _format(recipe: RecipeArguments) -> str:
+    suffixes = {Path(file).suffixes[0] if Path(file).suffixes else "" for file in recipe.text}
+    known = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    if len(suffixes) != 1 or not suffixes <= known.keys():
+        raise ValueError(f"text must be files of one kind, .txt, .jsonl or .parquet, got {', '.join(recipe.text)}")
+    return known[suffixes.pop()]
+
+
+def _name(recipe: RecipeArguments) -> str:
+    return recipe.dataset or ", ".join(recipe.text)
+
+
+def _load(recipe: RecipeArguments, *, streaming: bool) -> Dataset | IterableDataset:
+    if recipe.dataset:
+        options: dict[str, Any] = {"path": recipe.dataset, "name": recipe.dataset_config or None}
+        split = recipe.dataset_split
+    else:
+        options, split = {"path": _format(recipe), "data_files": recipe.text}, "train"
+        if options["path"] == "text":
+            options |= {"sample_by": "paragraph"} if streaming else {"keep_linebreaks": True}
+    try:
+        documents = load_dataset(**options, split=split, streaming=streaming)
+        columns = documents.column_names or list(next(iter(documents)))
+    except (DatasetNotFoundError, ConnectionError, OfflineModeIsEnabled, HTTPError, FileNotFoundError) as error:
+        raise ValueError(
+            f"dataset must be one that the hub has and that can be reached from here, got {recipe.dataset}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if recipe.text_column not in columns:
+        raise ValueError(f"text_column must be one of {', '.join(columns)}, got {recipe.text_column}")
+    if recipe.text_column == "text":
+        return documents.select_columns("text")
+    return documents.select_columns(recipe.text_column).rename_column(recipe.text_column, "text")
+
+
+def load_tokenizer(recipe: RecipeArguments, documents: Dataset | IterableDataset) -> PreTrainedTokenizerFast:
+    """The tokenizer of that name or folder, or one trained on the text and kept in the datasets cache.
+
+    Trained are a byte-level BPE for `clm` and a WordPiece for `mlm`; of a stream, on its first documents.
+
+    Raises:
+        ValueError: In one line, if there is no such tokenizer or it cannot be reached.
+    """
+    if recipe.tokenizer:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+        except (OSError, ConnectionError, OfflineModeIsEnabled) as error:
+            raise ValueError(
+                f"tokenizer must be a folder or a name that the hub has and that can be reached from here, got "
+                f"{recipe.tokenizer}: {str(error).splitlines()[0]}"
+            ) from error
+        if recipe.objective == "mlm" and None in (
+            tokenizer.cls_token_id,
+            tokenizer.sep_token_id,
+            tokenizer.mask_token,
+        ):
+            raise ValueError(f"tokenizer must have [CLS], [SEP] and [MASK] for objective=mlm, got {recipe.tokenizer}")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+    texts = documents["text"] if isinstance(documents, Dataset) else [r["text"] for r in documents.take(_FIRST)]
     key = hashlib.sha256(f"{recipe.objective} {recipe.vocab_size} ".encode())
-    for line in lines["text"]:
-        key.update(line.encode())
+    for text in texts:
+        key.update(text.encode())
     path = Path(datasets.config.HF_DATASETS_CACHE) / "hf_warmup_tokenizers" / f"{key.hexdigest()[:32]}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        trained = _train_bpe(recipe, lines) if recipe.objective == "clm" else _train_wordpiece(recipe, lines)
+        trained = _train_bpe(recipe, texts) if recipe.objective == "clm" else _train_wordpiece(recipe, texts)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
             file.write(trained.to_str())
         os.replace(file.name, path)  # whole or not at all, also when several processes come here
@@ -50,7 +136,7 @@ def load_tokenizer(recipe: RecipeArguments, lines: Dataset) -> PreTrainedTokeniz
     return PreTrainedTokenizerFast(tokenizer_file=str(path), model_max_length=recipe.context, **special)
 
 
-def _train_bpe(recipe: RecipeArguments, lines: Dataset) -> Tokenizer:
+def _train_bpe(recipe: RecipeArguments, texts: Iterable[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -60,61 +146,54 @@ def _train_bpe(recipe: RecipeArguments, lines: Dataset) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(lines["text"], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def _train_wordpiece(recipe: RecipeArguments, lines: Dataset) -> Tokenizer:
+def _train_wordpiece(recipe: RecipeArguments, texts: Iterable[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     trainer = trainers.WordPieceTrainer(vocab_size=recipe.vocab_size, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(lines["text"], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def pack(recipe: RecipeArguments, lines: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
-    """Cut the token stream into blocks of `context` tokens, without padding; the last, short one is dropped."""
-    framed = recipe.objective == "mlm"  # [CLS] ... [SEP], as BERT expects
-    width = recipe.context - 2 * framed
+def pack(recipe: RecipeArguments, documents: Dataset, framing: Framing) -> Dataset:
+    """Blocks of `context` tokens, without padding; the last, short one is dropped."""
 
     def blocks(batch: dict) -> dict:
-        ids = list(chain.from_iterable(tokenizer(batch["text"], add_special_tokens=False)["input_ids"]))
-        cut = [ids[i : i + width] for i in range(0, len(ids) - width + 1, width)]
-        if framed:
-            cut = [[tokenizer.cls_token_id, *block, tokenizer.sep_token_id] for block in cut]
-        return {"input_ids": cut}
+        made, _ = framing.blocks(framing.encode(batch["text"], joined=joined(recipe)))
+        return {name: [block[name] for block in made] for name in (made[0] if made else ["input_ids"])}
 
-    packed = lines.map(blocks, batched=True, batch_size=None, remove_columns=["text"], desc="Tokenizing")
+    packed = documents.map(
+        blocks,
+        batched=True,
+        batch_size=None if joined(recipe) or len(documents) < _AT_ONCE else _AT_ONCE,
+        remove_columns=["text"],
+        desc="Tokenizing",
+    )
     if len(packed) == 0:
         raise ValueError(
-            f"text is too short: {len(lines)} lines, a part of it, do not fill one block of context={recipe.context}"
+            f"text is too short: {len(documents)} lines or documents, a part of it, do not fill one block of "
+            f"context={recipe.context}"
         )
     return packed
 
 
-class Collator(DataCollatorForLanguageModeling):
-    """Labels and masks blocks anew each time; blocks that have labels already stay as they are."""
-
-    def torch_call(self, examples: list[dict]) -> dict:
-        if "labels" in examples[0]:
-            return default_data_collator(examples)
-        return super().torch_call(examples)
-
-
-def make_collator(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerFast) -> Collator:
-    masked = recipe.objective == "mlm"
-    return Collator(tokenizer, mlm=masked, mlm_probability=recipe.mlm_probability if masked else None)
-
-
-def mask_once(blocks: Dataset, collator: Collator) -> Dataset:
-    """Held-out blocks with the same masks at every evaluation, in every run."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        batch = collator([{"input_ids": ids} for ids in blocks["input_ids"]])
+def mask_once(blocks: Dataset, recipe: RecipeArguments, tokenizer: PreTrainedTokenizerFast) -> Dataset:
+    """Held-out blocks, labelled with the same masks at every evaluation, in every run."""
+    batch = Collator(recipe, tokenizer, seed=0)([{**block, "block": i} for i, block in enumerate(blocks)])
     return Dataset.from_dict({name: tensor.tolist() for name, tensor in batch.items()})
+
+
+def bytes_per_token(blocks: Dataset, tokenizer: PreTrainedTokenizerFast) -> float:
+    """Bytes of text that a token of the blocks stands for, in UTF-8."""
+    ids = list(blocks["input_ids"])
+    decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return sum(len(text.encode()) for text in decoded) / sum(map(len, ids))
 
 
 def unigram_entropy(blocks: Dataset, tokenizer: PreTrainedTokenizerFast) -> float:

@@ -1,5 +1,7 @@
 """Metrics of language models, as `evaluate` metrics that need no hub."""
 
+import math
+
 import datasets
 import evaluate
 import numpy as np
@@ -47,9 +49,10 @@ class TokenAccuracy(_TokenMetric):
 class LanguageModelMetrics:
     """For a Trainer: `reduce` is its preprocess_logits_for_metrics, the object itself its compute_metrics."""
 
-    def __init__(self, shift: bool) -> None:
+    def __init__(self, shift: bool, bytes_per_token: float | None = None) -> None:
         # A causal model's output at position i predicts token i + 1.
         self.shift = shift
+        self.bytes_per_token = bytes_per_token
         self.perplexity, self.accuracy = Perplexity(keep_in_memory=True), TokenAccuracy(keep_in_memory=True)
 
     def reduce(self, logits: torch.Tensor | tuple, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,7 +65,10 @@ class LanguageModelMetrics:
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         losses, likeliest = prediction.predictions
         labels = (prediction.label_ids[:, 1:] if self.shift else prediction.label_ids).ravel()
-        return {
+        metrics = {
             **self.perplexity.compute(predictions=losses.ravel(), references=labels),
             **self.accuracy.compute(predictions=likeliest.ravel(), references=labels),
         }
+        if self.bytes_per_token is not None:
+            metrics["bits_per_byte"] = math.log2(metrics["perplexity"]) / self.bytes_per_token
+        return metrics

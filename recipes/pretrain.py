@@ -7,8 +7,10 @@ its tokenizer, a model card with a plot, and `warmup.json` in the output folder.
 run would be on 64 processes.
 """
 
+import json
 import logging
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -22,59 +24,40 @@ from transformers import (
     Trainer,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments, warmup_report
 from hf_warmup.trainer.model_card import peak_words
 
 from arguments import RecipeArguments, make_config, parse
-from data import load_text, load_tokenizer, make_collator, mask_once, pack, unigram_entropy
+from collator import Collator, Numbered
+from data import bytes_per_token, load_text, load_tokenizer, mask_once, pack, unigram_entropy
+from framing import Framing
 from metrics import LanguageModelMetrics
 from plan import plan
-
-
-class Progress(ProgressCallback):
-    """The Trainer's progress bar, with the latest numbers on it instead of lines above it."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None:
-            shown = {k: logs[k] for k in ("loss", "eval_loss", "learning_rate") if k in logs}
-            self.training_bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()})
-
-
-def prepare_output(args: WarmupTrainingArguments, recipe: RecipeArguments) -> str | None:
-    """Refuse to mix two runs in one folder; find the checkpoint to resume from."""
-    folder = Path(args.output_dir)
-    resume = args.resume_from_checkpoint
-    if resume:
-        checkpoint = (
-            get_last_checkpoint(folder) if resume in ("latest", "true", "True") and folder.is_dir() else resume
-        )
-        if checkpoint is None or not Path(checkpoint).is_dir():
-            raise ValueError(
-                f"resume_from_checkpoint must be `latest` or a checkpoint folder, got {resume}: none there"
-            )
-        return checkpoint
-    if folder.is_dir() and any(folder.iterdir()):
-        is_run = (folder / "warmup.json").exists() or get_last_checkpoint(folder) is not None
-        if not (recipe.overwrite and is_run):
-            way = "pass --resume_from_checkpoint latest or --overwrite" if is_run else "it holds no earlier run"
-            raise ValueError(f"output_dir must be empty, got {folder}: {way}, or choose another")
-    return None
+from running import (
+    Epochs,
+    Progress,
+    RecipeTrainer,
+    RunFolder,
+    Samples,
+    StopOnSignal,
+    flops_per_token,
+    peak_flops,
+)
+from stream import PackedStream
 
 
 def make_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    config = make_config(
-        recipe,
-        len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    if recipe.objective == "mlm":
-        return AutoModelForMaskedLM.from_config(config)
-    model = AutoModelForCausalLM.from_config(config)
-    if model.loss_type is None:
+    cls = AutoModelForMaskedLM if recipe.objective == "mlm" else AutoModelForCausalLM
+    if recipe.init_from:
+        model = cls.from_pretrained(recipe.init_from)
+    else:
+        special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        model = cls.from_config(make_config(recipe, len(tokenizer), **special))
+    if recipe.document_mask:
+        # With a cache, which models make for themselves, transformers does not look where positions begin anew.
+        model.config.use_cache = False
+    if recipe.objective == "clm" and model.loss_type is None:
         # GPT-2's class name is in no list of transformers' losses: the Trainer would count one token too many.
         model.loss_type = "ForCausalLM"
     return model
@@ -84,26 +67,54 @@ def make_trainer(args: WarmupTrainingArguments, recipe: RecipeArguments) -> tupl
     """The trainer, with warmup attached, and the unigram entropy of its held-out text."""
     set_seed(args.seed)
     with args.main_process_first(desc="preparing the text"):
-        train_lines, held_out_lines = load_text(recipe)
-        tokenizer = load_tokenizer(recipe, train_lines)
-        train, held_out = (pack(recipe, lines, tokenizer) for lines in (train_lines, held_out_lines))
-    collator = make_collator(recipe, tokenizer)
-    entropy = unigram_entropy(held_out, tokenizer)
-    metrics = LanguageModelMetrics(shift=recipe.objective == "clm")
-    trainer = Trainer(
-        make_model(recipe, tokenizer),
+        documents, held_out_documents = load_text(recipe)
+        tokenizer = load_tokenizer(recipe, documents)
+        framing = Framing(recipe, tokenizer)
+        held_out = pack(recipe, held_out_documents, framing)
+        train = None if recipe.streaming else Numbered(pack(recipe, documents, framing))
+    if recipe.streaming:
+        train = PackedStream(
+            documents,
+            framing,
+            batch_size=args.per_device_train_batch_size,
+            window=recipe.shuffle_blocks,
+            seed=args.seed,
+            places=Path(args.output_dir) / "stream",
+        )
+    # Blocks have columns that the collator needs and the model does not know.
+    args.remove_unused_columns = False
+    causal = recipe.objective == "clm"
+    metrics = LanguageModelMetrics(
+        shift=causal, bytes_per_token=bytes_per_token(held_out, tokenizer) if causal else None
+    )
+    model = make_model(recipe, tokenizer)
+    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    trainer = RecipeTrainer(
+        model,
         args,
         train_dataset=train,
-        eval_dataset=mask_once(held_out, collator),
-        data_collator=collator,
+        eval_dataset=mask_once(held_out, recipe, tokenizer),
+        data_collator=Collator(recipe, tokenizer, args.seed),
         processing_class=tokenizer,
         compute_metrics=metrics,
         preprocess_logits_for_metrics=metrics.reduce,
+        tokens_per_step=sequences * recipe.context,
+        flops_per_token=flops_per_token(model, recipe.context),
+        peak=peak_flops(args, recipe.peak_tflops),
     )
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Progress)
+    if isinstance(train, Numbered):
+        trainer.add_callback(Epochs(train))
+    if recipe.sample_prompt:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError(
+                f"sample_prompt must be empty under FSDP and DeepSpeed, got {recipe.sample_prompt!r}: one process "
+                "alone has no whole model to generate with"
+            )
+        trainer.add_callback(Samples(tokenizer, recipe.sample_prompt))
     WarmupCallback.attach(trainer)
-    return trainer, entropy
+    return trainer, unigram_entropy(held_out, tokenizer)
 
 
 def warmup_rows(report: dict) -> list[tuple[str, str]]:
@@ -136,6 +147,16 @@ def summary(trainer: Trainer, entropy: float) -> str:
         *warmup_rows(report),
         ("validation loss before / after", f"{before['eval_loss']:.3f} / {after['eval_loss']:.3f}"),
         ("perplexity before / after", f"{before['eval_perplexity']:.1f} / {after['eval_perplexity']:.1f}"),
+        *(
+            [
+                (
+                    "bits per byte before / after",
+                    f"{before['eval_bits_per_byte']:.3f} / {after['eval_bits_per_byte']:.3f}",
+                )
+            ]
+            if "eval_bits_per_byte" in after
+            else []
+        ),
         ("token accuracy before / after", f"{before['eval_accuracy']:.3f} / {after['eval_accuracy']:.3f}"),
         ("unigram entropy of the held-out text", f"{entropy:.3f}"),
         ("optimizer", report["optimizer"]),
@@ -146,41 +167,73 @@ def summary(trainer: Trainer, entropy: float) -> str:
     return tabulate(rows, tablefmt="rounded_outline", disable_numparse=True)
 
 
-def run(argv: list[str]) -> None:
+def go_on(trainer: Trainer, checkpoint: str) -> None:
+    """Have a stream begin where the checkpoint's step has taken its last batch."""
+    stream = trainer.train_dataset
+    if not isinstance(stream, PackedStream):
+        return
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    args = trainer.args
+    stream.resume(state["global_step"] * args.gradient_accumulation_steps * args.world_size)
+    args.ignore_data_skip = True  # the Trainer would read all that came before once more
+
+
+def run(argv: list[str]) -> int:
+    """Train as told; 0, or 128 and the number of the signal that stopped it."""
     args, recipe = parse(argv)
     if recipe.plan:
         print(plan(args, recipe))
-        return
+        return 0
+    folder = RunFolder(Path(args.output_dir), argv)
+    checkpoint = folder.checkpoint(args.resume_from_checkpoint, recipe.overwrite)
     # The evaluation before the first step is half of the summary.
-    args.eval_on_start = not args.resume_from_checkpoint
-    checkpoint = prepare_output(args, recipe)
+    args.eval_on_start = checkpoint is None
     trainer, entropy = make_trainer(args, recipe)
-    if recipe.overwrite and checkpoint is None and trainer.is_world_process_zero():
-        shutil.rmtree(args.output_dir, ignore_errors=True)  # not before everything else has been checked
+    if trainer.is_world_process_zero():
+        if recipe.overwrite and checkpoint is None:
+            shutil.rmtree(args.output_dir, ignore_errors=True)  # not before everything else has been checked
+        folder.begin()
+    stop = StopOnSignal(trainer)
+    trainer.add_callback(stop)
+    if checkpoint is not None:
+        go_on(trainer, checkpoint)
     trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.received is None:
+        finish(trainer, recipe, entropy)
+        if trainer.is_world_process_zero():
+            folder.end()
+    elif trainer.is_world_process_zero():
+        name = signal.Signals(stop.received).name
+        print(f"stopped by {name} after step {trainer.state.global_step}; the same command goes on from there")
+    # Together, and without a process group: threads that are left alone may abort the exit.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    return 0 if stop.received is None else 128 + stop.received
+
+
+def finish(trainer: Trainer, recipe: RecipeArguments, entropy: float) -> None:
+    """Evaluate, save the model and its card, and print what happened."""
     trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
     trainer.create_model_card(
-        model_name=Path(args.output_dir).name,
+        model_name=Path(trainer.args.output_dir).name,
         tags=["hf-warmup"],
-        dataset=[Path(file).name for file in recipe.text],
+        dataset=[recipe.dataset] if recipe.dataset else [Path(file).name for file in recipe.text],
         tasks="text-generation" if recipe.objective == "clm" else "fill-mask",
     )
     if trainer.is_world_process_zero():
         print(summary(trainer, entropy))
-    # Together, and without a process group: threads that are left alone may abort the exit.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
 
 
 def main() -> None:
     logging.getLogger("datasets").setLevel(logging.ERROR)
     try:
-        run(sys.argv[1:])
+        code = run(sys.argv[1:])
     except ValueError as error:
         sys.exit("error: " + " ".join(str(error).split()))
+    sys.exit(code)
 
 
 if __name__ == "__main__":

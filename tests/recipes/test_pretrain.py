@@ -18,6 +18,8 @@ import arguments
 import data
 import metrics
 import pretrain
+from collator import Collator
+from framing import Framing
 from plan import trials
 
 ROOT = Path(__file__).parents[2]
@@ -139,7 +141,7 @@ def test_the_tokenizer_is_trained_once_and_text_is_held_out_evenly(tmp_path, mon
     first = data.load_tokenizer(recipe, train)
     monkeypatch.setattr(data, "_train_bpe", None)
     assert data.load_tokenizer(recipe, train).get_vocab() == first.get_vocab()
-    blocks = data.pack(recipe, held_out, first)
+    blocks = data.pack(recipe, held_out, Framing(recipe, first))
     assert all(len(ids) == 32 for ids in blocks["input_ids"])
     stream = first("".join(held_out["text"][:50]), add_special_tokens=False)["input_ids"]
     assert blocks[0]["input_ids"] == stream[:32]
@@ -150,14 +152,14 @@ def test_held_out_masks_are_the_same_in_every_run(tmp_path):
     _, recipe = arguments.parse(few_steps("mlm", tmp_path))
     _, held_out = data.load_text(recipe)
     tokenizer = data.load_tokenizer(recipe, held_out)
-    blocks = data.pack(recipe, held_out, tokenizer)
-    collator = data.make_collator(recipe, tokenizer)
+    blocks = data.pack(recipe, held_out, Framing(recipe, tokenizer))
     before = torch.get_rng_state()
-    masked = [data.mask_once(blocks, collator)[:] for _ in range(2)]
+    masked = [data.mask_once(blocks, recipe, tokenizer)[:] for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), before)
     assert masked[0] == masked[1]
     labels = np.array(masked[0]["labels"])
     assert (labels != -100).mean() == pytest.approx(0.15, abs=0.02)
+    collator = Collator(recipe, tokenizer, seed=1)
     assert collator([masked_row := {k: v[0] for k, v in masked[0].items()}])["labels"].tolist() == [
         masked_row["labels"]
     ]

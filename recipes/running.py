@@ -1,0 +1,231 @@
+"""What a run of a recipe says while it goes, and how it stops: throughput, samples, signals, one folder per run."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from collator import Numbered
+
+# Dense bf16 operations per second, in 10^12, as their data sheets say.
+_PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0, "4090": 165.0}
+
+
+class Progress(ProgressCallback):
+    """The Trainer's progress bar, with the latest numbers on it instead of lines above it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None:
+            shown = {k: logs[k] for k in ("loss", "eval_loss", "learning_rate", "tokens_per_second") if k in logs}
+            self.training_bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()})
+
+
+def flops_per_token(model: PreTrainedModel, context: int) -> float:
+    """Operations of a training step per token, 6 N + 12 layers x width x context (arXiv:2204.02311, appendix B)."""
+    config = model.config
+    return 6 * model.num_parameters() + 12 * config.num_hidden_layers * config.hidden_size * context
+
+
+def peak_flops(args: Any, given_tflops: float) -> float | None:
+    """What the devices of the run do at most in a second, all together; None if unknown."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() and not args.use_cpu else ""
+    known = next((tflops for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
+    tflops = given_tflops or known
+    return tflops and tflops * 1e12 * args.world_size
+
+
+class Clock(TrainerCallback):
+    """Seconds that training took since the last log line, and how many of them it waited for data."""
+
+    def __init__(self) -> None:
+        self.mark = time.perf_counter()
+        self.seconds = self.waited = 0.0
+        self.steps = 0
+
+    def _restart(self, *args, **kwargs):
+        self.mark = time.perf_counter()
+
+    on_train_begin = on_evaluate = on_save = _restart
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.waited += time.perf_counter() - self.mark
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        self.seconds, self.steps, self.mark = self.seconds + now - self.mark, self.steps + 1, now
+
+    def take(self) -> tuple[int, float, float]:
+        taken = self.steps, self.seconds, self.waited
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+        return taken
+
+
+class RecipeTrainer(Trainer):
+    """A Trainer whose log lines also say how fast it goes.
+
+    Args:
+        tokens_per_step: Of all processes.
+        flops_per_token: From the function of that name.
+        peak: From `peak_flops`.
+    """
+
+    def __init__(self, *args, tokens_per_step: int, flops_per_token: float, peak: float | None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.peak = peak
+        self.clock = Clock()
+        self.add_callback(self.clock)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            steps, seconds, waited = self.clock.take()
+            if seconds > 0:
+                rate = steps * self.tokens_per_step / seconds
+                logs |= {"tokens_per_second": rate, "data_wait": waited / seconds}
+                if self.peak:
+                    logs["mfu"] = rate * self.flops_per_token / self.peak
+        super().log(logs, *args, **kwargs)
+
+
+class Epochs(TrainerCallback):
+    """Tells a data set of numbered blocks which epoch begins; a data loader tells it on one process only."""
+
+    def __init__(self, blocks: Numbered) -> None:
+        self.blocks = blocks
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.blocks.epoch = int((state.epoch or 0) + 1e-6)
+
+
+class Samples(TrainerCallback):
+    """Has the model go on with a text after every evaluation, and prints it; random numbers stay as they were."""
+
+    def __init__(self, tokenizer, prompt: str, length: int = 40) -> None:
+        self.tokenizer, self.prompt, self.length = tokenizer, prompt, length
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        was_training = model.training
+        model.eval()
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(state.global_step)
+            ids = self.tokenizer(self.prompt, return_tensors="pt").input_ids.to(model.device)
+            room = model.config.max_position_embeddings - ids.shape[1]
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max(1, min(self.length, room)),
+                do_sample=True,
+                top_k=50,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        model.train(was_training)
+        tqdm.write(f"step {state.global_step}: {self.tokenizer.decode(out[0], skip_special_tokens=True)!r}")
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGTERM or Ctrl-C: finish the step, save a checkpoint, stop. On all processes in the same step.
+
+    A second Ctrl-C stops at once.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in self.signals}
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stop = self.received is not None
+        if args.world_size > 1:
+            accelerator = self.trainer.accelerator
+            if stop:
+                accelerator.set_trigger()
+            stop = accelerator.check_trigger()
+        if stop and state.global_step < state.max_steps:
+            self.received = self.received or signal.SIGTERM
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class RunFolder:
+    """The folder of one run: what command it is of, whether it has ended, and where it goes on.
+
+    Args:
+        folder: The output folder.
+        command: The arguments of the recipe's command.
+    """
+
+    def __init__(self, folder: Path, command: Sequence[str]) -> None:
+        self.folder, self.path = folder, folder / "run.json"
+        self.command = list(command)
+
+    def begin(self) -> None:
+        self._write(ended=False)
+
+    def end(self) -> None:
+        self._write(ended=True)
+
+    def _write(self, *, ended: bool) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps({"command": self.command, "ended": ended}) + "\n", encoding="utf-8")
+
+    def checkpoint(self, asked: str | None, overwrite: bool) -> str | None:
+        """The checkpoint to go on from.
+
+        Args:
+            asked: What --resume_from_checkpoint says.
+            overwrite: Whether an earlier run may be deleted.
+
+        Returns:
+            Its folder; None to begin.
+
+        Raises:
+            ValueError: If there is no such checkpoint, or the folder holds something else than this run.
+        """
+        last = get_last_checkpoint(self.folder) if self.folder.is_dir() else None
+        if asked:
+            checkpoint = last if asked in ("latest", "true", "True") else asked
+            if checkpoint is None or not Path(checkpoint).is_dir():
+                raise ValueError(
+                    f"resume_from_checkpoint must be `latest` or a checkpoint folder, got {asked}: none there"
+                )
+            return checkpoint
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return None
+        is_run = self.path.exists() or (self.folder / "warmup.json").exists() or last is not None
+        if overwrite and is_run:
+            return None
+        if self.path.exists():
+            run = json.loads(self.path.read_text(encoding="utf-8"))
+            if run == {"command": self.command, "ended": False} and (last is not None or not self._has_models()):
+                return last
+        way = "pass --resume_from_checkpoint latest or --overwrite" if is_run else "it holds no earlier run"
+        raise ValueError(f"output_dir must be empty, got {self.folder}: {way}, or choose another")
+
+    def _has_models(self) -> bool:
+        return any(self.folder.glob("*.safetensors"))
