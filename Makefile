@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 
 DEEPSPEED := $(VENV)/.deepspeed
 
-.PHONY: demo test test-deepspeed deepspeed lint types clean
+.PHONY: demo test smoke test-deepspeed deepspeed lint types clean
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml \
@@ -20,6 +20,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Three steps of every recipe, on one process and on two.
+smoke: $(READY)
+	$(BIN)/python -m pytest -m smoke
 
 test-deepspeed: $(DEEPSPEED)
 	$(BIN)/python -m pytest tests/trainer/test_deepspeed.py tests/recipes/test_pretrain.py -k deepspeed

@@ -23,7 +23,7 @@ from framing import Framing
 from plan import trials
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 TEXT = ROOT / "recipes" / "tiny" / "shakespeare.txt"
 
 # Small enough for a test; the recipes' own sizes take a minute.
@@ -58,14 +58,24 @@ def few_steps(objective, folder, *options):
     return small(objective, folder, *steps, "--text", str(text), *options)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_recipe_has_only_options_that_are_known(path):
+@pytest.mark.parametrize(
+    "path", RECIPES, ids=lambda path: path.relative_to(ROOT / "recipes").with_suffix("").as_posix()
+)
+def test_a_recipe_has_only_options_that_are_known_and_says_its_tokens(path):
     args, recipe = arguments.parse([str(path), "--use_cpu"])
     assert isinstance(args.learning_rate, float)
-    assert 0 < args.warmup_steps < args.max_steps
-    assert "tokens per step" in path.read_text()
+    if args.warmup == "linear":
+        assert 0 < args.warmup_steps < args.max_steps
+    else:
+        assert args.warmup_steps == 0
+    text = path.read_text()
+    processes = re.search(r"(\d+) processes x ", text)
     tokens = recipe.context * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    assert f"= {tokens:,} tokens per step" in path.read_text()
+    tokens *= int(processes[1]) if processes else 1
+    assert f"= {tokens:,} tokens per step" in text
+    in_all = re.search(r"tokens per step, ([.0-9]+)([MB]) (?:tokens )?in all", text)
+    unit = {"M": 1e6, "B": 1e9}[in_all[2]]
+    assert float(in_all[1]) == round(tokens * args.max_steps / unit, 1)
 
 
 @pytest.mark.parametrize("warmup", ["guided", "exponential", "persistent"])
