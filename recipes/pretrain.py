@@ -195,6 +195,7 @@ def run(argv: list[str]) -> int:
         folder.begin()
     stop = StopOnSignal(trainer)
     trainer.add_callback(stop)
+    trainer.add_callback(folder)
     if checkpoint is not None:
         go_on(trainer, checkpoint)
     trainer.accelerator.wait_for_everyone()

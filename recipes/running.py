@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from collator import Numbered
 
 # Dense bf16 operations per second, in 10^12, as their data sheets say.
 _PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0, "4090": 165.0}
+_WHOLE = "whole"  # the file that marks a checkpoint
 
 
 class Progress(ProgressCallback):
@@ -172,8 +173,10 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
 
-class RunFolder:
+class RunFolder(TrainerCallback):
     """The folder of one run: what command it is of, whether it has ended, and where it goes on.
+
+    A run may be killed while it saves, so only a checkpoint that all processes have written is marked as whole.
 
     Args:
         folder: The output folder.
@@ -189,6 +192,11 @@ class RunFolder:
 
     def end(self) -> None:
         self._write(ended=True)
+
+    def on_save(self, args, state, control, **kwargs):
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            (self.folder / f"checkpoint-{state.global_step}" / _WHOLE).touch()
 
     def _write(self, *, ended: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -207,7 +215,7 @@ class RunFolder:
         Raises:
             ValueError: If there is no such checkpoint, or the folder holds something else than this run.
         """
-        last = get_last_checkpoint(self.folder) if self.folder.is_dir() else None
+        last = self._last()
         if asked:
             checkpoint = last if asked in ("latest", "true", "True") else asked
             if checkpoint is None or not Path(checkpoint).is_dir():
@@ -226,6 +234,10 @@ class RunFolder:
                 return last
         way = "pass --resume_from_checkpoint latest or --overwrite" if is_run else "it holds no earlier run"
         raise ValueError(f"output_dir must be empty, got {self.folder}: {way}, or choose another")
+
+    def _last(self) -> str | None:
+        whole = [path.parent for path in self.folder.glob(f"checkpoint-*/{_WHOLE}")]
+        return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
     def _has_models(self) -> bool:
         return any(self.folder.glob("*.safetensors"))

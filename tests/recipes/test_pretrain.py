@@ -119,6 +119,25 @@ def test_a_trained_model_generates_text(tmp_path):
     assert len(out["generated_text"]) > len("ROMEO.")
 
 
+def test_the_log_says_how_fast_it_goes_and_what_the_model_writes(tmp_path, capsys):
+    folder = tmp_path / "run"
+    options = ["--logging_steps", "2", "--sample_prompt", "ROMEO.", "--peak_tflops", "0.5"]
+    pretrain.run(few_steps("clm", folder, *options))
+    state = json.loads((folder / "trainer_state.json").read_text())
+    logs = [e for e in state["log_history"] if "loss" in e]
+    assert [e["step"] for e in logs] == [2, 4, 6]
+    parameters = 64 * 300 + 32 * 64 + 2 * 12 * 64**2 + 2 * 13 * 64 + 2 * 64  # embeddings, layers, last norm
+    operations = 6 * parameters + 12 * 2 * 64 * 32
+    for entry in logs:
+        assert entry["mfu"] == pytest.approx(entry["tokens_per_second"] * operations / 0.5e12)
+        assert 0 < entry["data_wait"] < 1
+    assert "'ROMEO." in capsys.readouterr().out
+    before = {e["step"]: e["loss"] for e in logs}
+    pretrain.run([*few_steps("clm", folder, "--logging_steps", "2"), "--overwrite"])
+    after = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert before == {e["step"]: e["loss"] for e in after if "loss" in e}  # samples leave the random numbers alone
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "steps"), [("clm", 150), ("mlm", 500)])
 def test_both_objectives_learn_more_than_frequencies(objective, steps, tmp_path):
