@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments, warmup_report
-from hf_warmup.trainer.model_card import peak_words
+from hf_warmup.trainer.report import peak_words
 
 from arguments import RecipeArguments, make_config, parse
 from collator import Collator, Numbered
@@ -88,7 +88,6 @@ def make_trainer(args: WarmupTrainingArguments, recipe: RecipeArguments) -> tupl
         shift=causal, bytes_per_token=bytes_per_token(held_out, tokenizer) if causal else None
     )
     model = make_model(recipe, tokenizer)
-    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     trainer = RecipeTrainer(
         model,
         args,
@@ -98,7 +97,6 @@ def make_trainer(args: WarmupTrainingArguments, recipe: RecipeArguments) -> tupl
         processing_class=tokenizer,
         compute_metrics=metrics,
         preprocess_logits_for_metrics=metrics.reduce,
-        tokens_per_step=sequences * recipe.context,
         flops_per_token=flops_per_token(model, recipe.context),
         peak=peak_flops(args, recipe.peak_tflops),
     )
@@ -222,6 +220,7 @@ def finish(trainer: Trainer, recipe: RecipeArguments, entropy: float) -> None:
         model_name=Path(trainer.args.output_dir).name,
         tags=["hf-warmup"],
         dataset=[recipe.dataset] if recipe.dataset else [Path(file).name for file in recipe.text],
+        dataset_tags=[recipe.dataset] if recipe.dataset else None,
         tasks="text-generation" if recipe.objective == "clm" else "fill-mask",
     )
     if trainer.is_world_process_zero():

@@ -44,12 +44,13 @@ def peak_flops(args: Any, given_tflops: float) -> float | None:
 
 
 class Clock(TrainerCallback):
-    """Seconds that training took since the last log line, and how many of them it waited for data."""
+    """Tokens since the last log line, the seconds that they took, and how many of these went by waiting for data."""
 
-    def __init__(self) -> None:
+    def __init__(self, trainer: "RecipeTrainer") -> None:
+        self.trainer = trainer
         self.mark = time.perf_counter()
         self.seconds = self.waited = 0.0
-        self.steps = 0
+        self.tokens = 0
 
     def _restart(self, *args, **kwargs):
         self.mark = time.perf_counter()
@@ -61,11 +62,14 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         now = time.perf_counter()
-        self.seconds, self.steps, self.mark = self.seconds + now - self.mark, self.steps + 1, now
+        self.seconds, self.mark = self.seconds + now - self.mark, now
+        self.tokens += self.trainer.tokens_of_step
+        state.num_input_tokens_seen += self.trainer.tokens_of_step
+        self.trainer.tokens_of_step = 0
 
     def take(self) -> tuple[int, float, float]:
-        taken = self.steps, self.seconds, self.waited
-        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+        taken = self.tokens, self.seconds, self.waited
+        self.tokens, self.seconds, self.waited = 0, 0.0, 0.0
         return taken
 
 
@@ -73,24 +77,28 @@ class RecipeTrainer(Trainer):
     """A Trainer whose log lines also say how fast it goes.
 
     Args:
-        tokens_per_step: Of all processes.
         flops_per_token: From the function of that name.
         peak: From `peak_flops`.
     """
 
-    def __init__(self, *args, tokens_per_step: int, flops_per_token: float, peak: float | None, **kwargs) -> None:
+    def __init__(self, *args, flops_per_token: float, peak: float | None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
         self.peak = peak
-        self.clock = Clock()
+        self.tokens_of_step = 0
+        self.clock = Clock(self)
         self.add_callback(self.clock)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        # Every process has as many: blocks are full and loaders even. Counted here, they need no talk and no wait.
+        self.tokens_of_step += inputs["input_ids"].numel() * self.args.world_size
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
-            steps, seconds, waited = self.clock.take()
+            tokens, seconds, waited = self.clock.take()
             if seconds > 0:
-                rate = steps * self.tokens_per_step / seconds
+                rate = tokens / seconds
                 logs |= {"tokens_per_second": rate, "data_wait": waited / seconds}
                 if self.peak:
                     logs["mfu"] = rate * self.flops_per_token / self.peak

@@ -2,7 +2,16 @@
 
 from hf_warmup.trainer.arguments import WarmupArguments, WarmupTrainingArguments
 from hf_warmup.trainer.callback import WarmupCallback
-from hf_warmup.trainer.model_card import warmup_report
+from hf_warmup.trainer.compare import Comparison, compare_runs
 from hf_warmup.trainer.optimizer import GIAdamWFactory
+from hf_warmup.trainer.report import warmup_report
 
-__all__ = ["GIAdamWFactory", "WarmupArguments", "WarmupCallback", "WarmupTrainingArguments", "warmup_report"]
+__all__ = [
+    "Comparison",
+    "GIAdamWFactory",
+    "WarmupArguments",
+    "WarmupCallback",
+    "WarmupTrainingArguments",
+    "compare_runs",
+    "warmup_report",
+]

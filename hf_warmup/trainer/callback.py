@@ -29,7 +29,7 @@ from hf_warmup.probe import Shards, innermost, loss_after_step
 from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, steps_saved
 from hf_warmup.trainer.arguments import TRYING, WarmupArguments
 from hf_warmup.trainer.backends import Backend, backend_of, check_processes, prepare_optimizer, why_not_try
-from hf_warmup.trainer.model_card import write_card
+from hf_warmup.trainer.model_card import kept_words, write_card
 from hf_warmup.trainer.optimizer import GIAdamWFactory, gi_adam_cls_and_kwargs
 from hf_warmup.trainer.replay import StepReplay
 
@@ -90,8 +90,10 @@ class WarmupCallback(TrainerCallback):
 
         @functools.wraps(create_model_card)
         def carded(*args: Any, **kwargs: Any) -> None:
-            create_model_card(*args, **kwargs)
-            write_card(trainer)
+            with kept_words(trainer):
+                create_model_card(*args, **kwargs)
+            # The Trainer's words for it, and trl's.
+            write_card(trainer, next((kwargs[k] for k in ("dataset", "dataset_name") if kwargs.get(k)), None))
 
         trainer.create_scheduler = scheduled  # type: ignore[method-assign]
         trainer.create_model_card = carded  # type: ignore[method-assign]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from huggingface_hub import metadata_load
 from transformers import EvalPrediction, pipeline
 
 from hf_warmup import GuidedWarmup
@@ -108,6 +109,20 @@ def test_a_run_leaves_model_card_plot_and_numbers(objective, tmp_path, capsys):
     assert "- optimizer: GIAdamW" in card
     assert "was trained from scratch on the part.txt dataset" in card
     assert f"| {report['final_eval_loss']:.4f}" in card
+    state = json.loads((folder / "trainer_state.json").read_text())
+    tokens = 6 * 32 * (16 if objective == "clm" else 32)  # steps, context, sequences
+    assert state["num_input_tokens_seen"] == report["tokens"] == tokens
+    assert re.search(rf"\| Tokens +\| {tokens:,}, ", card)
+    metadata = metadata_load(folder / "README.md")
+    (result,) = metadata["model-index"][0]["results"]
+    assert result["dataset"]["name"] == "part.txt"
+    shown = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    last = [e for e in state["log_history"] if "eval_loss" in e][-1]
+    measured = ["loss", "perplexity", "accuracy"] + ["bits_per_byte"] * (objective == "clm")
+    assert shown == {name: last[f"eval_{name}"] for name in measured}
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(snippet, {})
+    assert len(capsys.readouterr().out.strip()) > 5
 
 
 def test_a_trained_model_generates_text(tmp_path):

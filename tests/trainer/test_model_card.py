@@ -1,11 +1,16 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from accelerate.commands.config.config_args import load_config_from_file
+from huggingface_hub import EvalResult, ModelCard, metadata_load
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
+from transformers import Trainer
 
-from hf_warmup.trainer import WarmupCallback, warmup_report
+from hf_warmup.trainer import WarmupCallback, compare_runs, warmup_report
 
 
 def train(trainer):
@@ -96,3 +101,164 @@ def test_a_plain_module_gets_a_card_too(make_trainer, folder):
 
     train(make_trainer(model=Plain()))
     assert "## Learning-rate warmup" in ModelCard.load(folder / "README.md").text
+
+
+def numbers_of(trainer, folder):
+    """The card's metadata and text, and the run's own records."""
+    trainer.save_state()
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return metadata_load(folder / "README.md"), ModelCard.load(folder / "README.md").text, state
+
+
+def cells(text):
+    """What the two-column tables of the card say, by their first column."""
+    return dict(re.findall(r"^\| (.+?) +\| (.+?) +\|$", text, re.MULTILINE))
+
+
+def test_every_number_of_the_card_is_one_of_trainer_state(make_trainer, folder):
+    options = {"learning_rate": 1e3, "optim": "sgd", "gi_adam": False, "max_init_fraction": 1.0}
+    trainer = train(make_trainer(**options, eval_strategy="steps", eval_steps=6))
+    metadata, text, state = numbers_of(trainer, folder)
+    history = state["log_history"]
+    (start,) = [e for e in history if "warmup/init_lr" in e]
+    last = [e for e in history if "eval_loss" in e][-1]
+    (result,) = eval_results(metadata)
+    assert (result.task_type, result.metric_type, result.metric_value) == (
+        "text-generation",
+        "loss",
+        last["eval_loss"],
+    )
+    shown = cells(text)
+    assert shown["Evaluation: loss"] == shown["Final validation loss"] == f"{last['eval_loss']:.4f}"
+    assert shown["Critical learning rate η_c"] == f"{start['warmup/critical_lr']:.3g}"
+    assert shown["Initial learning rate η_init"] == f"{start['warmup/init_lr']:.3g} (η_c)"
+    assert shown["Target learning rate η_trgt"] == f"{start['warmup/target_lr']:.3g}"
+    assert shown["Steps"] == f"{state['global_step']} of 8 sequences"
+    assert shown["Steps saved (T_save)"] == (
+        f"{start['warmup/steps_saved']:.1f}, after {start['warmup/forward_passes']} forward passes"
+    )
+    assert start["warmup/forward_passes"] > 2
+    for lr, loss in start["warmup/evals"]:
+        assert shown[f"{lr:.3g}" if lr else "0 (before it)"] == ("not finite" if loss is None else f"{loss:.4f}")
+    ratio = start["warmup/target_lr"] / start["warmup/critical_lr"]
+    assert f"η_trgt is {ratio:.3g} times the critical learning rate of the first step" in text
+
+
+def eval_results(metadata):
+    name, results = model_index_to_eval_results(metadata["model-index"])
+    assert name
+    return results
+
+
+def test_metadata_are_valid_and_results_of_other_evaluations_stay(make_trainer, folder):
+    trainer = train(make_trainer(eval_strategy="steps", eval_steps=12))
+    card = ModelCard.load(folder / "README.md")
+    card.text = card.text.replace("This model card has been generated automatically", "Proofread")
+    card.data.eval_results.append(EvalResult("text-generation", "other", "Other", "accuracy", 0.5))
+    card.save(folder / "README.md")
+    trainer.create_model_card(dataset="plays")
+    metadata = metadata_load(folder / "README.md")
+    found = {(r.dataset_name, r.metric_type): r.metric_value for r in eval_results(metadata)}
+    assert found.pop(("Other", "accuracy")) == 0.5
+    assert list(found) == [("plays", "loss")]
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert {"hf-warmup", "generated_from_trainer"} <= set(metadata["tags"])
+
+
+def test_the_words_of_an_author_survive_the_trainers_own_card(make_trainer, folder):
+    trainer = train(make_trainer())
+    draft = (folder / "README.md").read_text()
+    assert "More information needed" not in draft
+    trainer.create_model_card(tags="mine")
+    assert "mine" in ModelCard.load(folder / "README.md").data.tags  # a draft is made anew
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n\nMy words.\n")
+    trainer.create_model_card()
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "mit"
+    assert card.text.startswith("\n# Mine\n\nMy words.\n")
+    assert card.text.count("## Learning-rate warmup") == 1
+
+
+def test_a_subclass_with_a_card_of_its_own_keeps_it(make_trainer, folder):
+    class Mine(Trainer):
+        def create_model_card(self, *args, **kwargs):
+            (folder / "README.md").write_text(
+                "---\ntags: [mine, generated_from_trainer]\n---\n\n# Of my own trainer\n"
+            )
+
+    trainer = train(make_trainer(Mine))
+    trainer.create_model_card()
+    card = ModelCard.load(folder / "README.md")
+    assert card.text.startswith("\n# Of my own trainer\n")
+    assert card.text.count("## Learning-rate warmup") == 1
+    assert card.data.tags == ["mine", "generated_from_trainer", "hf-warmup"]
+
+
+def test_the_snippet_of_the_card_runs(make_trainer, folder, capsys):
+    trainer = train(make_trainer())
+    trainer.save_model()
+    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(snippet, names)
+    assert torch.equal(names["model"].lm_head.weight, trainer.model.lm_head.weight)
+
+
+def test_the_command_of_the_card_has_no_secrets(make_trainer, folder, monkeypatch):
+    words = ["train.py", "--hub_token", "abc", "--api_key=abc", "--tokenizer", "gpt2", "--max_steps", "3"]
+    monkeypatch.setattr("sys.argv", words)
+    train(make_trainer())
+    text = (folder / "README.md").read_text()
+    command = "accelerate launch --config_file accelerate.yaml train.py --hub_token ... --api_key=... --tokenizer gpt2"
+    assert f"{command} --max_steps 3" in text
+    (config,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (folder / "accelerate.yaml").write_text(config)
+    loaded = load_config_from_file(str(folder / "accelerate.yaml"))
+    assert (loaded.num_processes, loaded.use_cpu, str(loaded.mixed_precision)) == (1, True, "no")
+
+
+def test_offline_a_card_says_so(make_trainer, folder, monkeypatch):
+    monkeypatch.setattr("hf_warmup.trainer.sections.HF_HUB_OFFLINE", False)
+    train(make_trainer())
+    assert "Written offline" not in (folder / "README.md").read_text()
+    monkeypatch.setattr("hf_warmup.trainer.sections.HF_HUB_OFFLINE", True)
+    train(make_trainer())
+    assert "Written offline (`HF_HUB_OFFLINE=1`)" in (folder / "README.md").read_text()
+
+
+def test_what_is_pushed_to_the_hub_has_the_card(make_trainer, folder, monkeypatch):
+    trainer = train(make_trainer(eval_strategy="steps", eval_steps=12))
+    trainer.hub_model_id = "me/tiny"
+    pushed = {}
+
+    def upload(api, repo_id, folder_path, **options):
+        pushed.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()})
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    trainer.push_to_hub()
+    assert {"README.md", "warmup.png", "warmup.json", "model.safetensors"} <= pushed.keys()
+    card = pushed["README.md"].decode()
+    assert card.count("## Learning-rate warmup") == 1
+    assert "LlamaForCausalLM.from_pretrained('me/tiny')" in card
+
+
+def test_several_runs_are_compared(make_trainer, folder, tmp_path):
+    losses = {}
+    for name, options in {"zero": {"init_lr": "zero"}, "guided": {"warmup": "guided", "warmup_steps": 0}}.items():
+        trainer = train(make_trainer(output_dir=str(tmp_path / name), eval_strategy="steps", eval_steps=12, **options))
+        losses[name] = trainer.state.log_history[-2]["eval_loss"]
+        trainer.save_state()
+    compared = compare_runs([tmp_path / name for name in losses])
+    lines = compared.table.splitlines()
+    header, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:]))
+    shown = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    assert {name: row["final loss"] for name, row in shown.items()} == {k: f"{v:.4f}" for k, v in losses.items()}
+    assert shown["zero"]["warmup steps"] == "6"
+    assert shown["guided"]["warmup"] == "guided"
+    compared.save(tmp_path / "report")
+    assert compared.table in (tmp_path / "report" / "comparison.md").read_text()
+    with Image.open(tmp_path / "report" / "comparison.png") as plot:
+        assert plot.size == (840, 720)
+    with pytest.raises(ValueError, match="dirs must be folders of runs with hf-warmup, got .*nothing"):
+        compare_runs([tmp_path / "nothing"])
+    with pytest.raises(ValueError, match="dirs must name at least one run's folder"):
+        compare_runs([])

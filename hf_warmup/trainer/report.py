@@ -1,0 +1,242 @@
+"""What warmup did in a run, as numbers and in words.
+
+Everything is read off the trainer's log history, which `trainer_state.json` keeps, so a run that was resumed
+reports its first part too.
+"""
+
+import math
+from importlib.metadata import version
+from typing import Any
+
+from transformers import Trainer
+
+from hf_warmup.gi_adam import GIAdamW
+from hf_warmup.probe import innermost
+from hf_warmup.trainer.arguments import TRYING
+
+
+def warmup_report(trainer: Trainer) -> dict[str, Any]:
+    """What warmup did in `trainer`'s run so far, as plain numbers and words.
+
+    Args:
+        trainer: A trainer that has trained.
+
+    Returns:
+        What `warmup.json` holds. A number that was not measured, or is not finite, is None.
+    """
+    history = trainer.state.log_history
+    # Of the last run in the history.
+    begins = max((i for i, e in enumerate(history) if "warmup/init_lr" in e), default=len(history))
+    entries = [e for e in history[begins:] if "warmup/mode" in e]
+    start: dict[str, Any] = entries[0] if entries else {}
+    last = {k: v for entry in entries for k, v in entry.items()}
+    mode = start.get("warmup/mode", "linear")
+    target = trainer.args.learning_rate
+    init_lr = start.get("warmup/init_lr", 0.0)
+    if mode == "linear":
+        warmup_steps = start.get("warmup/warmup_steps", trainer.args.get_warmup_steps(trainer.state.max_steps))
+        saved_fraction = min(1.0, init_lr / target) if start else 0.0  # the Trainer's own schedule may have target 0
+        steps_taken = math.ceil(warmup_steps * (1 - saved_fraction) - 1e-9)
+    else:
+        warmup_steps, steps_taken = None, last.get("warmup/warmup_steps")
+    evals = [e for e in history if "eval_loss" in e]
+    optimizer = innermost(trainer.optimizer)
+    parameters = list(trainer.accelerator.unwrap_model(trainer.model).parameters())
+    args = trainer.args
+    report = {
+        "optimizer": type(optimizer).__name__,
+        "v0": optimizer.v0 if isinstance(optimizer, GIAdamW) else None,
+        "betas": [float(beta) for beta in optimizer.defaults["betas"]] if "betas" in optimizer.defaults else None,
+        "gi_adam_ramp_steps": _ramp_steps(optimizer),
+        "warmup": mode,
+        "asked_init_lr": start.get("warmup/asked", "zero"),
+        "critical_lr": start.get("warmup/critical_lr"),
+        "smallest_critical_lr": min(
+            (e["warmup/critical_lr"] for e in entries if "warmup/critical_lr" in e), default=None
+        ),
+        "search_status": start.get("warmup/status"),
+        "search_evals": start.get("warmup/evals"),
+        "capped": bool(start.get("warmup/capped", False)),
+        "init_lr": init_lr,
+        "target_lr": target,
+        "peak_lr": last.get("warmup/peak_lr", target if mode in ("linear", "exponential") else None),
+        "warmup_steps": warmup_steps,
+        "warmup_steps_taken": steps_taken,
+        "forward_passes": last.get("warmup/forward_passes", 0),
+        "steps_saved": start.get("warmup/steps_saved", 0.0) if mode == "linear" else None,
+        "train_steps": trainer.state.global_step,
+        "sequences_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "tokens": trainer.state.num_input_tokens_seen or None,
+        "parameters": sum(_whole_size(p) for p in parameters),
+        "trained_parameters": sum(_whole_size(p) for p in parameters if p.requires_grad),
+        "initial_eval_loss": evals[0]["eval_loss"] if len(evals) > 1 and evals[0]["step"] == 0 else None,
+        "final_eval_loss": evals[-1]["eval_loss"] if evals else None,
+        "evaluation": evaluation(evals[-1]) if evals else {},
+        "processes": args.world_size,
+        "seed": args.seed,
+        "versions": {name: version(name) for name in ("hf-warmup", "torch", "transformers", "accelerate")},
+    }
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
+
+
+def evaluation(entry: dict[str, Any]) -> dict[str, float]:
+    """The metrics of an entry of the log history, without the evaluation's own speed.
+
+    Args:
+        entry: Of one evaluation.
+
+    Returns:
+        Finite numbers by their names without `eval_`.
+    """
+    speed = ("runtime", "per_second", "jit_compilation_time", "preparation_time")
+    return {
+        name.removeprefix("eval_"): float(value)
+        for name, value in entry.items()
+        if name.startswith("eval_")
+        and not name.endswith(speed)
+        and isinstance(value, int | float)
+        and math.isfinite(value)
+    }
+
+
+def peak_words(report: dict[str, Any]) -> str:
+    """The highest learning rate of a warmup that chose it itself.
+
+    Args:
+        report: From `warmup_report`.
+
+    Returns:
+        The number, and what decided it.
+    """
+    if report["peak_lr"] is None:
+        return "not reached: the run ended before its warmup"
+    limited = report["peak_lr"] < 0.999 * report["target_lr"]
+    return f"{report['peak_lr']:.3g} ({'the smallest η_c met' if limited else 'η_trgt'})"
+
+
+def optimizer_words(report: dict[str, Any]) -> str:
+    """The optimizer, and GI-Adam's start.
+
+    Args:
+        report: From `warmup_report`.
+
+    Returns:
+        Its name; of GI-Adam, also v_0 and the warmup that is built in.
+    """
+    if report["v0"] is None:
+        return report["optimizer"]
+    start = {"gradient": "v_0 = g_0²", "random": "v_0 random (RI-Adam)"}.get(
+        report["v0"], f"v_0 = {report['v0']} g_0²"
+    )
+    return (
+        f"{report['optimizer']}, {start}: a built-in warmup to 0.9 of the step length over "
+        f"{report['gi_adam_ramp_steps']} steps at β2 = {report['betas'][1]:g}"
+    )
+
+
+def mode_words(mode: str) -> str:
+    """What a kind of warmup does.
+
+    Args:
+        mode: As `--warmup` names it.
+
+    Returns:
+        Words.
+    """
+    return {
+        "linear": "linear",
+        "exponential": "exponential: a fixed growth per step",
+        "guided": "guided by the critical learning rate along the run",
+        "persistent": "persistent catapult: one search for the critical learning rate after another",
+    }[mode]
+
+
+def critical_words(report: dict[str, Any]) -> str:
+    """The critical learning rate.
+
+    Args:
+        report: From `warmup_report`.
+
+    Returns:
+        The number, and what it means where there is more to say.
+    """
+    if report["warmup"] in TRYING:
+        if report["critical_lr"] is None:
+            return "not measured"
+        return f"{report['critical_lr']:.3g} at the first step, {report['smallest_critical_lr']:.3g} at the least"
+    return {
+        "found": f"{report['critical_lr'] or 0:.3g}",
+        "above_target": f"above {report['target_lr']:.3g}: the loss does not rise up to η_trgt",
+        "not_descent": "none: the loss of the first batch rises however small the step",
+        "never_rises": "none: the loss does not rise",
+        "budget_spent": f"above {report['critical_lr'] or 0:.3g}, where the search ran out of its budget",
+        None: "not searched for",
+    }[report["search_status"]]
+
+
+def init_words(report: dict[str, Any]) -> str:
+    """What decided where warmup started.
+
+    Args:
+        report: From `warmup_report`.
+
+    Returns:
+        Words.
+    """
+    if report["asked_init_lr"] == "zero":
+        return "the Trainer's own schedule"
+    if report["asked_init_lr"] != "catapult":
+        return "chosen by hand"
+    if report["warmup"] == "guided":
+        return "a thousandth of the first η_c"
+    if report["capped"]:
+        return f"the cap decided: {report['init_lr'] / report['target_lr']:.3g} of η_trgt, η_c being larger"
+    if report["search_status"] == "not_descent":
+        return "η_trgt / T_wrm, for want of an η_c"
+    return "η_c"
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """What the run says of its own warmup.
+
+    Args:
+        report: From `warmup_report`.
+
+    Returns:
+        A sentence or two; empty if nothing was measured.
+    """
+    target, critical = report["target_lr"], report["critical_lr"]
+    if report["warmup"] in TRYING:
+        peak = report["peak_lr"]
+        if peak is None:
+            return "The run ended before its warmup had found where to stop."
+        if peak < 0.999 * target:
+            return (
+                f"η_trgt was more than training would bear: on the way up η_c came down to "
+                f"{report['smallest_critical_lr']:.3g}, and the learning rate was held at {peak:.3g}."
+            )
+        return "η_trgt stayed below η_c all the way up: this run would have borne a larger one."
+    if report["search_status"] == "above_target":
+        return (
+            "Judged by its first step alone, η_trgt needed no warmup. One step does not see what Adam's next ones "
+            "do, so warmup still started below it."
+        )
+    if report["search_status"] == "found" and critical is not None:
+        return (
+            f"η_trgt is {target / critical:.3g} times the critical learning rate of the first step: warmup was "
+            "needed to get there."
+        )
+    return ""
+
+
+def _whole_size(parameter: Any) -> int:
+    # ZeRO-3 leaves an empty tensor in a parameter's place.
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _ramp_steps(optimizer: Any) -> int | None:
+    """Steps until GI-Adam's step √(1-β2^t) reaches 0.9 of its length, on a constant gradient."""
+    if not isinstance(optimizer, GIAdamW):
+        return None
+    beta2 = float(optimizer.defaults["betas"][1])
+    return math.ceil(math.log(1 - 0.9**2) / math.log(beta2)) if 0 < beta2 < 1 else 1

@@ -1,0 +1,214 @@
+"""The sections of a model card: what warmup did, how to use the model, how it was made, what it does not say."""
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import transformers
+import yaml
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from tabulate import tabulate
+from transformers import PreTrainedTokenizerBase, Trainer
+
+import __main__
+from hf_warmup.trainer.arguments import TRYING
+from hf_warmup.trainer.report import (
+    critical_words,
+    init_words,
+    mode_words,
+    optimizer_words,
+    peak_words,
+    verdict,
+)
+
+# By the ends of the names of model classes.
+_TASKS = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForConditionalGeneration": "text2text-generation",
+}
+_SNIPPETS = {
+    "text-generation": 'print(model("Once upon a time", max_new_tokens=20)[0]["generated_text"])',
+    "fill-mask": 'print(model(f"The {model.tokenizer.mask_token} is here.")[0]["sequence"])',
+    "text-classification": 'print(model("What a day."))',
+    "token-classification": 'print(model("What a day in Paris."))',
+}
+_CITATION = """```bibtex
+@inproceedings{kalra2024warmup,
+  title = {Why Warmup the Learning Rate? Underlying Mechanisms and Improvements},
+  author = {Kalra, Dayal Singh and Barkeshli, Maissam},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2024},
+  url = {https://arxiv.org/abs/2406.09405}
+}
+```"""
+
+
+def sections(trainer: Trainer, report: dict[str, Any], datasets: list[str]) -> Iterator[str]:
+    """All sections of the card.
+
+    Args:
+        trainer: A trainer that has trained.
+        report: From `warmup_report`.
+        datasets: The names of its data.
+
+    Yields:
+        Markdown of one section each.
+    """
+    yield warmup_section(report)
+    if (usage := _usage(trainer)) is not None:
+        yield f"## How to use\n\n```python\n{usage}\n```"
+    yield f"## This run\n\n{_table(('What', 'This run'), _run_rows(trainer, report, datasets))}"
+    if (again := _again(trainer)) is not None:
+        yield f"## The same run again\n\n{again}"
+    yield f"## Limits\n\n{_limits(report)}"
+    yield f"## Citation\n\n{_CITATION}"
+    if HF_HUB_OFFLINE:
+        yield (
+            "*Written offline (`HF_HUB_OFFLINE=1`): neither checked against the hub nor sent to it. "
+            f"`hf upload NAME {shlex.quote(str(trainer.args.output_dir))}` sends it.*"
+        )
+
+
+def warmup_section(report: dict[str, Any]) -> str:
+    """The model card's section on warmup.
+
+    Args:
+        report: From `warmup_report`.
+
+    Returns:
+        Markdown, with the plot as `warmup.png`.
+    """
+    rows = [("Optimizer", optimizer_words(report)), ("Warmup", mode_words(report["warmup"]))]
+    if report["asked_init_lr"] == "catapult" or report["warmup"] in TRYING:
+        rows.append(("Critical learning rate η_c", critical_words(report)))
+    rows += [
+        ("Initial learning rate η_init", f"{report['init_lr']:.3g} ({init_words(report)})"),
+        ("Target learning rate η_trgt", f"{report['target_lr']:.3g}"),
+    ]
+    taken = ("Warmup steps taken", "not finished" if (steps := report["warmup_steps_taken"]) is None else str(steps))
+    passes = f"{report['forward_passes']} forward passes"
+    if report["warmup"] == "linear":
+        rows += [
+            ("Warmup steps asked for (T_wrm)", str(report["warmup_steps"])),
+            taken,
+            ("Steps saved (T_save)", f"{report['steps_saved']:.1f}, after {passes}"),
+        ]
+    else:
+        rows += [("Highest learning rate, before decay", peak_words(report)), taken, ("Cost of the search", passes)]
+    if report["final_eval_loss"] is not None:
+        rows.append(("Final validation loss", f"{report['final_eval_loss']:.4f}"))
+    parts = ["## Learning-rate warmup", _table(("Warmup", "This run"), rows), verdict(report)]
+    if report["search_evals"]:
+        tried = [
+            (f"{lr:.3g}" if lr else "0 (before it)", "not finite" if loss is None else f"{loss:.4f}")
+            for lr, loss in sorted(report["search_evals"], key=lambda tried: tried[0])
+        ]
+        header = ("Learning rate of the first step", "Loss of its batch after it")
+        parts += ["The search for η_c:", _table(header, tried)]
+    shown = "Learning rate above, training and validation loss below, against the optimizer step"
+    if sum(lr > 0 for lr, _ in report["search_evals"] or ()) > 1:
+        shown += "; at the bottom the loss after the first step against its learning rate"
+    parts += [
+        f"![{shown}](warmup.png)",
+        "Measured and written by hf-warmup, after Kalra and Barkeshli, *Why Warmup the Learning Rate?* (NeurIPS 2024, "
+        "[arXiv:2406.09405](https://arxiv.org/abs/2406.09405)).",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def task_of(trainer: Trainer) -> str | None:
+    """The hub's name of what the model does.
+
+    Args:
+        trainer: Holds the model.
+
+    Returns:
+        None for a class whose name does not say it.
+    """
+    name = type(trainer.accelerator.unwrap_model(trainer.model)).__name__
+    return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+
+
+def _run_rows(trainer: Trainer, report: dict[str, Any], datasets: list[str]) -> list[tuple[str, str]]:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    trained, whole = report["trained_parameters"], report["parameters"]
+    size = f"{whole:,} parameters" + f", of which {trained:,} were trained" * (trained != whole)
+    steps = f"{report['train_steps']:,} of {report['sequences_per_step']:,} sequences"
+    rows = [("Model", f"{type(model).__name__}, {size}"), ("Data", ", ".join(datasets) or "not named")]
+    rows += [("Steps", steps)]
+    if report["tokens"]:
+        rows.append(("Tokens", f"{report['tokens']:,}, {report['tokens'] / whole:.3g} per parameter"))
+    rows += [(f"Evaluation: {name}", f"{value:.4f}") for name, value in report["evaluation"].items()]
+    rows += [("Seed", str(report["seed"])), ("Processes", str(report["processes"]))]
+    return rows + [(name, number) for name, number in report["versions"].items()]
+
+
+def _usage(trainer: Trainer) -> str | None:
+    """Lines that load the saved model and use it; None for a model that transformers cannot load."""
+    where = trainer.hub_model_id or str(trainer.args.output_dir)
+    model, task = trainer.accelerator.unwrap_model(trainer.model), task_of(trainer)
+    cls = type(model).__name__
+    tuned = hasattr(model, "peft_config")
+    if task in _SNIPPETS and isinstance(trainer.processing_class, PreTrainedTokenizerBase):
+        first = "from transformers import pipeline\n\n"
+        return f'{first}model = pipeline("{task}", model={where!r})\n{_SNIPPETS[task]}'
+    if tuned or not hasattr(transformers, cls):
+        return None
+    return f"from transformers import {cls}\n\nmodel = {cls}.from_pretrained({where!r})"
+
+
+def _again(trainer: Trainer) -> str | None:
+    """The command and accelerate's configuration; None where no file was run, as in a notebook."""
+    if not hasattr(__main__, "__file__"):
+        return None
+    state = trainer.accelerator.state
+    config = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": state.distributed_type.value,
+        "mixed_precision": str(state.mixed_precision),
+        "num_processes": state.num_processes,
+        "use_cpu": state.device.type == "cpu",
+    }
+    if trainer.is_fsdp_enabled:
+        config["fsdp_config"] = {"fsdp_version": state.fsdp_plugin.fsdp_version}
+    if trainer.is_deepspeed_enabled:
+        config["deepspeed_config"] = {"zero_stage": state.deepspeed_plugin.zero_stage}
+    command = shlex.join(["accelerate", "launch", "--config_file", "accelerate.yaml", *_without_secrets(sys.argv)])
+    text = yaml.safe_dump(config, sort_keys=False).rstrip()
+    return f"```bash\n{command}\n```\n\nwith `accelerate.yaml`:\n\n```yaml\n{text}\n```"
+
+
+def _without_secrets(words: list[str]) -> list[str]:
+    shown = []
+    for i, word in enumerate(words):
+        option, equals, _ = word.partition("=")
+        if re.search(r"(token|key|secret|password)$", option) and option.startswith("-"):
+            word = f"{option}=..." if equals else word
+        elif i > 0 and re.fullmatch(r"-.*(token|key|secret|password)", words[i - 1]):
+            word = "..."
+        shown.append(word)
+    return shown
+
+
+def _limits(report: dict[str, Any]) -> str:
+    limits = [
+        "One run with one seed: nothing here says how much another seed would differ.",
+        "η_c belongs to this model, this batch size and these data. It does not carry over to others, nor from one "
+        "optimizer to another.",
+    ]
+    if report["evaluation"]:
+        limits.append("The evaluation is of held-out data of the run's own; nothing else was evaluated.")
+    else:
+        limits.append("The model was not evaluated.")
+    return "\n".join(f"* {limit}" for limit in limits)
+
+
+def _table(headers: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
