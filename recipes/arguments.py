@@ -45,7 +45,8 @@ class RecipeArguments:
         default="", metadata={"help": "A tokenizer of the hub or a folder; one is trained on the text if empty."}
     )
     init_from: str = field(
-        default="", metadata={"help": "Folder of a model to go on from, with its weights; `model` is not used then."}
+        default="",
+        metadata={"help": "Folder of a model to go on from, with its weights and its tokenizer, in place of `model`."},
     )
     model: str = field(
         default="",

@@ -94,27 +94,27 @@ def _load(recipe: RecipeArguments, *, streaming: bool) -> Dataset | IterableData
 
 
 def load_tokenizer(recipe: RecipeArguments, documents: Dataset | IterableDataset) -> PreTrainedTokenizerFast:
-    """The tokenizer of that name or folder, or one trained on the text and kept in the datasets cache.
+    """The tokenizer of that name or folder, or of `init_from`, or one trained on the text and kept in the cache.
 
     Trained are a byte-level BPE for `clm` and a WordPiece for `mlm`; of a stream, on its first documents.
 
     Raises:
         ValueError: In one line, if there is no such tokenizer or it cannot be reached.
     """
-    if recipe.tokenizer:
+    if name := recipe.tokenizer or recipe.init_from:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ConnectionError, OfflineModeIsEnabled) as error:
             raise ValueError(
                 f"tokenizer must be a folder or a name that the hub has and that can be reached from here, got "
-                f"{recipe.tokenizer}: {str(error).splitlines()[0]}"
+                f"{name}: {str(error).splitlines()[0]}"
             ) from error
         if recipe.objective == "mlm" and None in (
             tokenizer.cls_token_id,
             tokenizer.sep_token_id,
             tokenizer.mask_token,
         ):
-            raise ValueError(f"tokenizer must have [CLS], [SEP] and [MASK] for objective=mlm, got {recipe.tokenizer}")
+            raise ValueError(f"tokenizer must have [CLS], [SEP] and [MASK] for objective=mlm, got {name}")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer

@@ -51,6 +51,12 @@ def make_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerFast) -> P
     cls = AutoModelForMaskedLM if recipe.objective == "mlm" else AutoModelForCausalLM
     if recipe.init_from:
         model = cls.from_pretrained(recipe.init_from)
+        for option, value, name in (
+            ("context", recipe.context, "max_position_embeddings"),
+            ("tokenizer", len(tokenizer), "vocab_size"),
+        ):
+            if value > (most := getattr(model.config, name)):
+                raise ValueError(f"{option} must be at most {most}, init_from's {name}, got {value}")
     else:
         special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         model = cls.from_config(make_config(recipe, len(tokenizer), **special))

@@ -24,8 +24,12 @@ def run_figure(history: History) -> Figure:
         subfigures: Any = figure.subfigures(2, height_ratios=(5, 2))
         runs, below = subfigures
         axes = below.subplots()
+        before, least = evals[0][1], min(loss for _, loss in search)
+        drop = before - least
+        if drop > 0:  # trials far too high would hide where the curve crosses
+            search = [(lr, loss) for lr, loss in search if loss <= before + 2 * drop] or search
         axes.plot(*zip(*search, strict=True), "o-", markersize=4)
-        axes.axhline(evals[0][1], color="gray", linestyle=":", label="before the first step")
+        axes.axhline(before, color="gray", linestyle=":", label="before the first step")
         axes.set(xscale="log", xlabel="learning rate of the first step", ylabel="loss after it")
         axes.legend()
     else:

@@ -134,6 +134,21 @@ def test_a_trained_model_generates_text(tmp_path):
     assert len(out["generated_text"]) > len("ROMEO.")
 
 
+def test_a_second_phase_goes_on_from_the_weights_and_tokenizer_of_the_first_with_longer_blocks(tmp_path):
+    model = json.loads(SMALL["mlm"][1]) | {"max_position_embeddings": 64}
+    first = few_steps("mlm", tmp_path / "first", "--model", json.dumps(model))
+    pretrain.run(first)
+    options = ["--init_from", str(tmp_path / "first"), "--vocab_size", "4096"]
+    again, longer = few_steps("mlm", tmp_path / "again", *options), few_steps("mlm", tmp_path / "longer", *options)
+    pretrain.run(again)
+    before = json.loads((tmp_path / "first" / "warmup.json").read_text())["final_eval_loss"]
+    after = json.loads((tmp_path / "again" / "warmup.json").read_text())
+    assert after["initial_eval_loss"] == pytest.approx(before, rel=1e-6)
+    assert pretrain.run([*longer, "--context", "64"]) == 0
+    with pytest.raises(ValueError, match="context must be at most 64, init_from's max_position_embeddings, got 128"):
+        pretrain.run([*longer, "--context", "128", "--overwrite"])
+
+
 def test_the_log_says_how_fast_it_goes_and_what_the_model_writes(tmp_path, capsys):
     folder = tmp_path / "run"
     options = ["--logging_steps", "2", "--sample_prompt", "ROMEO.", "--peak_tflops", "0.5"]
