@@ -242,15 +242,20 @@ class GIAdamW(torch.optim.AdamW):
         for p, square in zip(born, self._v0_squares([_real(p.grad) for p in born]), strict=True):
             _real(self.state[p]["exp_avg_sq"]).copy_(square)
 
-    def _v0_squares(self, grads: list[Tensor]) -> list[Tensor]:
+    def _v0_squares(self, grads: list[Tensor]) -> Iterable[Tensor]:
         grad_scale = getattr(self, "grad_scale", None)
-        if grad_scale is not None:
+
+        def unscaled(g: Tensor) -> Tensor:
             # In single precision: a scaled half-precision gradient may be a normal number only there.
-            grads = [g.to(_at_least_single(g)) / grad_scale.to(g.device) for g in grads]
+            return g if grad_scale is None else g.to(_at_least_single(g)) / grad_scale.to(g.device)
+
+        # One after another, so that there is never a second copy of all.
         if self.v0 == "gradient":
-            return [g.square() for g in grads]
+            return (unscaled(g).square() for g in grads)
         if self.v0 != "random":
-            return [float(self.v0) * g.square() for g in grads]
+            factor = float(self.v0)
+            return (factor * unscaled(g).square() for g in grads)
+        grads = [unscaled(g) for g in grads]
         # Later births must not draw the same numbers again; the count is the same after a resume.
         seed = torch.initial_seed() + sum(map(self._has_state, self.state)) - len(grads)
         if self.process_group is not None:

@@ -10,25 +10,15 @@ results/bench_search.md.
 """
 
 import argparse
-import contextlib
-import csv
 import importlib.util
-import io
-import logging
 import math
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import date
-from importlib.metadata import version
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
@@ -43,6 +33,8 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_warmup import find_critical_lr, loss_after_step, update_slope
+
+from reporting import RESULTS, allocations, conditions, current_commit, quiet, torch_threads, write
 
 TEXT = Path(__file__).parents[1] / "tiny" / "shakespeare.txt"
 GUESS = 1e-3  # the learning rate of the optimizer, and where this package's search starts
@@ -294,12 +286,12 @@ def held(run: Callable[[], Any], training: Training) -> dict[str, float]:
         run()
     hook.remove()
     events = profiled.profiler.kineto_results.events()
-    blocks = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    lives = list(accumulate(size for _, size in blocks))
+    changes = allocations(profiled)
+    lives = list(accumulate(size for _, size in changes))
     forwards = sorted(e.start_ns() for e in events if e.name() == FORWARD)
     copies = []
     for begin, own in zip(forwards, needed, strict=True):
-        before = sum(start < begin for start, _ in blocks)
+        before = sum(start < begin for start, _ in changes)
         copies.append((lives[before - 1] if before else 0) - own)
     trainable = sum(p.nbytes for p in training.model.parameters() if p.requires_grad)
     return {
@@ -317,25 +309,6 @@ def training_steps(training: Training, num_steps: int = 10) -> list[float]:
         training.step(batch)
         seconds.append(time.process_time() - begin)
     return seconds
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[Path]:
-    """Keep what the tools print from the progress bar, and their files in a folder of our own."""
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        default, tempfile.tempdir = tempfile.tempdir, scratch
-        try:
-            yield Path(scratch)
-        finally:
-            tempfile.tempdir = default
-            logging.disable(logging.NOTSET)
 
 
 def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -396,10 +369,9 @@ def table(made: list[dict[str, Any]]) -> str:
     return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def conditions(made: list[dict[str, Any]], args: argparse.Namespace, commit: str) -> str:
+def explanation(made: list[dict[str, Any]], args: argparse.Namespace, commit: str) -> str:
     """How the table was made, and how to read it."""
     packages = ["torch", "transformers", *(PEERS[tool][0] for tool in args.tools if tool in PEERS)]
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     # Not a training: only to count.
     num = sum(p.numel() for p in LanguageModel(args.width, args.layers, args.context).parameters())
     step = statistics.median(row["training step seconds"] for row in made)
@@ -423,15 +395,8 @@ in eval mode. Nothing here draws Python's or numpy's random numbers. Ours search
 uses; the others iterate over the loader, whose next pass has another order. torch-lr-finder's `reset()` is called, \
 and Lightning is asked not to set the learning rate.
 
-{versions}; {_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch thread; commit {commit}; \
-{date.today().isoformat()}. `python recipes/studies/bench_search.py`
+{conditions(packages, commit)} `python recipes/studies/bench_search.py`
 """
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 def _is_number(value: Any) -> bool:
@@ -462,7 +427,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--context", type=int, default=64, help="bytes")
@@ -476,23 +441,11 @@ def main(argv: list[str] | None = None) -> None:
     if missing:
         sys.exit(f"not installed: {', '.join(missing)}; run: pip install 'hf-warmup[bench]'")
     os.environ["MPLBACKEND"] = "Agg"
-    # Now: the commit of the code that was imported, also when the next one is made meanwhile.
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    commit = current_commit()
+    with torch_threads(1):
         made = rows(args)
-        text = f"{table(made)}\n\n{conditions(made, args, commit)}"
-    finally:
-        torch.set_num_threads(threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / "bench_search.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, made[0])
-        writer.writeheader()
-        writer.writerows({**row, "changed": ", ".join(row["changed"])} for row in made)
-    (args.out / "bench_search.md").write_text(text)
-    print(text)
+        text = f"{table(made)}\n\n{explanation(made, args, commit)}"
+    write(args.out, "bench_search", [{**row, "changed": ", ".join(row["changed"])} for row in made], text)
 
 
 def _is_there(module: str) -> bool:

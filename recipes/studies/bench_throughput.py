@@ -1,0 +1,282 @@
+"""How fast recipes/pretrain.py trains, beside what transformers' run_clm.py does, on the same model and text.
+
+    python recipes/studies/bench_throughput.py
+
+Two sizes of GPT-2 on recipes/tiny/shakespeare.txt, in three ways: the recipe as recipes/tiny/gpt.yaml has it, the
+same with `streaming: true`, and run_clm.py's logic written anew: tokenize and group with `map`, a plain Trainer with
+transformers' default collator and fused AdamW. They take turns, in every other round the other way round. Writes
+results/bench_throughput.csv (a row per run) and results/bench_throughput.md.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the imports: nothing here is on the hub
+
+from datasets import Dataset
+from tabulate import tabulate
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from arguments import RecipeArguments, make_config
+from arguments import parse as parse_recipe
+from data import load_text, load_tokenizer
+from pretrain import make_trainer
+from reporting import RESULTS, conditions, current_commit, quiet, torch_threads, write
+
+RECIPE = Path(__file__).parents[1] / "tiny" / "gpt.yaml"
+# 12 x layers x width^2 and the embeddings: 0.88M, as the recipe has it, and 10.1M.
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"n_embd": 128, "n_layer": 4, "n_head": 4},
+    "10M": {"n_embd": 320, "n_layer": 8, "n_head": 5},
+}
+STEPS = {"tiny": 300, "10M": 60}  # of a run: as the recipe has it, and about as long
+# What the plain Trainer is told too; the rest of the recipe's options (logging_steps among them) is not.
+SAME = [
+    "output_dir",
+    "max_steps",
+    "per_device_train_batch_size",
+    "learning_rate",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "adam_beta2",
+    "weight_decay",
+    "save_strategy",
+    "report_to",
+    "seed",
+    "use_cpu",
+]
+WINDOW = 8  # batches of a stream that are shuffled together, so that every eighth step reads and tokenizes
+
+
+class Stopwatch(TrainerCallback):
+    """Wall and CPU time of all steps but the first ones, and how much of it passed between steps, as for data."""
+
+    def __init__(self, skip: int) -> None:
+        self.skip = skip
+        self.steps = 0
+        self.seconds = self.cpu_seconds = self.waited = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step >= self.skip:
+            self.waited += time.perf_counter() - self.mark
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now, cpu = time.perf_counter(), time.process_time()
+        if state.global_step > self.skip:
+            self.steps += 1
+            self.seconds += now - self.mark
+            self.cpu_seconds += cpu - self.cpu_mark
+        self.mark, self.cpu_mark = now, cpu
+
+
+def recipe(argv: list[str]) -> Trainer:
+    return make_trainer(*parse_recipe(argv))[0]
+
+
+def streaming(argv: list[str]) -> Trainer:
+    batch = parse_recipe(argv)[0].per_device_train_batch_size
+    return recipe([*argv, "--streaming", "--shuffle_blocks", str(WINDOW * batch)])
+
+
+def run_clm(argv: list[str]) -> Trainer:
+    args, told = parse_recipe(argv)
+    set_seed(args.seed)
+    blocks, tokenizer = grouped_text(told)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return Trainer(
+        AutoModelForCausalLM.from_config(make_config(told, len(tokenizer), **special)),
+        TrainingArguments(**{name: getattr(args, name) for name in SAME}),
+        train_dataset=blocks,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+    )
+
+
+def grouped_text(told: RecipeArguments) -> tuple[Dataset, Any]:
+    """Blocks with labels, and their tokenizer."""
+    lines, _ = load_text(told)
+    tokenizer = load_tokenizer(told, lines)
+
+    def tokenize(batch: dict) -> dict:
+        return tokenizer(batch["text"], verbose=False)
+
+    def group(batch: dict) -> dict:
+        joined = {name: list(itertools.chain.from_iterable(parts)) for name, parts in batch.items()}
+        full = len(joined["input_ids"]) // told.context * told.context
+        made = {
+            name: [column[i : i + told.context] for i in range(0, full, told.context)]
+            for name, column in joined.items()
+        }
+        return {**made, "labels": made["input_ids"].copy()}
+
+    tokens = lines.map(tokenize, batched=True, remove_columns=["text"])
+    # At once: no block is cut off at the end of every 1,000 lines, so these are the recipe's blocks.
+    return tokens.map(group, batched=True, batch_size=None), tokenizer
+
+
+WAYS: dict[str, Callable[[list[str]], Trainer]] = {"recipe": recipe, "streaming": streaming, "run_clm": run_clm}
+
+
+def recipe_argv(size: str, steps: int, args: argparse.Namespace, folder: Path) -> list[str]:
+    """What is changed in the recipe, for all ways alike."""
+    return [
+        str(RECIPE),
+        f"--output_dir={folder}",
+        f"--max_steps={steps}",
+        f"--warmup_steps={steps // 5}",
+        f"--model={json.dumps({'model_type': 'gpt2', **SIZES[size]})}",
+        "--eval_strategy=no",
+        "--use_cpu",
+        *args.recipe_options,
+    ]
+
+
+def measure(way: str, size: str, steps: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Speed of one run from a fresh model, in tokens per second."""
+    with quiet() as scratch:
+        trainer = WAYS[way](recipe_argv(size, steps, args, scratch / "run"))
+        watch = Stopwatch(args.skip)
+        trainer.add_callback(watch)
+        gc.collect()  # The last run's model is not cleared away in this one's time.
+        begin = time.perf_counter()
+        trainer.train()
+        whole = time.perf_counter() - begin
+    tokens = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    tokens *= trainer.model.config.n_positions
+    return {
+        "size": size,
+        "way": way,
+        "parameters": trainer.model.num_parameters(),
+        "steps": steps,
+        "tokens per step": tokens,
+        "step seconds": watch.seconds / watch.steps,
+        "step CPU seconds": watch.cpu_seconds / watch.steps,
+        "tokens/s": watch.steps * tokens / watch.seconds,
+        "tokens/s, all steps": steps * tokens / whole,
+        "data wait": watch.waited / watch.seconds,
+    }
+
+
+def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every way in every round; a first, short round is thrown away, it pays for what is loaded late."""
+    made = []
+    ways = list(WAYS)
+    progress = tqdm(total=len(args.sizes) * len(ways) * (args.rounds + 1))
+    for size in args.sizes:
+        steps = args.steps or STEPS[size]
+        for number in range(-1, args.rounds):
+            for way in ways if number % 2 else reversed(ways):
+                row = measure(way, size, steps if number >= 0 else args.skip + 1, args)
+                progress.update()
+                if number >= 0:
+                    made.append({"round": number, **row})
+    progress.close()
+    return made
+
+
+def table(made: list[dict[str, Any]]) -> str:
+    """A line per size and way: medians over the rounds; ratios are of runs of the same round."""
+    lines = []
+    for size, way in dict.fromkeys((row["size"], way) for row in made for way in WAYS):
+        chosen, others = _rounds(made, size, way), _rounds(made, size, "run_clm")
+        median = {key: statistics.median(row[key] for row in chosen) for key in list(chosen[0])[3:]}
+        ratios = {
+            key: [row[key] / other[key] for row, other in zip(chosen, others, strict=True)]
+            for key in ("tokens/s", "tokens/s, all steps", "step CPU seconds")
+        }
+        lines.append(
+            {
+                "GPT-2": f"{median['parameters'] / 1e6:.2f}M",
+                "way": way,
+                "steps": f"{median['steps']:g}",
+                "step, ms": f"{1000 * median['step seconds']:.1f}",
+                "tokens/s": f"{median['tokens/s']:,.0f}",
+                "of run_clm's": f"{statistics.median(ratios['tokens/s']):.3f}",
+                "lowest to highest": f"{min(ratios['tokens/s']):.3f} to {max(ratios['tokens/s']):.3f}",
+                "tokens/s, all steps": f"{median['tokens/s, all steps']:,.0f}",
+                "of run_clm's, all steps": f"{statistics.median(ratios['tokens/s, all steps']):.3f}",
+                "CPU time of run_clm's": f"{statistics.median(ratios['step CPU seconds']):.3f}",
+                "data wait": f"{median['data wait']:.2%}",
+                "most": f"{max(row['data wait'] for row in chosen):.2%}",
+            }
+        )
+    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def _rounds(made: list[dict[str, Any]], size: str, way: str) -> list[dict[str, Any]]:
+    chosen = [row for row in made if row["size"] == size and row["way"] == way]
+    return sorted(chosen, key=lambda row: row["round"])
+
+
+def explanation(made: list[dict[str, Any]], args: argparse.Namespace, commit: str) -> str:
+    """How the table was made, and how to read it."""
+    return f"""\
+{made[0]["tokens per step"]:,} tokens per step of `recipes/tiny/shakespeare.txt`, from a fresh model; \
+{args.rounds} rounds, each a run of each way, one after another. Medians over the rounds.
+
+* Ways: `recipe` is `recipes/tiny/gpt.yaml` through `recipes/pretrain.py`, with GI-Adam, the search for η_c and a log \
+line every 5 steps, but no evaluation; `streaming` is the same with `streaming: true`, reading and tokenizing while \
+it trains, {WINDOW} batches at a time; `run_clm` is the logic of transformers' `run_clm.py` without code of ours: the \
+same blocks, tokenized and grouped with `map`, a Trainer with `default_data_collator` and fused AdamW, and its \
+default of a log line every 500 steps.
+* Tokens/s leaves out the first {args.skip} steps, and with them the search. All steps: the whole of \
+`Trainer.train()`, with the search and, of ours, the model card at its end. What is done before it \
+(`map`, whose result is kept in a cache) is in neither.
+* Of run_clm's: the ratio to the run of the same round, median, lowest and highest. CPU time is that of all threads, \
+in the steps that count; other processes of a machine disturb it less.
+* Data wait: the part of the time from the end of a step to the beginning of the next, log lines included; most is \
+that of the slowest round.
+
+{conditions(["torch", "transformers", "datasets"], commit)} `{args.command}`
+"""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help=f"of a run; {STEPS} if not given")
+    parser.add_argument("--skip", type=int, default=10, help="steps at the start of a run that are left out")
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("recipe_options", nargs="*", help="options for the recipe in all ways, behind --")
+    args = parser.parse_args(argv)
+    fewest = args.steps or min(STEPS[size] for size in args.sizes)
+    if not 0 < args.skip < fewest:
+        parser.error(f"--skip must be positive and less than steps={fewest}, got {args.skip}")
+    typed = sys.argv[1:] if argv is None else argv
+    args.command = " ".join(["python recipes/studies/bench_throughput.py", *typed])
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    commit = current_commit()
+    with torch_threads(args.threads):
+        made = rows(args)
+        text = f"{table(made)}\n\n{explanation(made, args, commit)}"
+    write(args.out, "bench_throughput", made, text)
+
+
+if __name__ == "__main__":
+    main()
