@@ -147,7 +147,9 @@ _SMOKE = {
 }
 
 
-class _Parser(HfArgumentParser):
+class Parser(HfArgumentParser):
+    """A parser whose errors are ValueErrors of a line."""
+
     def error(self, message: str) -> NoReturn:
         # argparse would print the usage first: some hundred lines.
         raise ValueError(message)
@@ -159,7 +161,7 @@ def parse(argv: list[str]) -> tuple[WarmupTrainingArguments, RecipeArguments]:
     Raises:
         ValueError: In one line, with the option and its value.
     """
-    parser = _Parser(
+    parser = Parser(
         [WarmupTrainingArguments, RecipeArguments],
         usage="pretrain.py RECIPE.yaml [--option value ...]",
         allow_abbrev=False,

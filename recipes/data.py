@@ -119,7 +119,7 @@ def load_tokenizer(recipe: RecipeArguments, documents: Dataset | IterableDataset
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
     texts = documents["text"] if isinstance(documents, Dataset) else [r["text"] for r in documents.take(_FIRST)]
-    key = hashlib.sha256(f"{recipe.objective} {recipe.vocab_size} ".encode())
+    key = hashlib.sha256(f"2 {recipe.objective} {recipe.vocab_size} ".encode())  # 2: how they are trained
     for text in texts:
         key.update(text.encode())
     path = Path(datasets.config.HF_DATASETS_CACHE) / "hf_warmup_tokenizers" / f"{key.hexdigest()[:32]}.json"
@@ -151,13 +151,29 @@ def _train_bpe(recipe: RecipeArguments, texts: Iterable[str]) -> Tokenizer:
 
 
 def _train_wordpiece(recipe: RecipeArguments, texts: Iterable[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    draft = _wordpiece(models.WordPiece(unk_token="[UNK]"))
+    # Numbered in the order of a hash otherwise, which breaks ties: other words in every process.
+    letters = {
+        letter
+        for text in texts
+        for word, _ in draft.pre_tokenizer.pre_tokenize_str(draft.normalizer.normalize_str(text))
+        for letter in word[1:]
+    }
+    first = [*special, *("##" + letter for letter in sorted(letters))]
+    trainer = trainers.WordPieceTrainer(vocab_size=recipe.vocab_size, special_tokens=first, show_progress=False)
+    draft.train_from_iterator(texts, trainer)
+    # Anew, without letters as special tokens.
+    tokenizer = _wordpiece(models.WordPiece(draft.get_vocab(), unk_token="[UNK]"))
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def _wordpiece(model: models.WordPiece) -> Tokenizer:
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=recipe.vocab_size, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 

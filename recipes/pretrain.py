@@ -8,10 +8,6 @@ run would be on 64 processes.
 """
 
 import json
-import logging
-import shutil
-import signal
-import sys
 from pathlib import Path
 
 from tabulate import tabulate
@@ -34,16 +30,7 @@ from data import bytes_per_token, load_text, load_tokenizer, mask_once, pack, un
 from framing import Framing
 from metrics import LanguageModelMetrics
 from plan import plan
-from running import (
-    Epochs,
-    Progress,
-    RecipeTrainer,
-    RunFolder,
-    Samples,
-    StopOnSignal,
-    flops_per_token,
-    peak_flops,
-)
+from running import Epochs, Progress, RecipeTrainer, Samples, carry_out, flops_per_token, main, peak_flops
 from stream import PackedStream
 
 
@@ -188,33 +175,21 @@ def run(argv: list[str]) -> int:
     if recipe.plan:
         print(plan(args, recipe))
         return 0
-    folder = RunFolder(Path(args.output_dir), argv)
-    checkpoint = folder.checkpoint(args.resume_from_checkpoint, recipe.overwrite)
-    # The evaluation before the first step is half of the summary.
-    args.eval_on_start = checkpoint is None
-    trainer, entropy = make_trainer(args, recipe)
-    if trainer.is_world_process_zero():
-        if recipe.overwrite and checkpoint is None:
-            shutil.rmtree(args.output_dir, ignore_errors=True)  # not before everything else has been checked
-        folder.begin()
-    stop = StopOnSignal(trainer)
-    trainer.add_callback(stop)
-    trainer.add_callback(folder)
-    if checkpoint is not None:
-        go_on(trainer, checkpoint)
-    trainer.accelerator.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.received is None:
-        finish(trainer, recipe, entropy)
-        if trainer.is_world_process_zero():
-            folder.end()
-    elif trainer.is_world_process_zero():
-        name = signal.Signals(stop.received).name
-        print(f"stopped by {name} after step {trainer.state.global_step}; the same command goes on from there")
-    # Together, and without a process group: threads that are left alone may abort the exit.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
-    return 0 if stop.received is None else 128 + stop.received
+    entropy = 0.0
+
+    def make() -> Trainer:
+        nonlocal entropy
+        trainer, entropy = make_trainer(args, recipe)
+        return trainer
+
+    return carry_out(
+        argv,
+        args,
+        overwrite=recipe.overwrite,
+        make_trainer=make,
+        finish=lambda trainer: finish(trainer, recipe, entropy),
+        go_on=go_on,
+    )
 
 
 def finish(trainer: Trainer, recipe: RecipeArguments, entropy: float) -> None:
@@ -233,14 +208,5 @@ def finish(trainer: Trainer, recipe: RecipeArguments, entropy: float) -> None:
         print(summary(trainer, entropy))
 
 
-def main() -> None:
-    logging.getLogger("datasets").setLevel(logging.ERROR)
-    try:
-        code = run(sys.argv[1:])
-    except ValueError as error:
-        sys.exit("error: " + " ".join(str(error).split()))
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    main()
+    main(run)

@@ -1,17 +1,20 @@
 """What a run of a recipe says while it goes, and how it stops: throughput, samples, signals, one folder per run."""
 
 import json
+import logging
+import shutil
 import signal
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from collator import Numbered
 
@@ -249,3 +252,63 @@ class RunFolder(TrainerCallback):
 
     def _has_models(self) -> bool:
         return any(self.folder.glob("*.safetensors"))
+
+
+def carry_out(
+    argv: Sequence[str],
+    args: TrainingArguments,
+    *,
+    overwrite: bool,
+    make_trainer: Callable[[], Trainer],
+    finish: Callable[[Trainer], None],
+    go_on: Callable[[Trainer, str], None] | None = None,
+) -> int:
+    """Train from the start, or on from where the same command was stopped, and finish.
+
+    Args:
+        argv: The command.
+        args: Its options for the trainer.
+        overwrite: Whether an earlier run in the output folder may be deleted.
+        make_trainer: Called once it is known that the run may begin.
+        finish: Called when training has come to its end.
+        go_on: Called before a run goes on, with the checkpoint.
+
+    Returns:
+        0, or 128 and the number of the signal that stopped it.
+    """
+    folder = RunFolder(Path(args.output_dir), argv)
+    checkpoint = folder.checkpoint(args.resume_from_checkpoint, overwrite)
+    trainer = make_trainer()
+    # The evaluation before the first step is half of the summary.
+    trainer.args.eval_on_start = checkpoint is None and trainer.eval_dataset is not None
+    if trainer.is_world_process_zero():
+        if overwrite and checkpoint is None:
+            shutil.rmtree(args.output_dir, ignore_errors=True)  # not before everything else has been checked
+        folder.begin()
+    trainer.add_callback(stop := StopOnSignal(trainer))
+    trainer.add_callback(folder)
+    if checkpoint is not None and go_on is not None:
+        go_on(trainer, checkpoint)
+    trainer.accelerator.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.received is None:
+        finish(trainer)
+        if trainer.is_world_process_zero():
+            folder.end()
+    elif trainer.is_world_process_zero():
+        name = signal.Signals(stop.received).name
+        print(f"stopped by {name} after step {trainer.state.global_step}; the same command goes on from there")
+    # Together, and without a process group: threads that are left alone may abort the exit.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    return 0 if stop.received is None else 128 + stop.received
+
+
+def main(run: Callable[[list[str]], int]) -> NoReturn:
+    """Run a script on the command line's options; what is wrong with them is one line."""
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    try:
+        code = run(sys.argv[1:])
+    except ValueError as error:
+        sys.exit("error: " + " ".join(str(error).split()))
+    sys.exit(code)

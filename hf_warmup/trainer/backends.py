@@ -27,6 +27,7 @@ from transformers import Trainer
 
 from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.probe import Shard, Shards, innermost, largest_magnitude
+from hf_warmup.trainer.wrapping import wrap
 
 # Where every process holds the whole model.
 _REPLICATED = tuple(kind for kind in DistributedType if kind is DistributedType.NO or kind.value.startswith("MULTI_"))
@@ -136,17 +137,16 @@ class ZeroBackend(Backend):
 
     def watch_step(self, before: Callable[[], None]) -> None:
         """Have `before` called by the engine, when the gradients are reduced and nothing else is done."""
-        step = self.engine.step
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        def watched(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             before()
             return step(*args, **kwargs)
 
-        self.engine.step = watched
+        self._unwatch = wrap(self.engine, "step", watched)
 
     def unwatch_step(self) -> None:
         """Undo `watch_step`."""
-        vars(self.engine).pop("step", None)  # the class's method shows again
+        self._unwatch()
 
 
 class ZeroShards(Shards):

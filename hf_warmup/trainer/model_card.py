@@ -2,7 +2,7 @@
 
 A run leaves `warmup.json`, `warmup.png` and a part of `README.md` between two marks. Whatever else a card says is
 its author's, or the Trainer's draft, of which three things are set right: the optimizer (it names that of `--optim`,
-whatever runs), "fine-tuned" from nothing, and the empty headings. The evaluation goes into the metadata.
+whatever runs), what it is fine-tuned from, and the empty headings. The evaluation goes into the metadata.
 """
 
 import json
@@ -124,6 +124,10 @@ def _corrected(text: str, trainer: Trainer) -> str:
     if _DRAFT not in text:
         return text
     text = text.replace("is a fine-tuned version of [](https://huggingface.co/) on", "was trained from scratch on")
+    # It forgets a model that comes from a folder.
+    start = str(getattr(getattr(trainer.model, "config", None), "_name_or_path", "") or "")
+    if Path(start).is_dir() and start:
+        text = text.replace("was trained from scratch on", f"is a fine-tuned version of `{Path(start).name}` on", 1)
     text = re.sub(r"^## [^\n]+\n\nMore information needed\n\n?", "", text, flags=re.MULTILINE)
     return re.sub(r"^- optimizer: .*$", lambda _: f"- optimizer: {_optimizer_line(trainer)}", text, flags=re.MULTILINE)
 

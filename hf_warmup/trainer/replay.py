@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from hf_warmup.probe import RandomNumbers
+from hf_warmup.trainer.wrapping import wrap
 
 
 class StepReplay:
@@ -42,6 +43,7 @@ class StepReplay:
     ) -> None:
         self.trainer = trainer
         self.keeps = keeps
+        self._num_batches = num_batches
         self._left = 0  # micro-batches whose loss is still to come
         # Of each step its batches and their number of items: the step itself, then those that `draw` added.
         self._steps: list[tuple[list[Any], Tensor | int | None]] = []
@@ -49,38 +51,30 @@ class StepReplay:
         self._attributes: dict[str, Any] = {}
         self._total: Tensor | None = None  # the step's own loss, as far as it has come
         self._get_batch_samples, self._training_step = trainer.get_batch_samples, trainer.training_step
-        self._replaced: list[tuple[Any, str, Any]] = []
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            batches, num_items = self._get_batch_samples(*args, **kwargs)
-            # Copies: a training step may take things out of its batch, put things in, and write into its tensors.
-            self._steps, self._total, self._left = [], None, 0
-            if self.keeps():
-                kept = batches[:num_batches]
-                self._left = len(kept)
-                self._steps.append(([_copy_of_batch(batch) for batch in kept], num_items))
-            return batches, num_items
-
-        def added_up(*args: Any, **kwargs: Any) -> Tensor:
-            loss = self._training_step(*args, **kwargs)
-            self._add(loss)
-            return loss
-
-        backward = trainer.accelerator.backward
-
-        def added_up_before(loss: Tensor, **kwargs: Any) -> Any:
-            self._add(loss.detach())
-            return backward(loss, **kwargs)
-
-        self._replace(trainer, "get_batch_samples", watched)
+        self._ends = [wrap(trainer, "get_batch_samples", self._keep)]
         if steps_in_backward:
-            self._replace(trainer.accelerator, "backward", added_up_before)
+            self._ends.append(wrap(trainer.accelerator, "backward", self._add_and_go_backward))
         else:
-            self._replace(trainer, "training_step", added_up)
+            self._ends.append(wrap(trainer, "training_step", self._step_and_add))
 
-    def _replace(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
-        self._replaced.append((owner, name, vars(owner).get(name)))
-        setattr(owner, name, method)
+    def _keep(self, get_batch_samples: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        batches, num_items = get_batch_samples(*args, **kwargs)
+        # Copies: a training step may take things out of its batch, put things in, and write into its tensors.
+        self._steps, self._total, self._left = [], None, 0
+        if self.keeps():
+            kept = batches[: self._num_batches]
+            self._left = len(kept)
+            self._steps.append(([_copy_of_batch(batch) for batch in kept], num_items))
+        return batches, num_items
+
+    def _step_and_add(self, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        loss = training_step(*args, **kwargs)
+        self._add(loss)
+        return loss
+
+    def _add_and_go_backward(self, backward: Callable[..., Any], loss: Tensor, **kwargs: Any) -> Any:
+        self._add(loss.detach())
+        return backward(loss, **kwargs)
 
     def _add(self, loss: Tensor) -> None:
         if self._left > 0:
@@ -89,11 +83,8 @@ class StepReplay:
 
     def stop(self) -> None:
         """Let go of the batches and of the trainer."""
-        for owner, name, method in self._replaced:
-            if method is None:
-                vars(owner).pop(name, None)  # the class's method shows again
-            else:
-                setattr(owner, name, method)
+        for end in self._ends:
+            end()
         self._steps, self._random_numbers, self._attributes, self._total = [], None, {}, None
 
     def step_begins(self) -> None:

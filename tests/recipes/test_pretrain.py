@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -132,6 +133,27 @@ def test_a_trained_model_generates_text(tmp_path):
     (out,) = generate("ROMEO.", max_new_tokens=8, do_sample=False)
     assert out["generated_text"].startswith("ROMEO.")
     assert len(out["generated_text"]) > len("ROMEO.")
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_a_tokenizer_is_the_same_in_every_process(objective, tmp_path):
+    """As far as it depends on the order of hashes, which differs from process to process."""
+    script = (
+        "import sys; from pathlib import Path; import arguments, data; "
+        f"text = Path({str(TEXT)!r}).read_text()[:60_000].splitlines(); "
+        f"recipe = arguments.RecipeArguments(objective={objective!r}, text=[{str(TEXT)!r}], vocab_size=400, "
+        'model=\'{"model_type": "bert"}\'); '
+        f"train = {{'clm': data._train_bpe, 'mlm': data._train_wordpiece}}[{objective!r}]; "
+        "print(train(recipe, text).to_str())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "recipes")}
+    made = {
+        subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True).stdout
+        for _ in range(5)
+    }
+    (tokenizer,) = made
+    assert len(json.loads(tokenizer)["model"]["vocab"]) == 400
 
 
 def test_a_second_phase_goes_on_from_the_weights_and_tokenizer_of_the_first_with_longer_blocks(tmp_path):
@@ -291,7 +313,7 @@ BAD = [
 def test_bad_input_is_one_line_with_option_and_value(changes, message, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain.py", yaml_with(tmp_path, **changes)])
     with pytest.raises(SystemExit, match=message) as error:
-        pretrain.main()
+        pretrain.main(pretrain.run)
     assert error.value.code.startswith("error: ")
     assert "\n" not in error.value.code
     assert not list((tmp_path / "run").glob("*"))

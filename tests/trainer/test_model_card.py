@@ -8,9 +8,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from huggingface_hub import EvalResult, ModelCard, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
-from transformers import Trainer
+from transformers import LlamaForCausalLM, Trainer
 
 from hf_warmup.trainer import WarmupCallback, compare_runs, warmup_report
+
+from tiny import make_model
 
 
 def train(trainer):
@@ -192,6 +194,14 @@ def test_a_subclass_with_a_card_of_its_own_keeps_it(make_trainer, folder):
     assert card.text.startswith("\n# Of my own trainer\n")
     assert card.text.count("## Learning-rate warmup") == 1
     assert card.data.tags == ["mine", "generated_from_trainer", "hf-warmup"]
+
+
+def test_the_draft_says_what_the_model_was_made_from(make_trainer, folder, tmp_path):
+    train(make_trainer())
+    assert "This model was trained from scratch on" in (folder / "README.md").read_text()
+    make_model().save_pretrained(tmp_path / "base")
+    train(make_trainer(model=LlamaForCausalLM.from_pretrained(tmp_path / "base"))).create_model_card()
+    assert "This model is a fine-tuned version of `base` on" in (folder / "README.md").read_text()
 
 
 def test_the_snippet_of_the_card_runs(make_trainer, folder, capsys):
