@@ -4,24 +4,40 @@ The integration with the Hugging Face Trainer is `hf_warmup.trainer`.
 """
 
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
+from hf_warmup.diagnosis import Diagnosis, diagnose
 from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.guided import GuidedWarmup, PersistentCatapult
-from hf_warmup.probe import loss_after_step, update_slope
+from hf_warmup.probe import along_step, loss_after_step, update_slope
 from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, steps_saved
+from hf_warmup.sharpness import (
+    CriticalSharpness,
+    Sharpness,
+    adam_preconditioner,
+    critical_sharpness,
+    stability_threshold,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CriticalLR",
+    "CriticalSharpness",
+    "Diagnosis",
     "ExponentialSchedule",
     "GIAdamW",
     "GuidedWarmup",
     "PersistentCatapult",
+    "Sharpness",
     "SteeredSchedule",
     "WarmupSchedule",
     "__version__",
+    "adam_preconditioner",
+    "along_step",
+    "critical_sharpness",
+    "diagnose",
     "find_critical_lr",
     "loss_after_step",
+    "stability_threshold",
     "steps_saved",
     "update_slope",
 ]

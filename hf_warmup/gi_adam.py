@@ -239,6 +239,8 @@ class GIAdamW(torch.optim.AdamW):
         processes = self.process_group if self.v0 == "random" else None
         born = [p for p, nonzero in zip(params, _are_nonzero(grads, processes), strict=True) if nonzero]
         self._waiting = (self._waiting | set(params)) - set(born)
+        if not born:
+            return  # on no process, as the flags are those of all
         for p, square in zip(born, self._v0_squares([_real(p.grad) for p in born]), strict=True):
             _real(self.state[p]["exp_avg_sq"]).copy_(square)
 

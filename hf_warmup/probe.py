@@ -172,7 +172,7 @@ def loss_after_step(
     with ExitStack() as restored:
         restored.callback(RandomNumbers().restore)
         if module is not None:
-            restored.enter_context(_same_module(module))
+            restored.enter_context(same_module(module))
         if lr > 0:
             # `changed` may be a collective: twice on every process, also where the step raises.
             restored.callback(shards.changed)
@@ -205,14 +205,69 @@ def update_slope(optimizer: Optimizer, lr: float, *, module: nn.Module | None = 
     Raises:
         ValueError: If `lr` is not positive and finite.
     """
+    with along_step(optimizer, lambda: math.nan, lr, module=module) as (_, slope):
+        return slope
+
+
+@contextmanager
+def along_step(
+    optimizer: Optimizer,
+    loss_fn: Callable[[], Tensor | float],
+    lr: float,
+    *,
+    module: nn.Module | None = None,
+    shards: Shards | None = None,
+) -> Iterator[tuple[Callable[[float], float], float]]:
+    """The loss along the line of the step that `optimizer` would make now, for many learning rates at little cost.
+
+    The step is made once, at `lr`, and gives u = (θ - step(lr)(θ)) / lr; a trial is then L(θ - η u): a forward pass
+    and nothing else. It is `loss_after_step` up to rounding where u does not depend on η, as for SGD, Adam and
+    AdamW, and holds two copies of the parameters where that holds one. Leaves no trace.
+
+    Args:
+        optimizer: As for `loss_after_step`; with parameter groups of several learning rates the largest is meant.
+        loss_fn: As for `loss_after_step`, of one batch.
+        lr: The learning rate at which the step is made; of the size of those tried.
+        module: The model; needed if it is one of FSDP2.
+        shards: As for `loss_after_step`.
+
+    Yields:
+        The loss as a function of η, and the slope gᵀu at which it starts down, with the gradients that the
+        optimizer holds; of parameters that are sharded this process's part of the sum.
+
+    Raises:
+        ValueError: If `lr` is not positive and finite, or the parameters are DTensors and `module` is None.
+        RuntimeError: As for `loss_after_step`.
+    """
     if not 0 < lr < float("inf"):
         raise ValueError(f"lr must be positive and finite, got {lr}")
-    shards = Shards(optimizer, module)
-    with _moved(shards, lr, copy_on_cpu=False) as starts:
-        products = [
-            ((value - shard.tensor) * shard.grad(0, value.numel())).sum(dtype=torch.float64) for shard, value in starts
-        ]
-        return sum(float(product) for product in products) / lr
+    shards = Shards(optimizer, module) if shards is None else shards
+    numbers = RandomNumbers()
+    with torch.no_grad(), _moved(shards, lr, copy_on_cpu=False) as starts:
+        updates = [(value - shard.tensor).div_(lr) for shard, value in starts]
+    slope = sum(
+        float((u * shard.grad(0, u.numel())).sum(dtype=torch.float64))
+        for u, (shard, _) in zip(updates, starts, strict=True)
+    )
+    tensors, values = [shard.tensor for shard, _ in starts], [value for _, value in starts]
+
+    @torch.no_grad()
+    def loss_at(eta: float) -> float:
+        with ExitStack() as restored:
+            restored.callback(numbers.restore)
+            if module is not None:
+                restored.enter_context(same_module(module))
+            if eta > 0:
+                restored.callback(shards.changed)
+                restored.callback(lambda: torch._foreach_copy_(tensors, values))
+                torch._foreach_add_(tensors, updates, alpha=-eta)
+                shards.changed()
+            restored.callback(shards.evaluated)
+            restored.callback(torch.clear_autocast_cache)
+            torch.clear_autocast_cache()
+            return float(loss_fn())
+
+    yield loss_at, slope
 
 
 def _lrs(optimizer: Optimizer, lr: float) -> list[float]:
@@ -310,14 +365,28 @@ def _like(optimizer: Optimizer, group: dict[str, Any], lr: float, piece: dict[Te
 
 
 def _step_and_restore_state(optimizer: Optimizer, lr: float) -> None:
-    """Step `optimizer` itself, and give it back state, options and attributes, in the same tensors."""
+    """Step `optimizer` itself, and give it back state, options and attributes."""
+    with same_state(optimizer):
+        for group, group_lr in zip(optimizer.param_groups, _lrs(optimizer, lr), strict=True):
+            group.update(_with_lr(group, group_lr))
+        optimizer.step()
+
+
+@contextmanager
+def same_state(optimizer: Optimizer) -> Iterator[None]:
+    """Give an optimizer back its state, options and attributes, in the same tensors.
+
+    Args:
+        optimizer: Without a wrapper.
+
+    Yields:
+        Nothing.
+    """
     attributes = dict(vars(optimizer))
     groups = [dict(group) for group in optimizer.param_groups]
     state = {p: _snapshot(s) for p, s in optimizer.state.items()}
     try:
-        for group, group_lr in zip(optimizer.param_groups, _lrs(optimizer, lr), strict=True):
-            group.update(_with_lr(group, group_lr))
-        optimizer.step()
+        yield
     finally:
         for p in [p for p in optimizer.state if p not in state]:
             del optimizer.state[p]
@@ -372,11 +441,17 @@ def _device_module() -> Any:
 
 
 @contextmanager
-def _same_module(module: nn.Module) -> Iterator[None]:
+def same_module(module: nn.Module) -> Iterator[None]:
     """Give back every submodule's train/eval mode and every buffer.
 
     DDP sends its buffers around before a forward pass and, after one without autograd, not before the next. The
     step that is probed has sent them, so no pass does here, and what the next one does is left as it was.
+
+    Args:
+        module: The model.
+
+    Yields:
+        Nothing.
     """
     replicas = [(m, m.require_forward_param_sync) for m in module.modules() if isinstance(m, DistributedDataParallel)]
     modes = [(m, m.training) for m in module.modules()]

@@ -147,6 +147,21 @@ def test_random_v0_has_the_gradients_norm_and_leaves_the_generator_alone():
     assert r_squared.var() == pytest.approx(2 * r_squared.mean().item() ** 2, rel=0.3)
 
 
+@pytest.mark.parametrize("v0", ["gradient", "random", 10.0])
+def test_parameters_without_a_gradient_or_with_a_zero_one_hold_nobody_up(v0):
+    used, unused, idle = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
+    optimizer = GIAdamW([used, unused, idle], 0.1, v0=v0)
+    for _ in range(3):
+        used.grad, idle.grad = torch.ones(3), torch.zeros(3)
+        optimizer.step()
+    assert not torch.equal(used, torch.ones(3))
+    assert torch.equal(unused, torch.ones(3))
+    idle.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.state[idle]["step"] == 1
+    assert optimizer.state[used]["step"] == 4
+
+
 def test_random_v0_follows_the_seed_and_differs_between_births():
     def draw(seed):
         torch.manual_seed(seed)

@@ -29,9 +29,10 @@ from hf_warmup.probe import Shards, innermost, loss_after_step
 from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, steps_saved
 from hf_warmup.trainer.arguments import TRYING, WarmupArguments
 from hf_warmup.trainer.backends import Backend, backend_of, check_processes, prepare_optimizer, why_not_try
+from hf_warmup.trainer.logs import log
 from hf_warmup.trainer.model_card import kept_words, write_card
 from hf_warmup.trainer.optimizer import GIAdamWFactory, gi_adam_cls_and_kwargs
-from hf_warmup.trainer.replay import StepReplay
+from hf_warmup.trainer.replay import StepReplay, loss_before
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +222,7 @@ class WarmupCallback(TrainerCallback):
             lambda lr: self._losses_after(shards, backend, replay, lr),
             guess=guess if paper else None,
             target=target,
-            start=_loss_before(backend, replay),
+            start=loss_before(backend, replay),
             method="paper" if paper else "secant",
             delta=arguments.catapult_delta,
             rtol=arguments.critical_lr_rtol,
@@ -254,7 +255,7 @@ class WarmupCallback(TrainerCallback):
             # JSON has no word for a loss that is not finite.
             evals = [[lr, loss if math.isfinite(loss) else None] for lr, loss in found.evals]
             record |= {"warmup/status": found.status, "warmup/evals": evals}
-        self._log(logs, record)
+        log(self.trainer, logs, record)
 
     def _be_guided(self, schedule: SteeredSchedule) -> None:
         """Make the controller, at its start or where the checkpoint left it."""
@@ -319,7 +320,7 @@ class WarmupCallback(TrainerCallback):
             record["warmup/warmup_steps"] = guide.num_steps
         if logs:
             record |= {"warmup/mode": self.arguments.warmup, "warmup/asked": self.arguments.init_lr}
-            self._log(logs, record)
+            log(self.trainer, logs, record)
         if guide.handed_over:
             self._stop_watching()
 
@@ -341,18 +342,10 @@ class WarmupCallback(TrainerCallback):
 
         @functools.cache
         def loss_at(lr: float) -> float:
-            known = _loss_before(backend, replay) if lr == 0 else None
+            known = loss_before(backend, replay) if lr == 0 else None
             return self._losses_after(shards, backend, replay, lr)[0] if known is None else known
 
         return loss_at
-
-    def _log(self, logs: dict[str, Any], record: dict[str, Any]) -> None:
-        """Give `logs` to the reporters, and with `record` to trainer_state.json."""
-        # Not `trainer.log`: a subclass's may flush the metrics that it gathers for its own next line.
-        trainer, state = self.trainer, self.trainer.state
-        epoch = {} if state.epoch is None else {"epoch": state.epoch}
-        state.log_history.append({**logs, **record, **epoch, "step": state.global_step})
-        trainer.control = trainer.callback_handler.on_log(trainer.args, state, trainer.control, {**logs, **epoch})
 
     def _stop_watching(self) -> None:
         if self._replay is not None:
@@ -362,12 +355,6 @@ class WarmupCallback(TrainerCallback):
             self._backend.unwatch_step()
             self._backend = None
         self._guide = None
-
-
-def _loss_before(backend: Backend, replay: StepReplay) -> float | None:
-    """The step's own loss; None where it has to be measured."""
-    loss = replay.loss_before()
-    return None if loss is None else backend.together(lambda: [loss])[0]
 
 
 def _not_asked(lr: float) -> float:

@@ -10,6 +10,7 @@ first micro-batch, and the trainer has its own back afterwards.
 """
 
 import copy
+import functools
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from hf_warmup.probe import RandomNumbers
+from hf_warmup.trainer.backends import Backend
 from hf_warmup.trainer.wrapping import wrap
 
 
@@ -142,6 +144,30 @@ class StepReplay:
             self._random_numbers.restore()
         return [self._loss(batches, num_items) for batches, num_items in self._steps]
 
+    def losses_with_graph(self) -> list[Callable[[], Tensor]]:
+        """The step's loss as functions, one per micro-batch, whose losses add up to it and can be differentiated.
+
+        In single precision where the Trainer would use less, and through the model itself, not DDP's copy of it,
+        so of this process alone. The caller restores the random numbers, which are the step's after this call.
+
+        Returns:
+            Functions to be called in their order.
+        """
+        if self._random_numbers is not None:
+            self._random_numbers.restore()
+        batches, num_items = self._steps[0]
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped, keep_torch_compile=False)
+
+        def loss_of(batch: Any) -> Tensor:
+            trainer = self.trainer
+            with _without_backward(trainer.accelerator) as losses, _same_attributes(trainer), _own_forward(model):
+                vars(trainer).update(_copies_of_data(vars(trainer)) | _copies_of_data(self._attributes))
+                self._training_step(model, _copy_of_batch(batch), num_items)
+            (loss,) = losses
+            return loss
+
+        return [functools.partial(loss_of, batch) for batch in batches]
+
     def _loss(self, batches: list[Any], num_items: Tensor | int | None) -> Tensor:
         trainer = self.trainer
         total = torch.zeros((), device=trainer.args.device)
@@ -153,12 +179,41 @@ class StepReplay:
         return total
 
 
+def loss_before(backend: Backend, replay: StepReplay) -> float | None:
+    """The loss that the step had before its update, averaged over the processes; on all of them at once.
+
+    Args:
+        backend: Of the replay's trainer.
+        replay: The step.
+
+    Returns:
+        None where it has to be measured.
+    """
+    loss = replay.loss_before()
+    return None if loss is None else backend.together(lambda: [loss])[0]
+
+
 @contextmanager
-def _without_backward(accelerator: Any) -> Iterator[None]:
-    watched = vars(accelerator).get("backward")
-    accelerator.backward = lambda loss, **kwargs: None
+def _own_forward(model: Any) -> Iterator[None]:
+    """Take accelerate's autocast off the model."""
+    wrapped, own = vars(model).get("forward"), vars(model).get("_original_forward")
+    if own is not None:
+        model.forward = own
     try:
         yield
+    finally:
+        if own is not None:
+            model.forward = wrapped
+
+
+@contextmanager
+def _without_backward(accelerator: Any) -> Iterator[list[Tensor]]:
+    """Give the losses that a backward pass is asked for."""
+    watched = vars(accelerator).get("backward")
+    losses: list[Tensor] = []
+    accelerator.backward = lambda loss, **kwargs: losses.append(loss)
+    try:
+        yield losses
     finally:
         del accelerator.backward
         if watched is not None:

@@ -1,0 +1,241 @@
+"""Does this training need warmup? What can be known before it, in the time of less than 30 steps.
+
+At θ_0, on the batch of the first step and with the preconditioner P that Adam would have there, λ is λ^(P⁻¹H), or
+λ^H for SGD, and η_c the critical learning rate of the first step. Two measures of η_trgt follow, which do not agree:
+
+    stability ratio    λ over the threshold at η_trgt (`stability_threshold`): the linear theory, of all directions
+    η_trgt / η_c       what one step along the optimizer's own update bears
+
+Measured on small GPTs the first is far too careful for Adam and the second far too generous, so η_trgt is safe if
+both allow it, needs warmup if neither does, and lies between otherwise.
+
+A few steps at a stable learning rate then say where training is going without being forced [1]:
+
+    progressive sharpening   λ rises, up to the threshold of the learning rate that is reached
+    sharpness reduction      λ falls by itself
+
+In the first, warmup meets the threshold again and again while η is small, where an instability (a catapult) is mild
+and leaves a flatter region; in the second, it waits until λ has fallen below the threshold of η_trgt.
+
+[1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements", NeurIPS 2024,
+    arXiv:2406.09405, section 4. The measures' limits are ours, of the README's "Why the start is capped".
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_warmup.critical_lr import CriticalLR, find_critical_lr
+from hf_warmup.probe import RandomNumbers, innermost, loss_after_step, same_module, same_state
+from hf_warmup.sharpness import adam_preconditioner, sharpness, stability_threshold
+
+Regime = Literal["progressive sharpening", "sharpness reduction", "neither"]
+
+# λ is known to about a tenth, and differs by as much from step to step.
+_CHANGE = 1.25
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is known of a training before it.
+
+    Attributes:
+        kind: Which λ it is about, `hessian` or `preconditioned`.
+        sharpness: λ at the start.
+        later_sharpness: λ after the few steps, on the same batch.
+        num_steps: How many they were.
+        target_lr: η_trgt.
+        stability_ratio: λ at the start over the threshold of a first step with η_trgt: above 1 it is unstable.
+        critical_lr: The search for η_c, which ends at η_trgt.
+    """
+
+    kind: Literal["hessian", "preconditioned"]
+    sharpness: float
+    later_sharpness: float
+    num_steps: int
+    target_lr: float
+    stability_ratio: float
+    critical_lr: CriticalLR
+
+    @property
+    def regime(self) -> Regime:
+        """Where λ is going by itself."""
+        return regime_of(self.sharpness, self.later_sharpness)
+
+    @property
+    def needs_warmup(self) -> bool | None:
+        """Whether η_trgt needs warmup; None if the two measures do not agree."""
+        above = self.critical_lr.status not in ("above_target", "never_rises")
+        if above == (self.stability_ratio > 1):
+            return above
+        return None
+
+    def __str__(self) -> str:
+        name = {"hessian": "λ^H", "preconditioned": "λ^(P⁻¹H)"}[self.kind]
+        verdict = {
+            True: f"η_trgt = {self.target_lr:.3g} needs warmup: both measures say that its first step is unstable.",
+            False: f"η_trgt = {self.target_lr:.3g} needs no warmup at the start: both measures allow it.",
+            None: f"η_trgt = {self.target_lr:.3g} lies between the two measures: warm up, or let the run find out "
+            "(warmup=guided).",
+        }[self.needs_warmup]
+        lower, upper = self.critical_lr.lower, self.critical_lr.upper
+        # One end of the bracket is open where the search ended at η_trgt.
+        critical = f"between {lower:.3g} and {upper:.3g}" if math.isfinite(upper) else f"above {lower:.3g}"
+        return (
+            f"{verdict} {name} = {self.sharpness:.3g} is {self.stability_ratio:.3g} times the threshold of a first "
+            f"step with it, and η_c of that step is {critical}. "
+            f"{explain(name, self.sharpness, self.later_sharpness)}"
+        )
+
+
+def regime_of(first: float, later: float) -> Regime:
+    """Where the sharpness is going.
+
+    Args:
+        first: λ of the earlier measurement.
+        later: λ of the later one.
+
+    Returns:
+        The regime; `neither` if λ has changed by less than a quarter, or is not positive.
+    """
+    if first > 0 and later > _CHANGE * first:
+        return "progressive sharpening"
+    return "sharpness reduction" if 0 < later < first / _CHANGE else "neither"
+
+
+def explain(name: str, first: float, later: float) -> str:
+    """What the regime means for warmup, in words.
+
+    Args:
+        name: What to call λ.
+        first: λ of the earlier measurement.
+        later: λ of the later one.
+
+    Returns:
+        A sentence or two.
+    """
+    change = f"{name} goes from {first:.3g} to {later:.3g}"
+    return {
+        "progressive sharpening": f"{change}, progressive sharpening: it rises until training is at the edge of "
+        "stability, and warmup has it meet that edge while the learning rate is small and a catapult is mild.",
+        "sharpness reduction": f"{change}, sharpness reduction: it falls by itself, and warmup need only wait for it.",
+        "neither": f"{change}, and shows neither progressive sharpening nor sharpness reduction so far.",
+    }[regime_of(first, later)]
+
+
+def diagnose(
+    optimizer: Optimizer,
+    loss_fns: Sequence[Callable[[], Tensor]],
+    target_lr: float,
+    *,
+    module: nn.Module | None = None,
+    num_steps: int = 5,
+    tol: float = 0.1,
+    max_hvps: int = 12,
+) -> Diagnosis:
+    """Say before training whether η_trgt needs warmup, and what warmup will do.
+
+    Takes the time of less than 30 training steps, and leaves no trace: afterwards parameters, optimizer, gradients,
+    random numbers and, of `module`, buffers and train/eval mode are what they were.
+
+    Args:
+        optimizer: SGD, Adam, AdamW or GIAdamW, in accelerate's wrapper or not, before its first step.
+        loss_fns: Each returns the training loss of one batch, with its graph. The first one is measured; the steps
+            take them in turn.
+        target_lr: η_trgt.
+        module: The model, to restore its buffers and train/eval mode. Needed if it is in half precision.
+        num_steps: Steps between the two measurements, at half the edge of stability or at `target_lr` if that is
+            less.
+        tol: Largest relative residual of λ.
+        max_hvps: Most Hessian-vector products of a measurement.
+
+    Returns:
+        The diagnosis; `print` it for a few sentences.
+
+    Raises:
+        ValueError: If an argument is out of range, or there is no threshold for the optimizer.
+        RuntimeError: If the loss or its gradient is not finite at the start.
+    """
+    if not 0 < target_lr < math.inf:
+        raise ValueError(f"target_lr must be positive and finite, got {target_lr}")
+    if not loss_fns:
+        raise ValueError("loss_fns must hold at least one function, got none")
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    inner = innermost(optimizer)
+    params = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
+    adam = isinstance(inner, torch.optim.Adam)
+    with ExitStack() as restored:
+        numbers = RandomNumbers()
+        restored.callback(numbers.restore)
+        if module is not None:
+            restored.enter_context(same_module(module))
+        restored.enter_context(same_state(inner))
+        restored.callback(_give_back, [(p, p.detach().clone(), p.grad) for p in params])
+        for group in inner.param_groups:
+            group["lr"] = target_lr
+
+        def gradients_of(loss_fn: Callable[[], Tensor]) -> float:
+            for p in params:
+                p.grad = None
+            loss = loss_fn()
+            loss.backward()
+            return float(loss.detach())
+
+        def measure(start: Tensor | None = None) -> tuple[float, float, Tensor]:
+            numbers.restore()
+            loss = gradients_of(loss_fns[0])
+            if not math.isfinite(loss):
+                raise RuntimeError(f"the loss is {loss} at the start: check the data and the model")
+            numbers.restore()
+            found = sharpness(
+                loss_fns[0],
+                params,
+                preconditioner=adam_preconditioner(inner) if adam else None,
+                tol=tol,
+                max_hvps=max_hvps,
+                start=start,
+                module=module,
+            )
+            return loss, found.values[0], found.vectors
+
+        loss, first, vectors = measure()
+        if not math.isfinite(first):
+            raise RuntimeError(f"the sharpness is {first} at the start: check the data and the model")
+        threshold = stability_threshold(inner, first_step=True)
+        numbers.restore()
+        critical = find_critical_lr(
+            lambda lr: loss_after_step(inner, loss_fns[0], lr, module=module), target=target_lr, start=loss
+        )
+        lr = min(target_lr, 0.5 * target_lr * threshold / first) if first > 0 else target_lr
+        for loss_fn in itertools.islice(itertools.cycle(loss_fns), num_steps):
+            gradients_of(loss_fn)
+            for group in inner.param_groups:
+                group["lr"] = lr
+            inner.step()
+        for group in inner.param_groups:
+            group["lr"] = target_lr
+        _, later, _ = measure(vectors)
+    return Diagnosis(
+        "preconditioned" if adam else "hessian",
+        first,
+        later,
+        num_steps,
+        target_lr,
+        first / threshold,
+        critical,
+    )
+
+
+@torch.no_grad()
+def _give_back(before: list[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+    for p, value, grad in before:
+        p.copy_(value)
+        p.grad = grad

@@ -1,0 +1,322 @@
+"""Sharpness: the largest curvature of the loss, and the learning rate at which it makes an optimizer unstable.
+
+With H the Hessian of the loss of one fixed batch in the parameters θ, g its gradient, and P the diagonal that Adam
+divides by,
+
+    λ^H        = the largest eigenvalue of H                                    (sharpness)
+    λ^(P⁻¹H)   = the largest eigenvalue of P⁻¹ H                                (pre-conditioned sharpness)
+    P_t        = (1-β1^t) (√(v_t / (1-β2^t)) + ε),    v_t of the step to come, so with the current gradient in it
+    λ_c        = 2 / η_c                                                        (critical sharpness)
+
+Largest is meant algebraically. At a standard initialization the largest eigenvalue in magnitude is often negative,
+and no instability. P⁻¹H is not symmetric; P^-½ H P^-½ is, and has the same eigenvalues.
+
+H is known by its products with vectors, d/dθ (gᵀ v): a second backward pass through the first. Their eigenvalues are
+found by `hf_warmup.lanczos`. The products are computed in single precision at least, also of a bf16 model; with one
+set of random numbers, so that dropout is the same in each; one micro-batch at a time; and with the mathematical form
+of scaled dot-product attention, as the fused kernels have no second derivative.
+
+On a quadratic loss of curvature λ an optimizer's iterates grow above a threshold (`stability_threshold`), and λ over
+the threshold is the stability ratio: 1 is the edge of stability [2]. With w the weight decay, which is part of the
+gradient in torch's SGD and decoupled in AdamW,
+
+    SGD                         2/η - w
+    SGD, momentum β             (2+2β)/η - w                     at the first step (m_0 = 0)    2/η - w
+    AdamW, GI-Adam, of λ^(P⁻¹H) (1+β1)/(1-β1) (2/η - w)          at the first step    (2/η - w)/(1-β1)
+
+so 38/η for AdamW at β1 = .9 without decay, 20/η at the first step [1]. They follow from the roots z of the update's
+characteristic polynomial, for AdamW with fixed P
+
+    z² - (1 - ηw + β1 - η (1-β1) λ) z + β1 (1 - ηw) = 0,
+
+of which one is -1 at the threshold. λ_c is another quantity: the curvature along the one step to come, which is
+2 gᵀu / uᵀHu in the inverse, and at most λ on a quadratic.
+
+[1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements",
+    NeurIPS 2024, arXiv:2406.09405. Its eq. 6 prints P without the root; its code has it. First steps, decay: ours.
+[2] Cohen et al., "Gradient descent on neural networks typically occurs at the edge of stability", ICLR 2021,
+    arXiv:2103.00065, and "Adaptive gradient methods at the edge of stability", arXiv:2207.14484.
+[3] Kalra et al., "critical sharpness", arXiv:2601.16979: the definition of λ_c.
+"""
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_warmup.critical_lr import CriticalLR, find_critical_lr
+from hf_warmup.gi_adam import GIAdamW
+from hf_warmup.hessian import LossFn, hessian_products
+from hf_warmup.lanczos import End, extreme_eigenpairs
+from hf_warmup.probe import innermost
+
+# Of the start: what is drawn at random beside the vectors of the last measurement, relative to them.
+_FRESH = 0.1
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """Eigenvalues of the Hessian, or the pre-conditioned one, and what they cost.
+
+    Attributes:
+        values: From the largest on down, in loss / parameter²; pre-conditioned in 1 / lr. With both ends the k
+            largest, then the k smallest. NaN if a product was not finite.
+        vectors: An eigenvector of norm 1 in each row, over the elements of all parameters that require a gradient
+            one after another; pre-conditioned those of P^-½ H P^-½.
+        hvps: Products of the Hessian of the whole batch and a vector.
+        residuals: Norm of (H - λ) times the vector, of each: an eigenvalue lies within it of λ.
+        converged: Whether all residuals are as small as was asked.
+    """
+
+    values: tuple[float, ...]
+    vectors: Tensor
+    hvps: int
+    residuals: tuple[float, ...]
+    converged: bool
+
+
+def sharpness(
+    loss_fn: LossFn,
+    params: Iterable[Tensor],
+    *,
+    preconditioner: Mapping[Tensor, Tensor] | None = None,
+    k: int = 1,
+    end: End = "largest",
+    tol: float = 1e-3,
+    max_hvps: int = 100,
+    num_vectors: int | None = None,
+    start: Tensor | None = None,
+    module: nn.Module | None = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Sharpness:
+    """The largest eigenvalues of the loss's Hessian.
+
+    Leaves no trace: parameters, gradients, random numbers and, of `module`, buffers and train/eval mode are what
+    they were.
+
+    Args:
+        loss_fn: Returns the loss of a fixed batch, a 0-d tensor with its graph. Or a sequence of such, one per
+            micro-batch, whose losses **add up** to the loss of the batch: memory is then that of one micro-batch.
+            Must be deterministic but for random numbers, and not enter autocast itself (one around the call is
+            switched off). Of a model in DDP call the module inside: its reducer waits for a usual backward pass.
+        params: Parameters θ. Those that do not require a gradient are held fixed.
+        preconditioner: P, as a positive tensor of the parameter's shape for each: `adam_preconditioner(optimizer)`.
+            Parameters without an entry are held fixed.
+        k: Eigenvalues wanted at an end.
+        end: Which end of the spectrum, in algebraic order.
+        tol: Largest residual wanted, relative to |λ|. No unit. λ itself is mostly far closer.
+        max_hvps: Most products to spend.
+        num_vectors: Copies of the parameters, in single precision, that the solver holds; 8, or 4 + twice the number
+            of eigenvalues wanted, if None. Three more, and two with `preconditioner`, are held while a product is
+            computed, beside what a backward pass with its graph takes.
+        start: `vectors` of an earlier measurement, to start from. Sets the cost, not the answer.
+        module: The model, to restore its buffers and train/eval mode. Needed if it has parameters in half precision:
+            it is then computed in single precision, with a copy of its weights.
+        reduce: Under DDP, the mean over processes of the tensor it gets, of single or double precision. Every
+            process then has the same answer.
+
+    Returns:
+        Eigenvalues, vectors and cost. A product takes about 3.5 forward and backward passes, or 2 if `loss_fn` is a
+        single callable: its graph is then kept from product to product.
+
+    Raises:
+        ValueError: If an argument is out of range or of the wrong shape, there is nothing to differentiate in,
+            a parameter is there twice or a DTensor (FSDP2 has no second derivative), or `module` is missing.
+    """
+    free = [p for p in params if p.requires_grad and (preconditioner is None or p in preconditioner)]
+    if start is not None and start.shape[-1:] != (num_elements := sum(p.numel() for p in free),):
+        raise ValueError(f"start must be of shape (k, {num_elements}), got {tuple(start.shape)}")
+    with hessian_products(loss_fn, free, module=module) as (hessian, like):
+        scale = None if preconditioner is None else _inverse_root([preconditioner[p] for p in free], like)
+
+        def product(v: Tensor) -> Tensor:
+            result = hessian(v if scale is None else v * scale)
+            result = result if reduce is None else reduce(result)
+            return result if scale is None else result.mul_(scale)
+
+        found = extreme_eigenpairs(
+            product,
+            _start(like, start),
+            k=k,
+            end=end,
+            tol=tol,
+            max_products=max_hvps,
+            num_vectors=num_vectors,
+            reduce_dots=reduce,
+        )
+    return Sharpness(found.values, found.vectors, found.num_products, found.residuals, found.converged)
+
+
+@torch.no_grad()
+def adam_preconditioner(optimizer: Optimizer) -> dict[Tensor, Tensor]:
+    """P_t of the step that Adam, AdamW or GIAdamW would make now, so that it subtracts η m_t / P_t.
+
+    Args:
+        optimizer: Holds the gradients as `step()` would see them: accumulated, unscaled, clipped. May not have made
+            a step; of GIAdamW's v_0 this counts what its first step would set.
+
+    Returns:
+        P_t of every parameter that the step would move, in its shape, in single precision at least and the unit of a
+        gradient. Costs one copy of the parameters, and before GIAdamW's first step two more while it runs.
+
+    Raises:
+        ValueError: If the optimizer is another.
+    """
+    adam = innermost(optimizer)
+    if not isinstance(adam, torch.optim.Adam):
+        raise ValueError(f"optimizer must be Adam, AdamW or GIAdamW, got {type(adam).__name__}")
+    if isinstance(adam, GIAdamW):
+        adam = _born(adam)
+    moved: dict[Tensor, Tensor] = {}
+    for group in adam.param_groups:
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        for p in group["params"]:
+            if p.grad is None or p in getattr(adam, "_waiting", ()):
+                continue
+            state, g = adam.state.get(p, {}), p.grad.to(torch.promote_types(p.dtype, torch.float32))
+            if group["weight_decay"] and not group.get("decoupled_weight_decay", True):
+                g = (-g if group["maximize"] else g).add(p, alpha=group["weight_decay"])
+            v = g.square() * (1 - beta2)
+            # In double precision: 1 - β2 is a difference of nearly equal numbers.
+            t = torch.ones((), dtype=torch.float64, device=p.device)
+            if state:
+                v = v.add_(state["exp_avg_sq"], alpha=beta2)
+                t = t + state["step"].to(t)
+            if group["amsgrad"] and state:
+                v = torch.maximum(v, state["max_exp_avg_sq"])
+            moved[p] = v.div_(1 - beta2**t).sqrt_().add_(group["eps"]).mul_(1 - beta1**t)
+    return moved
+
+
+def stability_threshold(optimizer: Optimizer, *, first_step: bool | None = None) -> float:
+    """The curvature above which the optimizer's iterates grow at its present learning rate.
+
+    Args:
+        optimizer: SGD, for λ^H; Adam, AdamW or GIAdamW, for λ^(P⁻¹H). Adam's own, coupled weight decay is left out:
+            add ½ w ‖θ‖² to the loss whose λ is compared.
+        first_step: Whether there is no momentum yet. Whether the optimizer has no state, if None.
+
+    Returns:
+        The threshold in the unit of λ, infinity if the learning rate is 0. λ over it is the stability ratio.
+
+    Raises:
+        ValueError: If the optimizer is another, or its groups differ in learning rate or momentum.
+    """
+    inner = innermost(optimizer)
+    thresholds = [
+        _threshold(inner, group, not inner.state if first_step is None else first_step) for group in inner.param_groups
+    ]
+    for name in ("lr", "betas", "momentum"):
+        if any(group.get(name) != inner.param_groups[0].get(name) for group in inner.param_groups):
+            raise ValueError(f"{name} must be the same in all parameter groups: there is no one threshold")
+    return min(thresholds)
+
+
+@dataclass(frozen=True)
+class CriticalSharpness:
+    """Curvature along the step to come.
+
+    Attributes:
+        value: λ_c = 2 / η_c, in 1 / lr: 0 if no learning rate raises the loss, infinity if every one does; if the
+            search ended at its target or its budget, λ_c is less than this.
+        search: The search for η_c.
+    """
+
+    value: float
+    search: CriticalLR
+
+
+def critical_sharpness(
+    loss_at: Callable[[float], float | Sequence[float]],
+    *,
+    previous: float | None = None,
+    target: float | None = None,
+    slope: float | None = None,
+    start: float | None = None,
+    rtol: float = 1 / 16,
+    max_evals: int = 40,
+) -> CriticalSharpness:
+    """λ_c = 2 / η_c by forward passes alone. Not the sharpness: it knows one direction.
+
+        critical_sharpness(lambda lr: loss_after_step(optimizer, loss_fn, lr, module=model), previous=last.value)
+
+    Args:
+        loss_at: As for `find_critical_lr`.
+        previous: The last λ_c, where the search starts.
+        target: The largest learning rate that matters: the search ends there.
+        slope: As for `find_critical_lr`.
+        start: As for `find_critical_lr`.
+        rtol: Relative width of the bracket wanted.
+        max_evals: Most forward passes to spend.
+
+    Returns:
+        λ_c and the search: 4 to 6 forward passes from a good `previous`, one less with `start`, and `slope`.
+    """
+    guess = 2 / previous if previous is not None and 0 < previous < math.inf else None
+    search = find_critical_lr(
+        loss_at, guess=guess, target=target, slope=slope, start=start, rtol=rtol, max_evals=max_evals
+    )
+    return CriticalSharpness(2 / search.value if search.value else math.inf, search)
+
+
+def _start(like: Tensor, last: Tensor | None) -> Tensor:
+    """The first vector: random, or the sum of the last ones and a little of a random one."""
+    # On the CPU, so that it is the same on every device.
+    random = torch.randn(like.shape, dtype=like.dtype, generator=torch.Generator().manual_seed(0)).to(like.device)
+    if last is None or not last.any():
+        return random
+    mean = last.detach().reshape(-1, like.numel()).to(like).sum(dim=0)
+    # Not alone: near another eigenvector the largest eigenvalue would be missed.
+    return mean.add_(random, alpha=_FRESH * float(mean.norm() / random.norm()))
+
+
+def _inverse_root(diagonal: list[Tensor], like: Tensor) -> Tensor:
+    """P^-½, flat."""
+    flat = torch.cat([d.detach().reshape(-1).to(like) for d in diagonal])
+    if not bool((flat > 0).all()):
+        raise ValueError(f"preconditioner must be positive, got {float(flat.min())}")
+    return flat.rsqrt_()
+
+
+def _born(optimizer: GIAdamW) -> GIAdamW:
+    """A twin with the same state, in which parameters that are new have the v_0 that the next step gives them."""
+    twin = copy.copy(optimizer)
+    twin.process_group, twin._waiting = optimizer.process_group, optimizer._waiting
+    unborn = [
+        p
+        for p in optimizer._parameters()
+        if p.grad is not None and (p in twin._waiting or not optimizer._has_state(p))
+    ]
+    # v_0 is written in place.
+    state = {
+        p: {name: t.clone() for name, t in s.items()} if p in twin._waiting else s for p, s in optimizer.state.items()
+    }
+    twin.state = defaultdict(dict, {p: s for p, s in state.items() if s})
+    if unborn:
+        twin._give_birth(unborn)
+    return twin
+
+
+def _threshold(optimizer: Optimizer, group: dict[str, Any], first_step: bool) -> float:
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    if lr == 0:
+        return math.inf
+    if isinstance(optimizer, torch.optim.Adam):
+        beta1 = float(group["betas"][0])
+        decay = decay if group.get("decoupled_weight_decay", True) else 0.0
+        return (2 / lr - decay) * (1 if first_step else 1 + beta1) / (1 - beta1)
+    if isinstance(optimizer, torch.optim.SGD):
+        beta, rest = group["momentum"], 1 - group["dampening"]
+        if first_step:
+            # torch's buffer starts as the gradient, without dampening.
+            return 2 / lr / (1 + beta * group["nesterov"]) - decay
+        # What one oscillation z = -1 adds up to in the buffer; Nesterov's step has the gradient itself beside it.
+        gain = 1 + beta * rest / (1 + beta) if group["nesterov"] else rest / (1 + beta) if beta else 1
+        return 2 / lr / gain - decay
+    raise ValueError(f"optimizer must be SGD, Adam, AdamW or GIAdamW, got {type(optimizer).__name__}")

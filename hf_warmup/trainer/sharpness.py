@@ -1,0 +1,313 @@
+"""Sharpness while a Trainer trains: what warmup is about, in the log beside the loss.
+
+Measured on the step's own batches, with the gradients and the optimizer's state that it is made with, just before
+it. Three kinds, dear from the second on:
+
+    critical        λ_c = 2 / η_c, along the step to come: a few forward passes, on any number of processes
+    hessian         λ^H, the largest eigenvalue of the Hessian: some Hessian-vector products
+    preconditioned  λ^(P⁻¹H), the same for Adam and its kin
+
+and beside each the stability ratio, λ over the threshold at which the optimizer is unstable at the present learning
+rate (of `critical`: η / η_c). 1 is the edge of stability. A measurement leaves no trace.
+"""
+
+import functools
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_warmup.probe import RandomNumbers, Shards, along_step, innermost, loss_after_step
+from hf_warmup.sharpness import (
+    adam_preconditioner,
+    critical_sharpness,
+    sharpness,
+    stability_threshold,
+)
+from hf_warmup.trainer.backends import Backend, backend_of, why_not_try
+from hf_warmup.trainer.logs import log
+from hf_warmup.trainer.replay import StepReplay, loss_before
+from hf_warmup.trainer.wrapping import wrap
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["critical", "hessian", "preconditioned"]
+
+# Relative width of the bracket around η_c. The estimate inside it is within a tenth, and a batch's η_c differs more
+# from the next one's.
+_RTOL = 1.0
+_NOTE_AFTER = 1.0  # seconds
+
+
+class SharpnessCallback(TrainerCallback):
+    """Measures the sharpness every so many steps, for the reporters and trainer_state.json.
+
+        SharpnessCallback(every=10, kind="critical").attach(trainer)
+
+    Logs `sharpness/<kind>`, `sharpness/stability_ratio` and what it cost (`sharpness/forward_passes` or
+    `sharpness/hvps`, of this measurement); with `critical` η_c as `sharpness/critical_lr`, with the others
+    `sharpness/threshold`, where there is one for the optimizer, and the relative residual of the eigenvalue.
+
+    Args:
+        every: Steps from one measurement to the next; the first is before the first step.
+        kind: What is measured.
+        tol: Largest residual of the eigenvalue, relative to it.
+        max_hvps: Most Hessian-vector products of one measurement.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    def __init__(self, *, every: int = 100, kind: Kind = "critical", tol: float = 1e-2, max_hvps: int = 100) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        if kind not in get_args(Kind):
+            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+        if not tol > 0:
+            raise ValueError(f"tol must be positive, got {tol}")
+        if max_hvps < 2:
+            raise ValueError(f"max_hvps must be at least 2, got {max_hvps}")
+        self.every, self.kind, self.tol, self.max_hvps = every, kind, tol, max_hvps
+        self.trainer: Trainer | None = None
+        self._backend: Backend | None = None
+        self._replay: StepReplay | None = None
+        self._norm: float | None = None
+        self._vectors: Tensor | None = None
+        self._noted = False
+
+    def attach(self, trainer: Trainer) -> "SharpnessCallback":
+        """Add the callback to `trainer`, whose training step it replays.
+
+        Args:
+            trainer: The trainer, of any subclass, before `train()`.
+
+        Returns:
+            The callback.
+
+        Raises:
+            ValueError: If this cannot be measured on this trainer.
+        """
+        if (reason := _why_not(trainer, self.kind)) is not None:
+            raise ValueError(f"kind={self.kind} cannot be measured here: {reason}")
+        self.trainer = trainer
+        trainer.add_callback(self)
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Be ready.
+
+        Raises:
+            RuntimeError: If the callback was added to a trainer but not attached.
+            ValueError: If there is no such sharpness for the optimizer.
+        """
+        if self.trainer is None:
+            raise RuntimeError(
+                "SharpnessCallback replays the trainer's own step, so it must know it: "
+                "SharpnessCallback(...).attach(trainer) in place of trainer.add_callback(...)"
+            )
+        self._stop()
+        optimizer = innermost(self.trainer.optimizer)
+        if self.kind == "preconditioned" and not isinstance(optimizer, torch.optim.Adam):
+            raise ValueError(
+                f"kind=preconditioned is of Adam, AdamW and GIAdamW, got {type(optimizer).__name__}: use kind=hessian"
+            )
+        backend = self._backend = backend_of(self.trainer)
+        self._replay = StepReplay(self.trainer, self._is_due, steps_in_backward=backend.steps_in_backward)
+        self._end_watch = wrap(self.trainer.accelerator, "clip_grad_norm_", self._clip)
+        backend.watch_step(self._measure)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the random numbers of a step that is measured."""
+        self._norm = None
+        if self._replay is not None:
+            self._replay.step_begins()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure."""
+        if self._backend is not None and not self._backend.steps_in_backward:
+            self._measure()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let go of the trainer's methods."""
+        self._stop()
+
+    def _is_due(self) -> bool:
+        assert self.trainer is not None
+        return self.trainer.state.global_step % self.every == 0
+
+    def _clip(self, clip_grad_norm: Any, *args: Any, **kwargs: Any) -> Any:
+        norm = clip_grad_norm(*args, **kwargs)
+        if norm is not None and self._is_due():
+            self._norm = float(norm)
+        return norm
+
+    def _measure(self) -> None:
+        if self._backend is None or self._replay is None or not self._is_due():
+            return
+        assert self.trainer is not None
+        shards = self._backend.shards()
+        if not self._backend.can_step(shards):
+            return  # an overflow that the gradient scaler will skip, or nothing to learn from yet
+        try:
+            with self._noting():
+                if self.kind == "critical":
+                    logs = self._critical(shards, self._backend, self._replay)
+                else:
+                    logs = self._eigenvalue(self._replay)
+        except BaseException:
+            self._stop()
+            raise
+        log(self.trainer, {f"sharpness/{name}": value for name, value in logs.items()})
+
+    def _critical(self, shards: Shards, backend: Backend, replay: StepReplay) -> dict[str, float]:
+        assert self.trainer is not None
+        trainer, lr = self.trainer, _lr(self.trainer)
+        history = trainer.state.log_history
+        previous = next((e["sharpness/critical"] for e in reversed(history) if "sharpness/critical" in e), None)
+        start, model = loss_before(backend, replay), trainer.model_wrapped
+        step_lr = 2 / previous if previous else lr or trainer.args.learning_rate
+        if _is_exact_along(shards):
+            with along_step(
+                shards.optimizer, lambda: replay.losses()[0], step_lr, module=model, shards=shards
+            ) as line:
+                loss_along, slope = line
+                found = critical_sharpness(
+                    lambda eta: backend.together(lambda: [loss_along(eta)])[0],
+                    previous=previous,
+                    slope=self._unclipped(slope),
+                    start=start,
+                    rtol=_RTOL,
+                )
+        else:
+            found = critical_sharpness(
+                lambda eta: backend.together(
+                    lambda: loss_after_step(shards.optimizer, replay.losses, eta, module=model, shards=shards)
+                )[0],
+                previous=previous,
+                start=start,
+                rtol=_RTOL,
+            )
+        logs = {"forward_passes": float(found.search.num_evals)}
+        if math.isfinite(found.value):
+            logs |= {"critical": found.value, "stability_ratio": lr * found.value / 2}
+        if math.isfinite(found.search.value):
+            logs["critical_lr"] = found.search.value
+        return logs
+
+    def _unclipped(self, slope: float) -> float | None:
+        """The slope of the loss itself, where that of the gradients may be of clipped ones; None if not known."""
+        assert self.trainer is not None
+        if self.trainer.accelerator.distributed_type is DistributedType.FSDP:
+            return None  # a part of the sum
+        most = self.trainer.args.max_grad_norm
+        if self._backend is None or self._backend.steps_in_backward or most and most > 0 and self._norm is None:
+            return None
+        if most and most > 0 and self._norm is not None:
+            slope /= min(1.0, most / (self._norm + 1e-6))
+        return slope if slope > 0 else None
+
+    def _eigenvalue(self, replay: StepReplay) -> dict[str, float]:
+        assert self.trainer is not None
+        trainer, optimizer = self.trainer, innermost(self.trainer.optimizer)
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+        adam = self.kind == "preconditioned"
+        before = RandomNumbers()
+        try:
+            losses = replay.losses_with_graph()
+            found = sharpness(
+                losses[0] if len(losses) == 1 else losses,
+                model.parameters(),
+                preconditioner=adam_preconditioner(optimizer) if adam else None,
+                tol=self.tol,
+                max_hvps=self.max_hvps,
+                start=self._vectors,
+                module=model,
+                reduce=functools.partial(trainer.accelerator.reduce, reduction="mean")
+                if trainer.args.world_size > 1
+                else None,
+            )
+        finally:
+            before.restore()
+        (value,), (residual,) = found.values, found.residuals
+        logs: dict[str, float] = {"hvps": float(found.hvps)}
+        if not math.isfinite(value):
+            logger.warning(f"the sharpness at step {trainer.state.global_step} is not finite")
+            return logs
+        self._vectors = found.vectors
+        logs |= {self.kind: value, "relative_residual": residual / abs(value) if value else 0.0}
+        if adam or isinstance(optimizer, torch.optim.SGD):
+            threshold = stability_threshold(optimizer)
+            if math.isfinite(threshold):
+                logs |= {"threshold": threshold, "stability_ratio": value / threshold}
+        return logs
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Say once that measurements take long."""
+        assert self.trainer is not None
+        step, begin = self.trainer.state.global_step, time.perf_counter()
+
+        def note() -> None:
+            logger.warning(f"measuring the sharpness before step {step + 1}: it takes longer than a second")
+
+        timer = threading.Timer(_NOTE_AFTER, note)
+        timer.daemon = True
+        if not self._noted:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+        seconds = time.perf_counter() - begin
+        if seconds > _NOTE_AFTER and not self._noted:
+            self._noted = True
+            logger.warning(f"it took {seconds:.1f} s, as every {self.every} steps now; a larger `every` saves time")
+
+    def _stop(self) -> None:
+        if self._replay is not None:
+            self._replay.stop()
+            self._replay = None
+            self._end_watch()
+        if self._backend is not None:
+            self._backend.unwatch_step()
+            self._backend = None
+        self._vectors = None
+
+
+def _lr(trainer: Trainer) -> float:
+    return max(float(group["lr"]) for group in innermost(trainer.optimizer).param_groups)
+
+
+def _is_exact_along(shards: Shards) -> bool:
+    """Whether the step is a line in the learning rate, and its direction is not lost in rounding."""
+    linear = (torch.optim.Adam, torch.optim.SGD, torch.optim.RAdam)  # AdamW and GIAdamW are Adams
+    precise = all(shard.tensor.dtype.itemsize >= 4 for _, held in shards.groups() for shard in held)
+    return isinstance(shards.optimizer, linear) and precise
+
+
+def _why_not(trainer: Trainer, kind: Kind) -> str | None:
+    if (reason := why_not_try(trainer)) is not None:
+        return reason
+    if kind == "critical":
+        return None
+    if trainer.is_fsdp_enabled:
+        return "FSDP2's sharded weights have no second derivative; use kind=critical"
+    if trainer.is_deepspeed_enabled:
+        return "DeepSpeed takes gradients apart during its backward pass, which has no second one; use kind=critical"
+    return None
