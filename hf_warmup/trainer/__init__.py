@@ -5,10 +5,12 @@ from hf_warmup.trainer.callback import WarmupCallback
 from hf_warmup.trainer.compare import Comparison, compare_runs
 from hf_warmup.trainer.optimizer import GIAdamWFactory
 from hf_warmup.trainer.report import warmup_report
+from hf_warmup.trainer.sharpness import SharpnessCallback
 
 __all__ = [
     "Comparison",
     "GIAdamWFactory",
+    "SharpnessCallback",
     "WarmupArguments",
     "WarmupCallback",
     "WarmupTrainingArguments",

@@ -5,12 +5,13 @@ The target η_trgt is `learning_rate` and the duration T_wrm of linear warmup is
 
 import math
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Literal, cast, get_args
 
 from transformers import TrainingArguments
 
 # The warmups that try learning rates along the run.
 TRYING = ("persistent", "guided")
+SharpnessKind = Literal["critical", "hessian", "preconditioned"]
 
 
 @dataclass
@@ -116,6 +117,19 @@ class WarmupArguments:
         metadata={"help": "Relative precision of the critical learning rate, 0.0625 being 6.25%%."},
     )
 
+    sharpness_every: int = field(
+        default=0,
+        metadata={"help": "Steps from one measurement of the sharpness to the next, for the log; 0 is never."},
+    )
+    sharpness_kind: SharpnessKind = field(
+        default="critical",
+        metadata={
+            "help": "Which: `critical` is 2 over the critical learning rate, by a few forward passes; `hessian` the "
+            "largest eigenvalue of the Hessian; `preconditioned` the same for Adam. The last two take some tens of "
+            "training steps' time, and whole weights on every process."
+        },
+    )
+
     def __post_init__(self) -> None:
         """Refuse values that would only fail hours later, then let a TrainingArguments do the same.
 
@@ -134,9 +148,12 @@ class WarmupArguments:
             ValueError: If a value is out of range.
         """
         fixed = self.fixed_init_lr  # raises what is neither a word nor a number
+        if self.sharpness_every < 0:
+            raise ValueError(f"sharpness_every must be at least 0, got {self.sharpness_every}")
         for name, words in (
             ("warmup", ("linear", "exponential", "persistent", "guided")),
             ("guide_until", ("target", "end")),
+            ("sharpness_kind", get_args(SharpnessKind)),
         ):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, got {getattr(self, name)!r}")

@@ -32,7 +32,8 @@ from hf_warmup.trainer.backends import Backend, backend_of, check_processes, pre
 from hf_warmup.trainer.logs import log
 from hf_warmup.trainer.model_card import kept_words, write_card
 from hf_warmup.trainer.optimizer import GIAdamWFactory, gi_adam_cls_and_kwargs
-from hf_warmup.trainer.replay import StepReplay, loss_before
+from hf_warmup.trainer.replay import StepReplay, loss_before, why_not_replay
+from hf_warmup.trainer.sharpness import SharpnessCallback
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,9 @@ class WarmupCallback(TrainerCallback):
             _use_gi_adam(trainer)
         callback._watch(trainer)
         trainer.add_callback(callback)
+        if arguments.sharpness_every:
+            # Behind it, as the first learning rate is only known by then.
+            SharpnessCallback(every=arguments.sharpness_every, kind=arguments.sharpness_kind).attach(trainer)
         return callback
 
     def _watch(self, trainer: Trainer) -> None:
@@ -405,14 +409,8 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
             )
         if (reason := why_not_try(trainer)) is not None:
             raise ValueError(f"{asked} cannot try learning rates here: {reason}; or {instead} to a number or to zero")
-        # What trl's on-policy trainers (GRPO, RLOO, GKD, online DPO, distillation) have in common; the names of
-        # their classes would miss the next one. The model's own `generation_config` is not looked at.
-        if vars(trainer).keys() & {"_buffered_inputs", "generation_config", "generation_kwargs"}:
-            raise ValueError(
-                f"{asked} does not run with {type(trainer).__name__}: its training steps generate their own "
-                "completions and may buffer them for later steps, so a step cannot be replayed on the same batch "
-                f"without side effects; {instead} to a number or to zero"
-            )
+        if (reason := why_not_replay(trainer)) is not None:
+            raise ValueError(f"{asked} does not run here: {reason}; {instead} to a number or to zero")
 
 
 def _use_gi_adam(trainer: Trainer) -> None:

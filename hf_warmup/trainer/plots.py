@@ -1,9 +1,12 @@
 """Plots of runs: learning rate and loss against the optimizer step, and the search for η_c."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast, get_args
 
 from matplotlib.figure import Figure
+
+from hf_warmup.trainer.arguments import SharpnessKind
+from hf_warmup.trainer.report import SHARPNESS_NAMES
 
 History = Sequence[Mapping[str, Any]]
 
@@ -19,22 +22,15 @@ def run_figure(history: History) -> Figure:
     """
     evals: list[Any] = next((e["warmup/evals"] for e in reversed(history) if "warmup/evals" in e), [])
     search = sorted((lr, loss) for lr, loss in evals if lr > 0 and loss is not None)
-    figure = Figure(figsize=(7, 7 if len(search) > 1 else 5), layout="constrained")
+    kind = next((k for k in get_args(SharpnessKind) if any(f"sharpness/{k}" in e for e in history)), None)
+    rows = 2 + (kind is not None)
+    heights = [2.5 * rows] + [2.0] * (len(search) > 1)
+    figure = Figure(figsize=(7, sum(heights)), layout="constrained")
+    runs: Any = figure
     if len(search) > 1:
-        subfigures: Any = figure.subfigures(2, height_ratios=(5, 2))
-        runs, below = subfigures
-        axes = below.subplots()
-        before, least = evals[0][1], min(loss for _, loss in search)
-        drop = before - least
-        if drop > 0:  # trials far too high would hide where the curve crosses
-            search = [(lr, loss) for lr, loss in search if loss <= before + 2 * drop] or search
-        axes.plot(*zip(*search, strict=True), "o-", markersize=4)
-        axes.axhline(before, color="gray", linestyle=":", label="before the first step")
-        axes.set(xscale="log", xlabel="learning rate of the first step", ylabel="loss after it")
-        axes.legend()
-    else:
-        runs = figure
-    upper, lower = runs.subplots(2, sharex=True)
+        runs, below = cast(Any, figure.subfigures(2, height_ratios=heights))
+        _draw_search(below.subplots(), search, evals[0][1])
+    upper, lower, *others = runs.subplots(rows, sharex=True)
     _curve(upper, history, "learning_rate", "-", label="learning rate")
     if sum("warmup/critical_lr" in e for e in history) > 1:
         _curve(upper, history, "warmup/critical_lr", ".", label="critical learning rate")
@@ -43,7 +39,28 @@ def run_figure(history: History) -> Figure:
     _curve(lower, history, "loss", "-", label="training")
     _curve(lower, history, "eval_loss", "o", label="validation")
     _name(upper, lower)
+    for axes in others:
+        assert kind is not None
+        lower.set_xlabel("")
+        _curve(axes, history, f"sharpness/{kind}", ".-", label=SHARPNESS_NAMES[kind])
+        if kind == "critical":  # against the learning rate of every step
+            edge = [{"step": e["step"], "edge": 2 / e["learning_rate"]} for e in history if e.get("learning_rate")]
+            _curve(axes, edge, "edge", "k:", label="2/η")
+        else:
+            _curve(axes, history, "sharpness/threshold", "k:", label="threshold of stability")
+        axes.set(yscale="log", ylabel="sharpness", xlabel="optimizer step")
+        axes.legend()
     return figure
+
+
+def _draw_search(axes: Any, search: list[tuple[float, float]], before: float) -> None:
+    drop = before - min(loss for _, loss in search)
+    if drop > 0:  # trials far too high would hide where the curve crosses
+        search = [(lr, loss) for lr, loss in search if loss <= before + 2 * drop] or search
+    axes.plot(*zip(*search, strict=True), "o-", markersize=4)
+    axes.axhline(before, color="gray", linestyle=":", label="before the first step")
+    axes.set(xscale="log", xlabel="learning rate of the first step", ylabel="loss after it")
+    axes.legend()
 
 
 def runs_figure(histories: Mapping[str, History]) -> Figure:

@@ -179,6 +179,25 @@ class StepReplay:
         return total
 
 
+def why_not_replay(trainer: Trainer) -> str | None:
+    """Why a training step of `trainer` cannot be replayed.
+
+    Args:
+        trainer: The trainer.
+
+    Returns:
+        The reason; None if it can.
+    """
+    # What trl's on-policy trainers (GRPO, RLOO, GKD, online DPO, distillation) have in common; the names of their
+    # classes would miss the next one. The model's own `generation_config` is not looked at.
+    if vars(trainer).keys() & {"_buffered_inputs", "generation_config", "generation_kwargs"}:
+        return (
+            f"the training steps of {type(trainer).__name__} generate their own completions and may buffer them for "
+            "later steps, so a step cannot be replayed on the same batch without side effects"
+        )
+    return None
+
+
 def loss_before(backend: Backend, replay: StepReplay) -> float | None:
     """The loss that the step had before its update, averaged over the processes; on all of them at once.
 

@@ -5,14 +5,19 @@ reports its first part too.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_args
 
 from transformers import Trainer
 
+from hf_warmup.diagnosis import explain, regime_of
 from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.probe import innermost
-from hf_warmup.trainer.arguments import TRYING
+from hf_warmup.trainer.arguments import TRYING, SharpnessKind
+
+SHARPNESS_NAMES = {"critical": "λ_c = 2/η_c", "hessian": "λ^H", "preconditioned": "λ^(P⁻¹H)"}
+EARLY = 5  # measurements that say where training starts
 
 
 def warmup_report(trainer: Trainer) -> dict[str, Any]:
@@ -64,6 +69,7 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         "warmup_steps_taken": steps_taken,
         "forward_passes": last.get("warmup/forward_passes", 0),
         "steps_saved": start.get("warmup/steps_saved", 0.0) if mode == "linear" else None,
+        "sharpness": sharpness_report(history),
         "train_steps": trainer.state.global_step,
         "sequences_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "tokens": trainer.state.num_input_tokens_seen or None,
@@ -77,6 +83,67 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("hf-warmup", "torch", "transformers", "accelerate")},
     }
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
+
+
+def sharpness_report(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The sharpness that was measured along the run.
+
+    Args:
+        history: The trainer's log history.
+
+    Returns:
+        Its kind, its first value and the last of the first five, and the largest stability ratio, with their steps;
+        None if none was measured.
+    """
+    kind = next((k for k in get_args(SharpnessKind) if any(f"sharpness/{k}" in e for e in history)), None)
+    if kind is None:
+        return None
+    entries = [e for e in history if f"sharpness/{kind}" in e]
+    first, later = entries[0], entries[:EARLY][-1]
+    ratios = [e for e in entries if "sharpness/stability_ratio" in e]
+    highest = max(ratios, key=lambda e: e["sharpness/stability_ratio"], default=None)
+    return {
+        "kind": kind,
+        "first": first[f"sharpness/{kind}"],
+        "first_step": first["step"],
+        "later": later[f"sharpness/{kind}"],
+        "later_step": later["step"],
+        # λ_c turns with the direction of the step, and says nothing of where the landscape is going.
+        "regime": None
+        if kind == "critical" or first is later
+        else regime_of(first[f"sharpness/{kind}"], later[f"sharpness/{kind}"]),
+        "highest_stability_ratio": highest and highest["sharpness/stability_ratio"],
+        "highest_stability_ratio_step": highest and highest["step"],
+    }
+
+
+def sharpness_words(measured: Mapping[str, Any]) -> str:
+    """What the measured sharpness says, in words.
+
+    Args:
+        measured: From `sharpness_report`.
+
+    Returns:
+        A few sentences.
+    """
+    name = SHARPNESS_NAMES[measured["kind"]]
+    if measured["regime"] is not None:
+        steps = f"before steps {measured['first_step'] + 1} and {measured['later_step'] + 1}"
+        words = f"Measured {steps}, {explain(name, measured['first'], measured['later'])}"
+    else:
+        words = f"{name} was {measured['first']:.3g} before step {measured['first_step'] + 1}."
+    ratio, step = measured["highest_stability_ratio"], measured["highest_stability_ratio_step"]
+    if ratio is None:
+        return words
+    if measured["kind"] == "critical":
+        return (
+            f"{words} The learning rate was {ratio:.3g} η_c at the most, before step {step + 1}; above η_c a step "
+            "raises the loss of its own batch."
+        )
+    return (
+        f"{words} The stability ratio, λ over the threshold at the learning rate of its step, was {ratio:.3g} at the "
+        f"most, before step {step + 1}; 1 is the edge of stability."
+    )
 
 
 def evaluation(entry: dict[str, Any]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from hf_warmup.trainer.report import (
     mode_words,
     optimizer_words,
     peak_words,
+    sharpness_words,
     verdict,
 )
 
@@ -105,6 +106,8 @@ def warmup_section(report: dict[str, Any]) -> str:
     if report["final_eval_loss"] is not None:
         rows.append(("Final validation loss", f"{report['final_eval_loss']:.4f}"))
     parts = ["## Learning-rate warmup", _table(("Warmup", "This run"), rows), verdict(report)]
+    if report["sharpness"] is not None:
+        parts.append(sharpness_words(report["sharpness"]))
     if report["search_evals"]:
         tried = [
             (f"{lr:.3g}" if lr else "0 (before it)", "not finite" if loss is None else f"{loss:.4f}")
@@ -113,6 +116,8 @@ def warmup_section(report: dict[str, Any]) -> str:
         header = ("Learning rate of the first step", "Loss of its batch after it")
         parts += ["The search for η_c:", _table(header, tried)]
     shown = "Learning rate above, training and validation loss below, against the optimizer step"
+    if report["sharpness"] is not None:
+        shown = shown.replace(", against", ", then the sharpness and the threshold of stability, against")
     if sum(lr > 0 for lr, _ in report["search_evals"] or ()) > 1:
         shown += "; at the bottom the loss after the first step against its learning rate"
     parts += [

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from accelerate.utils import DistributedType
@@ -32,14 +32,14 @@ from hf_warmup.sharpness import (
     sharpness,
     stability_threshold,
 )
+from hf_warmup.trainer.arguments import SharpnessKind
 from hf_warmup.trainer.backends import Backend, backend_of, why_not_try
 from hf_warmup.trainer.logs import log
-from hf_warmup.trainer.replay import StepReplay, loss_before
+from hf_warmup.trainer.replay import StepReplay, loss_before, why_not_replay
+from hf_warmup.trainer.report import EARLY, sharpness_report, sharpness_words
 from hf_warmup.trainer.wrapping import wrap
 
 logger = logging.getLogger(__name__)
-
-Kind = Literal["critical", "hessian", "preconditioned"]
 
 # Relative width of the bracket around η_c. The estimate inside it is within a tenth, and a batch's η_c differs more
 # from the next one's.
@@ -66,11 +66,13 @@ class SharpnessCallback(TrainerCallback):
         ValueError: If an option is out of range.
     """
 
-    def __init__(self, *, every: int = 100, kind: Kind = "critical", tol: float = 1e-2, max_hvps: int = 100) -> None:
+    def __init__(
+        self, *, every: int = 100, kind: SharpnessKind = "critical", tol: float = 1e-2, max_hvps: int = 100
+    ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        if kind not in get_args(Kind):
-            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+        if kind not in get_args(SharpnessKind):
+            raise ValueError(f"kind must be one of {', '.join(get_args(SharpnessKind))}, got {kind!r}")
         if not tol > 0:
             raise ValueError(f"tol must be positive, got {tol}")
         if max_hvps < 2:
@@ -174,6 +176,9 @@ class SharpnessCallback(TrainerCallback):
             self._stop()
             raise
         log(self.trainer, {f"sharpness/{name}": value for name, value in logs.items()})
+        history = self.trainer.state.log_history
+        if self.kind != "critical" and sum(f"sharpness/{self.kind}" in e for e in history) == EARLY:
+            logger.info(sharpness_words(sharpness_report(history) or {}))
 
     def _critical(self, shards: Shards, backend: Backend, replay: StepReplay) -> dict[str, float]:
         assert self.trainer is not None
@@ -301,8 +306,8 @@ def _is_exact_along(shards: Shards) -> bool:
     return isinstance(shards.optimizer, linear) and precise
 
 
-def _why_not(trainer: Trainer, kind: Kind) -> str | None:
-    if (reason := why_not_try(trainer)) is not None:
+def _why_not(trainer: Trainer, kind: SharpnessKind) -> str | None:
+    if (reason := why_not_try(trainer) or why_not_replay(trainer)) is not None:
         return reason
     if kind == "critical":
         return None

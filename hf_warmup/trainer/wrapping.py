@@ -14,24 +14,28 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None
         around: Gets the method as it was, and what it is called with.
 
     Returns:
-        A function that ends it. They may end in any order: one over which another was put stays in its place,
-        and does nothing more.
+        A function that ends it. They may end in any order: one that lies below another does nothing more from then
+        on, and goes when that one does.
     """
-    own, method = vars(owner).get(name), getattr(owner, name)
-    active = True
-
-    @functools.wraps(method)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(method, *args, **kwargs) if active else method(*args, **kwargs)
+    method = getattr(owner, name)
+    wrapper = _Wrapper(vars(owner).get(name), method, around)
+    setattr(owner, name, wrapper)
 
     def end() -> None:
-        nonlocal active
-        active = False
-        if vars(owner).get(name) is wrapper:
-            if own is None:
+        wrapper.active = False
+        while isinstance(top := vars(owner).get(name), _Wrapper) and not top.active:
+            if top.own is None:
                 delattr(owner, name)  # the class's method shows again
             else:
-                setattr(owner, name, own)
+                setattr(owner, name, top.own)
 
-    setattr(owner, name, wrapper)
     return end
+
+
+class _Wrapper:
+    def __init__(self, own: Any, method: Callable[..., Any], around: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, method, updated=())  # the attributes may be those of another wrapper
+        self.own, self.method, self.around, self.active = own, method, around, True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.around(self.method, *args, **kwargs) if self.active else self.method(*args, **kwargs)

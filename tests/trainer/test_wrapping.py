@@ -26,6 +26,7 @@ def test_wrappers_may_end_in_any_order(order):
         seen.clear()
         assert counter.add(0) == sum(10**j for j in left)
         assert seen == left[::-1]
+    assert "add" not in vars(counter)
 
 
 def test_an_object_is_afterwards_what_it_was():

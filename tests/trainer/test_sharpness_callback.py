@@ -1,0 +1,312 @@
+import json
+import logging
+import random
+
+import numpy
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback
+
+from hf_warmup import GIAdamW
+from hf_warmup.probe import innermost, loss_after_step
+from hf_warmup.sharpness import adam_preconditioner, sharpness, stability_threshold
+from hf_warmup.trainer import SharpnessCallback, WarmupCallback
+
+from tiny import make_dataset, make_model
+
+KINDS = ["critical", "hessian", "preconditioned"]
+
+
+def measured(trainer, name):
+    return [e[f"sharpness/{name}"] for e in trainer.state.log_history if f"sharpness/{name}" in e]
+
+
+def watch(trainer, every=1, kind="critical", **options):
+    WarmupCallback.attach(trainer)
+    return SharpnessCallback(every=every, kind=kind, **options).attach(trainer)
+
+
+def collated(trainer):
+    """The first step's micro-batches, and the count of their tokens."""
+    loader = iter(trainer.get_train_dataloader())
+    batches = [next(loader) for _ in range(trainer.args.gradient_accumulation_steps)]
+    return batches, sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+
+
+class Seen(TrainerCallback):
+    """Before a step: the optimizer's preconditioner and threshold, and its loss after a step of any size."""
+
+    def __init__(self, trainer, step=0):
+        self.trainer, self.step = trainer, step
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step != self.step:
+            return
+        optimizer = innermost(self.trainer.optimizer)
+        batches, count = collated(self.trainer) if self.step == 0 else (None, None)
+        if batches is None:
+            return
+
+        def loss():
+            return sum(model(**batch, num_items_in_batch=torch.tensor(count)).loss for batch in batches)
+
+        params = list(model.parameters())
+        adam = isinstance(optimizer, torch.optim.Adam)
+        self.threshold = stability_threshold(optimizer)
+        self.hessian = sharpness(loss, params, tol=1e-5, max_hvps=300).values[0]
+        if adam:
+            p = adam_preconditioner(optimizer)
+            self.preconditioned = sharpness(loss, params, preconditioner=p, tol=1e-5, max_hvps=300).values[0]
+        self.loss = float(loss().detach())
+        self.loss_at = {lr: loss_after_step(optimizer, loss, lr, module=model) for lr in getattr(self, "tries", ())}
+
+
+def quiet_model():
+    return make_model(dropout=0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("optim", ["gi_adam", "adamw"])
+def test_eigenvalues_are_those_of_the_steps_own_loss_and_optimizer(kind, optim, make_trainer):
+    trainer = make_trainer(model=quiet_model(), gi_adam=optim == "gi_adam", seed=3, max_steps=1, warmup_steps=1)
+    watch(trainer, kind=kind, tol=1e-5, max_hvps=300)
+    trainer.add_callback(seen := Seen(trainer))
+    trainer.train()
+    assert measured(trainer, kind) == pytest.approx([getattr(seen, kind)], rel=1e-4)
+    if kind == "preconditioned":
+        assert measured(trainer, "threshold") == pytest.approx([seen.threshold])
+        assert measured(trainer, "stability_ratio") == pytest.approx([seen.preconditioned / seen.threshold], rel=1e-4)
+    else:
+        assert measured(trainer, "threshold") == []  # λ^H has none under Adam
+
+
+def test_sgd_is_measured_against_its_own_threshold(make_trainer):
+    trainer = make_trainer(
+        model=quiet_model(), gi_adam=False, optim="sgd", max_steps=1, warmup_steps=1, learning_rate=0.5, init_lr="0.25"
+    )
+    watch(trainer, kind="hessian")
+    trainer.train()
+    assert measured(trainer, "threshold") == [pytest.approx(2 / 0.25)]
+    (value,), (ratio,) = measured(trainer, "hessian"), measured(trainer, "stability_ratio")
+    assert ratio == pytest.approx(value * 0.25 / 2)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-2])
+def test_critical_sharpness_is_two_over_the_critical_learning_rate(clip, make_trainer):
+    trainer = make_trainer(
+        model=quiet_model(),
+        gi_adam=False,
+        optim="sgd",
+        learning_rate=0.5,
+        max_steps=1,
+        warmup_steps=1,
+        init_lr="0.25",
+        max_grad_norm=clip,
+    )
+    watch(trainer)
+    trainer.add_callback(seen := Seen(trainer))
+    seen.tries = [0.01 * 1.05**i for i in range(250)]
+    trainer.train()
+    first_above = next(lr for lr, loss in seen.loss_at.items() if loss > seen.loss)
+    (value,), (critical,), (ratio,) = (
+        measured(trainer, name) for name in ("critical", "critical_lr", "stability_ratio")
+    )
+    assert critical == pytest.approx(first_above, rel=0.15)
+    assert value == pytest.approx(2 / critical)
+    assert ratio == pytest.approx(0.25 / critical)
+
+
+def test_a_later_measurement_starts_from_the_last_one_and_costs_few_passes(make_trainer):
+    trainer = make_trainer(model=quiet_model(), max_steps=30, warmup_steps=10, learning_rate=1e-2)
+    watch(trainer, every=3)
+    trainer.train()
+    passes = measured(trainer, "forward_passes")
+    assert len(passes) == 10
+    assert sum(passes[4:]) / 6 <= 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"warmup": "guided", "warmup_steps": 0}, {"bf16": True}], ids=str)
+def test_a_measurement_leaves_no_trace(kind, options, make_trainer, tmp_path):
+    """With dropout, clipping and accumulation; guided warmup tries learning rates of its own in the same steps."""
+    runs = []
+    for watched in (False, True):
+        trainer = make_trainer(max_grad_norm=0.5, **options)
+        WarmupCallback.attach(trainer)
+        if watched:
+            SharpnessCallback(every=2, kind=kind).attach(trainer)
+        trainer.train()
+        assert "training_step" not in vars(trainer)
+        assert "get_batch_samples" not in vars(trainer)
+        assert "clip_grad_norm_" not in vars(trainer.accelerator)
+        weights = {name: p.clone() for name, p in trainer.model.named_parameters()}
+        state = innermost(trainer.optimizer).state_dict()["state"]
+        numbers = (torch.rand(3), random.random(), numpy.random.rand())
+        logs = [(e["loss"], e["grad_norm"], e["learning_rate"]) for e in trainer.state.log_history if "loss" in e]
+        runs.append((weights, state, numbers, logs, trainer.model.training))
+    (weights, state, numbers, logs, mode), (weights_too, state_too, numbers_too, logs_too, mode_too) = runs
+    assert all(torch.equal(weights[name], weights_too[name]) for name in weights)
+    for p, values in state.items():
+        assert all(torch.equal(value, state_too[p][name]) for name, value in values.items())
+    assert torch.equal(numbers[0], numbers_too[0])
+    assert numbers[1:] == numbers_too[1:]
+    assert logs == logs_too
+    assert mode == mode_too
+    assert len(measured(trainer, kind)) == 6
+
+
+def test_half_precision_training_is_measured_in_single_precision(make_trainer):
+    values = []
+    for bf16 in (False, True):
+        trainer = make_trainer(model=quiet_model(), bf16=bf16, max_steps=1, warmup_steps=1)
+        watch(trainer, kind="hessian", tol=1e-4)
+        trainer.train()
+        values += measured(trainer, "hessian")
+        assert ("_original_forward" in vars(trainer.model)) is bf16
+    assert values[1] == pytest.approx(values[0], rel=1e-4)
+
+
+def test_bf16_weights_are_measured_too(make_trainer):
+    for kind in KINDS:
+        trainer = make_trainer(model=quiet_model().to(torch.bfloat16), max_steps=2, warmup_steps=1)
+        watch(trainer, kind=kind)
+        trainer.train()
+        assert len(measured(trainer, kind)) == 2
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+
+
+def test_micro_batches_and_one_batch_give_the_same(make_trainer):
+    values = []
+    for size, steps in ((8, 1), (4, 2), (2, 4)):
+        trainer = make_trainer(
+            model=quiet_model(),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            warmup_steps=1,
+        )
+        watch(trainer, kind="preconditioned", tol=1e-4)
+        trainer.train()
+        values += measured(trainer, "preconditioned")
+    assert values[1:] == pytest.approx([values[0]] * 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointed_activations_and_streams_are_measured(kind, make_trainer):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(make_dataset(64))
+
+    values = []
+    for options in ({}, {"activation_checkpointing": True}):
+        trainer = make_trainer(model=quiet_model(), max_steps=2, warmup_steps=1, **options)
+        trainer.train_dataset = Stream()
+        watch(trainer, kind=kind)
+        trainer.train()
+        values.append(measured(trainer, kind))
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+def test_measurements_are_in_trainer_state_in_the_card_and_go_to_reporters(make_trainer, tmp_path):
+    reported = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            reported.extend(name for name in logs if name.startswith("sharpness/"))
+
+    trainer = make_trainer(sharpness_every=2, sharpness_kind="preconditioned", logging_steps=1)
+    WarmupCallback.attach(trainer)
+    trainer.add_callback(Reporter())
+    trainer.train()
+    trainer.save_state()
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    entries = [e for e in history if "sharpness/preconditioned" in e]
+    assert [e["step"] for e in entries] == [0, 2, 4, 6, 8, 10]
+    assert reported.count("sharpness/preconditioned") == 6
+    report = json.loads((tmp_path / "run" / "warmup.json").read_text())["sharpness"]
+    highest = max(entries, key=lambda e: e["sharpness/stability_ratio"])
+    assert report["first"] == entries[0]["sharpness/preconditioned"]
+    assert report["later"] == entries[4]["sharpness/preconditioned"]
+    assert report["highest_stability_ratio"] == highest["sharpness/stability_ratio"]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"λ^(P⁻¹H) goes from {report['first']:.3g} to {report['later']:.3g}, {report['regime']}" in card
+    assert f"was {highest['sharpness/stability_ratio']:.3g} at the most, before step {highest['step'] + 1}" in card
+
+
+def test_where_training_starts_is_said_in_the_log(make_trainer, caplog):
+    trainer = make_trainer()
+    watch(trainer, every=2, kind="preconditioned")
+    with caplog.at_level(logging.INFO, logger="hf_warmup"):
+        trainer.train()
+    (line,) = [r.message for r in caplog.records if "λ^(P⁻¹H) goes from" in r.message]
+    assert "before steps 1 and 9" in line
+
+
+def test_a_measurement_of_more_than_a_second_says_so_once(make_trainer, caplog, monkeypatch):
+    monkeypatch.setattr("hf_warmup.trainer.sharpness._NOTE_AFTER", 1e-4)
+    trainer = make_trainer()
+    watch(trainer, every=2, kind="hessian")
+    with caplog.at_level(logging.WARNING, logger="hf_warmup"):
+        trainer.train()
+    lines = [r.message for r in caplog.records if r.name == "hf_warmup.trainer.sharpness"]
+    assert lines[0] == "measuring the sharpness before step 1: it takes longer than a second"
+    assert "as every 2 steps now; a larger `every` saves time" in lines[1]
+    assert len(lines) == 2
+
+
+def test_a_resumed_run_goes_on_from_the_last_measurement(make_trainer):
+    whole = make_trainer(save_strategy="steps", save_steps=6)
+    watch(whole, every=2)
+    whole.train()
+    resumed = make_trainer(save_strategy="steps", save_steps=6)
+    watch(resumed, every=2)
+    resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-6")
+    assert measured(resumed, "critical") == measured(whole, "critical")
+
+
+def test_the_optimizer_of_a_subclass_and_its_loss_are_measured(make_trainer):
+    class Doubled(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return 2 * super().compute_loss(*args, **kwargs)
+
+    values = []
+    for cls in (Trainer, Doubled):
+        trainer = make_trainer(cls, model=quiet_model(), max_steps=1, warmup_steps=1)
+        watch(trainer, kind="hessian", tol=1e-4)
+        trainer.train()
+        values += measured(trainer, "hessian")
+        assert isinstance(innermost(trainer.optimizer), GIAdamW)
+    assert values[1] == pytest.approx(2 * values[0], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every must be at least 1, got 0"),
+        ({"kind": "trace"}, "kind must be one of critical, hessian, preconditioned, got 'trace'"),
+        ({"tol": 0.0}, "tol must be positive, got 0.0"),
+        ({"max_hvps": 1}, "max_hvps must be at least 2, got 1"),
+    ],
+)
+def test_bad_options_are_refused_with_name_and_value(options, message):
+    with pytest.raises(ValueError, match=message):
+        SharpnessCallback(**options)
+
+
+def test_flags_are_checked(make_trainer):
+    with pytest.raises(ValueError, match="sharpness_every must be at least 0, got -1"):
+        make_trainer(sharpness_every=-1)
+    with pytest.raises(ValueError, match="sharpness_kind must be critical, hessian or preconditioned, got 'trace'"):
+        make_trainer(sharpness_kind="trace")
+
+
+def test_what_cannot_be_measured_is_refused(make_trainer):
+    trainer = make_trainer(gi_adam=False, optim="sgd")
+    watch(trainer, kind="preconditioned")
+    with pytest.raises(ValueError, match="kind=preconditioned is of Adam, AdamW and GIAdamW, got SGD"):
+        trainer.train()
+    trainer = make_trainer()
+    trainer.add_callback(SharpnessCallback())
+    with pytest.raises(RuntimeError, match=r"SharpnessCallback\(\.\.\.\)\.attach\(trainer\)"):
+        trainer.train()
