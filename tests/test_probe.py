@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from hf_warmup import GIAdamW, find_critical_lr, loss_after_step, update_slope
+from hf_warmup import GIAdamW, along_step, find_critical_lr, loss_after_step, update_slope
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1),
@@ -150,6 +150,56 @@ def test_training_with_a_search_at_every_step_is_bitwise_the_same(make):
     train(*searched, 5, search)
     assert_same(plain[0].state_dict(), searched[0].state_dict())
     assert_same(plain[1].state_dict(), searched[1].state_dict())
+
+
+@every_optimizer
+@after
+def test_the_loss_along_a_step_is_that_after_it_up_to_rounding(make, num_steps):
+    model, optimizer, loss_fn = training(make)
+    train(model, optimizer, loss_fn, num_steps)
+    optimizer.zero_grad()
+    loss_fn().backward()
+    lrs = [0.0, 1e-3, 0.03, 0.1, 0.5]
+    before = copy.deepcopy(everything(model, optimizer))
+    with along_step(optimizer, loss_fn, 0.1, module=model) as (loss_at, slope):
+        along = [loss_at(lr) for lr in lrs]
+    assert_same(everything(model, optimizer), before)
+    after = [loss_after_step(optimizer, loss_fn, lr, module=model) for lr in lrs]
+    assert along == pytest.approx(after, rel=2e-5)
+    # Not -(along[1] - along[0]) / 1e-3: in single precision its rounding is too coarse.
+    assert slope == update_slope(optimizer, 0.1)
+    g, u = (torch.cat([t.flatten() for t in ts]).double() for ts in (grads(optimizer), update(optimizer, 0.1)))
+    assert slope == pytest.approx(float(g @ u), rel=1e-4)
+
+
+def grads(optimizer):
+    return [p.grad for group in optimizer.param_groups for p in group["params"]]
+
+
+def update(optimizer, lr):
+    """u from a real step of a copy."""
+    twin = copy.deepcopy(optimizer)
+    params, before = ([p for g in o.param_groups for p in g["params"]] for o in (twin, optimizer))
+    for p, original in zip(params, before, strict=True):
+        p.grad = original.grad.clone()
+    twin.step()
+    return [(b.detach() - p.detach()) / lr for p, b in zip(params, before, strict=True)]
+
+
+def test_a_loss_along_a_step_that_raises_leaves_no_trace():
+    model, optimizer, loss_fn = training(OPTIMIZERS["GIAdamW"])
+    loss_fn().backward()
+    before = copy.deepcopy(everything(model, optimizer))
+
+    def fails():
+        loss_fn()
+        raise KeyError("data")
+
+    with pytest.raises(KeyError), along_step(optimizer, fails, 0.1, module=model) as (loss_at, _):
+        loss_at(0.1)
+    assert_same(everything(model, optimizer), before)
+    with pytest.raises(ValueError, match="lr must be positive and finite, got 0"), along_step(optimizer, fails, 0.0):
+        pass
 
 
 def memory(run):

@@ -21,8 +21,9 @@ from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_warmup.probe import RandomNumbers, Shards, along_step, innermost, loss_after_step
@@ -183,19 +184,21 @@ class SharpnessCallback(TrainerCallback):
     def _critical(self, shards: Shards, backend: Backend, replay: StepReplay) -> dict[str, float]:
         assert self.trainer is not None
         trainer, lr = self.trainer, _lr(self.trainer)
-        history = trainer.state.log_history
-        previous = next((e["sharpness/critical"] for e in reversed(history) if "sharpness/critical" in e), None)
+        # The first search starts at η_trgt: far below η_c the loss moves less than it is rounded.
+        previous = next(
+            (e["sharpness/critical"] for e in reversed(trainer.state.log_history) if e.get("sharpness/critical")),
+            2 / (trainer.args.learning_rate or lr or 1e-3),
+        )
         start, model = loss_before(backend, replay), trainer.model_wrapped
-        step_lr = 2 / previous if previous else lr or trainer.args.learning_rate
         if _is_exact_along(shards):
             with along_step(
-                shards.optimizer, lambda: replay.losses()[0], step_lr, module=model, shards=shards
+                shards.optimizer, lambda: replay.losses()[0], 2 / previous, module=model, shards=shards
             ) as line:
                 loss_along, slope = line
                 found = critical_sharpness(
                     lambda eta: backend.together(lambda: [loss_along(eta)])[0],
                     previous=previous,
-                    slope=self._unclipped(slope),
+                    slope=self._unclipped(shards, slope),
                     start=start,
                     rtol=_RTOL,
                 )
@@ -215,15 +218,20 @@ class SharpnessCallback(TrainerCallback):
             logs["critical_lr"] = found.search.value
         return logs
 
-    def _unclipped(self, slope: float) -> float | None:
+    def _unclipped(self, shards: Shards, slope: float) -> float | None:
         """The slope of the loss itself, where that of the gradients may be of clipped ones; None if not known."""
         assert self.trainer is not None
-        if self.trainer.accelerator.distributed_type is DistributedType.FSDP:
-            return None  # a part of the sum
+        assert self._backend is not None
         most = self.trainer.args.max_grad_norm
-        if self._backend is None or self._backend.steps_in_backward or most and most > 0 and self._norm is None:
+        clips = most is not None and most > 0
+        if self._backend.steps_in_backward or clips and self._norm is None:
             return None
-        if most and most > 0 and self._norm is not None:
+        params = [p for group in shards.optimizer.param_groups for p in group["params"]]
+        if self.trainer.accelerator.distributed_type is DistributedType.FSDP:
+            if not all(isinstance(p, DTensor) and p.device_mesh.ndim == 1 for p in params):
+                return None
+            slope = sum(gather_object([slope]))  # of each process its shards' part
+        if clips and self._norm is not None:
             slope /= min(1.0, most / (self._norm + 1e-6))
         return slope if slope > 0 else None
 

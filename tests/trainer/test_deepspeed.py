@@ -26,7 +26,8 @@ UNCLIPPED = {**LINEAR, "max_grad_norm": 100.0}
 GIVEN = {**LINEAR, "init_lr": "3e-4", "save_strategy": "no", "max_grad_norm": 100.0}
 GUIDED = {**LINEAR, "warmup": "guided", "warmup_steps": 0, "guide_every": 2, "guide_rate": 0.2, "learning_rate": 1e-2}
 ADAM = {"max_steps": 1, "warmup_steps": 1, "learning_rate": 30, "max_init_fraction": 1.0, "max_grad_norm": 0.3}
-RUNS = {"linear": UNCLIPPED, "given": GIVEN, "guided": GUIDED, "adam": ADAM}
+WATCHED = {**GIVEN, "sharpness_every": 4}
+RUNS = {"linear": UNCLIPPED, "given": GIVEN, "guided": GUIDED, "adam": ADAM, "watched": WATCHED}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,23 @@ def test_the_search_finds_what_one_process_finds_along_clipped_gradients(backend
     seen = run(backend, "adam")
     assert seen.numbers("warmup/status") == ["found"]
     assert_same_run(seen, Seen(one, "adam"))
+
+
+@sharded
+def test_critical_sharpness_is_that_of_one_process_and_leaves_no_trace(backend, run, one):
+    seen = run(backend, "watched")
+    found = seen.numbers("sharpness/critical")
+    assert len(found) == 5
+    expected = Seen(one, "watched").numbers("sharpness/critical")
+    # Without the slope, and so by other trials: the brackets are a factor of 2 wide.
+    assert found == pytest.approx(expected, rel=0.15)
+    assert_equal(seen.weights, run(backend, "given").weights)
+
+
+def test_the_hessian_is_refused_under_deepspeed(one):
+    options = {"sharpness_every": 2, "sharpness_kind": "hessian"}
+    launch(one.parent / "refused", 2, {"name": "refused", "backend": "zero2", **options})
+    assert "kind=hessian cannot be measured here" in Seen(one.parent / "refused", "refused").processes[0]["error"]
 
 
 @sharded

@@ -30,7 +30,9 @@ RUNS = {
     "sgd": {**SGD, **FOUND},
     "adam": {**ADAM, **FOUND},
     "random": {**RANDOM, "max_grad_norm": 100.0},
+    "watched": {**GIVEN, "max_grad_norm": 100.0, "sharpness_every": 4},
 }
+HESSIAN = {"max_steps": 4, "warmup_steps": 4, "sharpness_every": 2, "sharpness_kind": "preconditioned"}
 
 
 def runs(backend, **more):
@@ -46,7 +48,7 @@ def resumed(folder, name, step, **changes):
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes") / "one"
     accumulated = {**RUNS["linear"], "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
-    launch(folder, 1, *runs("ddp", accumulated={**accumulated, "save_strategy": "no"}))
+    launch(folder, 1, *runs("ddp", accumulated={**accumulated, "save_strategy": "no"}, hessian=HESSIAN))
     return folder
 
 
@@ -60,6 +62,7 @@ def ddp(one):
         # Two steps: what DDP does before the second one depends on the last forward pass, and later steps hide it.
         options = {**RUNS[name], "max_steps": 2, "warmup_steps": 2, "save_strategy": "no"}
         more[f"batch_norm_{name}"] = {**options, "batch_norm": True}
+    more["hessian"] = HESSIAN
     more["refused"] = {"fsdp": True, "fsdp_config": {"version": 2}}
     launch(folder, 2, *runs("ddp", **more))
     return folder
@@ -72,6 +75,7 @@ def fsdp2(one):
     more["guided_from_4"] = resumed(folder, "guided", 4)
     more["linear_full"] = {**RUNS["linear"], "backend": "fsdp2_full"}
     more["full_from_4"] = resumed(folder, "linear_full", 4, backend="fsdp2_full")
+    more["refused_hessian"] = HESSIAN
     more["few_tokens"] = {**FOUND, "tokens": 25}  # of 50: one half of the embedding has no gradient
     more["memory"] = {**FOUND, "learning_rate": 1e-2, "memory": True}
     launch(folder, 2, *runs("fsdp2", **more))
@@ -131,6 +135,27 @@ def test_random_second_moments_are_those_of_one_process(two, one):
 
 def test_a_search_leaves_no_trace(two):
     assert_equal(Seen(two, "linear").weights, Seen(two, "given").weights)
+
+
+def assert_same_numbers(seen, reference, name, rel, rel_of_first):
+    found, expected = seen.numbers(name), reference.numbers(name)
+    assert len(found) > 1
+    assert found[0] == pytest.approx(expected[0], rel=rel_of_first)
+    assert found[1:] == pytest.approx(expected[1:], rel=rel)
+    for process in seen.processes:
+        assert [entry[name] for entry in process["history"] if name in entry] == found
+
+
+def test_critical_sharpness_is_that_of_one_process_and_leaves_no_trace(two, one):
+    seen = Seen(two, "watched")
+    # The first search comes from far below, where how the loss is rounded decides where it goes on.
+    assert_same_numbers(seen, Seen(one, "watched"), "sharpness/critical", 1e-3, 5e-2)
+    assert_equal(seen.weights, Seen(two, "given").weights)
+
+
+def test_the_hessians_products_are_averaged_under_ddp_and_refused_under_fsdp2(ddp, fsdp2, one):
+    assert_same_numbers(Seen(ddp, "hessian"), Seen(one, "hessian"), "sharpness/preconditioned", 1e-2, 1e-2)
+    assert "kind=preconditioned cannot be measured here" in Seen(fsdp2, "refused_hessian").processes[0]["error"]
 
 
 def test_a_search_leaves_no_trace_in_buffers_that_ddp_sends_around(ddp):
