@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from studies import bench_optimizer, bench_throughput
+from studies import bench_optimizer, bench_throughput, bench_watching
 
 from arguments import parse
 from data import load_text, load_tokenizer, pack
@@ -96,3 +96,14 @@ def test_the_parameters_are_those_of_gpt2():
 def test_a_missing_gpu_is_said_in_a_line():
     with pytest.raises(ValueError, match="device must be cpu where torch finds no GPU, got cuda"):
         bench_optimizer.main(["--device", "cuda"])
+
+
+def test_watched_and_other_runs_have_a_row_per_round(tmp_path, small):
+    options = ["--rounds", "2", "--steps", "12", "--skip", "1", "--threads", "1", "--out", str(tmp_path)]
+    bench_watching.main([*options, "--", *small])
+    rows = rows_of(tmp_path / "bench_watching.csv")
+    ways = list(bench_watching.WAYS)
+    assert [row["way"] for row in rows] == [*reversed(ways), *ways]
+    text = (tmp_path / "bench_watching.md").read_text()
+    assert all(f"| {way}" in text for way in ways)
+    assert "`python recipes/studies/bench_watching.py --rounds 2" in text
