@@ -25,13 +25,19 @@ def run(loop, monkeypatch):
         "num_steps": 8,
     }
     exec(loop, names)
-    assert names["step"] == 7
     return names
 
 
-@pytest.mark.parametrize("loop", LOOPS[:2], ids=["torch", "accelerate"])
+def test_the_diagnosis_of_the_readme_runs_as_printed(monkeypatch, capsys):
+    names = run(LOOPS[0], monkeypatch)
+    assert str(names["found"]) in capsys.readouterr().out
+    assert names["found"].kind == "preconditioned"
+
+
+@pytest.mark.parametrize("loop", LOOPS[1:3], ids=["torch", "accelerate"])
 def test_a_loop_of_the_readme_runs_as_printed(loop, monkeypatch):
     names = run(loop, monkeypatch)
+    assert names["step"] == 7
     assert names["found"].status == "above_target"
     # η_init = 0.1 η_trgt, then the slope η_trgt / T_wrm: at the target after 3.6 steps.
     assert names["warmup"].init_fraction == 0.1
@@ -40,8 +46,9 @@ def test_a_loop_of_the_readme_runs_as_printed(loop, monkeypatch):
 
 
 def test_the_guided_loop_of_the_readme_runs_as_printed(monkeypatch):
-    (loop,) = LOOPS[2:]
+    (loop,) = LOOPS[3:]
     names = run(loop, monkeypatch)
+    assert names["step"] == 7
     guide = names["guide"]
     assert guide.num_steps == 8
     assert guide.ramp_end == 3  # half of the run
