@@ -11,9 +11,7 @@ and beside each the stability ratio, λ over the threshold at which the optimize
 rate (of `critical`: η / η_c). 1 is the edge of stability. A measurement leaves no trace.
 """
 
-import functools
 import logging
-import math
 import threading
 import time
 from collections.abc import Iterator
@@ -21,30 +19,20 @@ from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
-from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_warmup.probe import RandomNumbers, Shards, along_step, innermost, loss_after_step
-from hf_warmup.sharpness import (
-    adam_preconditioner,
-    critical_sharpness,
-    sharpness,
-    stability_threshold,
-)
+from hf_warmup.probe import innermost
 from hf_warmup.trainer.arguments import SharpnessKind
 from hf_warmup.trainer.backends import Backend, backend_of, why_not_try
 from hf_warmup.trainer.logs import log
-from hf_warmup.trainer.replay import StepReplay, loss_before, why_not_replay
+from hf_warmup.trainer.measuring import measure_critical, measure_eigenvalue
+from hf_warmup.trainer.replay import StepReplay, why_not_replay
 from hf_warmup.trainer.report import EARLY, sharpness_report, sharpness_words
 from hf_warmup.trainer.wrapping import wrap
 
 logger = logging.getLogger(__name__)
 
-# Relative width of the bracket around η_c. The estimate inside it is within a tenth, and a batch's η_c differs more
-# from the next one's.
-_RTOL = 1.0
 _NOTE_AFTER = 1.0  # seconds
 
 
@@ -170,9 +158,16 @@ class SharpnessCallback(TrainerCallback):
         try:
             with self._noting():
                 if self.kind == "critical":
-                    logs = self._critical(shards, self._backend, self._replay)
+                    logs = measure_critical(self.trainer, self._backend, shards, self._replay, self._norm)
                 else:
-                    logs = self._eigenvalue(self._replay)
+                    logs, self._vectors = measure_eigenvalue(
+                        self.trainer,
+                        self._replay,
+                        adam=self.kind == "preconditioned",
+                        start=self._vectors,
+                        tol=self.tol,
+                        max_hvps=self.max_hvps,
+                    )
         except BaseException:
             self._stop()
             raise
@@ -180,95 +175,6 @@ class SharpnessCallback(TrainerCallback):
         history = self.trainer.state.log_history
         if self.kind != "critical" and sum(f"sharpness/{self.kind}" in e for e in history) == EARLY:
             logger.info(sharpness_words(sharpness_report(history) or {}))
-
-    def _critical(self, shards: Shards, backend: Backend, replay: StepReplay) -> dict[str, float]:
-        assert self.trainer is not None
-        trainer, lr = self.trainer, _lr(self.trainer)
-        # The first search starts at η_trgt: far below η_c the loss moves less than it is rounded.
-        previous = next(
-            (e["sharpness/critical"] for e in reversed(trainer.state.log_history) if e.get("sharpness/critical")),
-            2 / (trainer.args.learning_rate or lr or 1e-3),
-        )
-        start, model = loss_before(backend, replay), trainer.model_wrapped
-        if _is_exact_along(shards):
-            with along_step(
-                shards.optimizer, lambda: replay.losses()[0], 2 / previous, module=model, shards=shards
-            ) as line:
-                loss_along, slope = line
-                found = critical_sharpness(
-                    lambda eta: backend.together(lambda: [loss_along(eta)])[0],
-                    previous=previous,
-                    slope=self._unclipped(shards, slope),
-                    start=start,
-                    rtol=_RTOL,
-                )
-        else:
-            found = critical_sharpness(
-                lambda eta: backend.together(
-                    lambda: loss_after_step(shards.optimizer, replay.losses, eta, module=model, shards=shards)
-                )[0],
-                previous=previous,
-                start=start,
-                rtol=_RTOL,
-            )
-        logs = {"forward_passes": float(found.search.num_evals)}
-        if math.isfinite(found.value):
-            logs |= {"critical": found.value, "stability_ratio": lr * found.value / 2}
-        if math.isfinite(found.search.value):
-            logs["critical_lr"] = found.search.value
-        return logs
-
-    def _unclipped(self, shards: Shards, slope: float) -> float | None:
-        """The slope of the loss itself, where that of the gradients may be of clipped ones; None if not known."""
-        assert self.trainer is not None
-        assert self._backend is not None
-        most = self.trainer.args.max_grad_norm
-        clips = most is not None and most > 0
-        if self._backend.steps_in_backward or clips and self._norm is None:
-            return None
-        params = [p for group in shards.optimizer.param_groups for p in group["params"]]
-        if self.trainer.accelerator.distributed_type is DistributedType.FSDP:
-            if not all(isinstance(p, DTensor) and p.device_mesh.ndim == 1 for p in params):
-                return None
-            slope = sum(gather_object([slope]))  # of each process its shards' part
-        if clips and self._norm is not None:
-            slope /= min(1.0, most / (self._norm + 1e-6))
-        return slope if slope > 0 else None
-
-    def _eigenvalue(self, replay: StepReplay) -> dict[str, float]:
-        assert self.trainer is not None
-        trainer, optimizer = self.trainer, innermost(self.trainer.optimizer)
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
-        adam = self.kind == "preconditioned"
-        before = RandomNumbers()
-        try:
-            losses = replay.losses_with_graph()
-            found = sharpness(
-                losses[0] if len(losses) == 1 else losses,
-                model.parameters(),
-                preconditioner=adam_preconditioner(optimizer) if adam else None,
-                tol=self.tol,
-                max_hvps=self.max_hvps,
-                start=self._vectors,
-                module=model,
-                reduce=functools.partial(trainer.accelerator.reduce, reduction="mean")
-                if trainer.args.world_size > 1
-                else None,
-            )
-        finally:
-            before.restore()
-        (value,), (residual,) = found.values, found.residuals
-        logs: dict[str, float] = {"hvps": float(found.hvps)}
-        if not math.isfinite(value):
-            logger.warning(f"the sharpness at step {trainer.state.global_step} is not finite")
-            return logs
-        self._vectors = found.vectors
-        logs |= {self.kind: value, "relative_residual": residual / abs(value) if value else 0.0}
-        if adam or isinstance(optimizer, torch.optim.SGD):
-            threshold = stability_threshold(optimizer)
-            if math.isfinite(threshold):
-                logs |= {"threshold": threshold, "stability_ratio": value / threshold}
-        return logs
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
@@ -301,17 +207,6 @@ class SharpnessCallback(TrainerCallback):
             self._backend.unwatch_step()
             self._backend = None
         self._vectors = None
-
-
-def _lr(trainer: Trainer) -> float:
-    return max(float(group["lr"]) for group in innermost(trainer.optimizer).param_groups)
-
-
-def _is_exact_along(shards: Shards) -> bool:
-    """Whether the step is a line in the learning rate, and its direction is not lost in rounding."""
-    linear = (torch.optim.Adam, torch.optim.SGD, torch.optim.RAdam)  # AdamW and GIAdamW are Adams
-    precise = all(shard.tensor.dtype.itemsize >= 4 for _, held in shards.groups() for shard in held)
-    return isinstance(shards.optimizer, linear) and precise
 
 
 def _why_not(trainer: Trainer, kind: SharpnessKind) -> str | None:

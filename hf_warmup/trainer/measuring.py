@@ -1,0 +1,150 @@
+"""One measurement of the sharpness on a live Trainer, before the step that it is about to make."""
+
+import functools
+import logging
+import math
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from transformers import Trainer
+
+from hf_warmup.probe import RandomNumbers, Shards, along_step, innermost, loss_after_step
+from hf_warmup.sharpness import adam_preconditioner, critical_sharpness, sharpness, stability_threshold
+from hf_warmup.trainer.backends import Backend
+from hf_warmup.trainer.replay import StepReplay, loss_before
+
+logger = logging.getLogger(__name__)
+
+# Relative width of the bracket around η_c. The estimate inside it is within a tenth, and a batch's η_c differs more
+# from the next one's.
+_RTOL = 1.0
+
+
+def measure_critical(
+    trainer: Trainer, backend: Backend, shards: Shards, replay: StepReplay, gradient_norm: float | None
+) -> dict[str, float]:
+    """λ_c = 2 / η_c of the step to come, from the last measurement on.
+
+    Args:
+        trainer: The trainer.
+        backend: How its model is spread.
+        shards: What this process holds of the parameters.
+        replay: The step.
+        gradient_norm: Of the gradients before they were clipped; None if it is not known.
+
+    Returns:
+        Numbers to log by name.
+    """
+    optimizer, model = shards.optimizer, trainer.model_wrapped
+    lr = max(float(group["lr"]) for group in optimizer.param_groups)
+    # The first search starts at η_trgt: far below η_c the loss moves less than it is rounded.
+    previous = next(
+        (e["sharpness/critical"] for e in reversed(trainer.state.log_history) if e.get("sharpness/critical")),
+        2 / (trainer.args.learning_rate or lr or 1e-3),
+    )
+    search = functools.partial(critical_sharpness, previous=previous, start=loss_before(backend, replay), rtol=_RTOL)
+    if _is_exact_along(shards):
+        with along_step(optimizer, lambda: replay.losses()[0], 2 / previous, module=model, shards=shards) as (
+            loss_along,
+            slope,
+        ):
+            found = search(
+                lambda eta: backend.together(lambda: [loss_along(eta)])[0],
+                slope=_unclipped(trainer, backend, optimizer, slope, gradient_norm),
+            )
+    else:
+        found = search(
+            lambda eta: backend.together(
+                lambda: loss_after_step(optimizer, replay.losses, eta, module=model, shards=shards)
+            )[0]
+        )
+    logs = {"forward_passes": float(found.search.num_evals)}
+    if math.isfinite(found.value):
+        logs |= {"critical": found.value, "stability_ratio": lr * found.value / 2}
+    if math.isfinite(found.search.value):
+        logs["critical_lr"] = found.search.value
+    return logs
+
+
+def measure_eigenvalue(
+    trainer: Trainer, replay: StepReplay, *, adam: bool, start: Tensor | None, tol: float, max_hvps: int
+) -> tuple[dict[str, float], Tensor | None]:
+    """λ^H, or λ^(P⁻¹H) for `adam`, of the loss of the step to come.
+
+    Args:
+        trainer: The trainer.
+        replay: The step.
+        adam: Whether it is the pre-conditioned one.
+        start: The eigenvectors of the last measurement.
+        tol: As for `sharpness`.
+        max_hvps: As for `sharpness`.
+
+    Returns:
+        Numbers to log by name, and the eigenvectors; None if λ is not finite.
+    """
+    optimizer = innermost(trainer.optimizer)
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+    mean = functools.partial(trainer.accelerator.reduce, reduction="mean")
+    before = RandomNumbers()
+    try:
+        losses = replay.losses_with_graph()
+        found = sharpness(
+            losses[0] if len(losses) == 1 else losses,
+            model.parameters(),
+            preconditioner=adam_preconditioner(optimizer) if adam else None,
+            tol=tol,
+            max_hvps=max_hvps,
+            start=start,
+            module=model,
+            reduce=mean if trainer.args.world_size > 1 else None,
+        )
+    finally:
+        before.restore()
+    (value,), (residual,) = found.values, found.residuals
+    logs = {"hvps": float(found.hvps)}
+    if not math.isfinite(value):
+        logger.warning(f"the sharpness before step {trainer.state.global_step + 1} is not finite")
+        return logs, None
+    logs |= {"preconditioned" if adam else "hessian": value}
+    logs["relative_residual"] = residual / abs(value) if value else 0.0
+    if (threshold := _threshold(optimizer, adam)) is not None:
+        logs |= {"threshold": threshold, "stability_ratio": value / threshold}
+    return logs, found.vectors
+
+
+def _threshold(optimizer: Optimizer, adam: bool) -> float | None:
+    """The threshold of stability; None where there is none for this λ, or not one for all parameters."""
+    one_lr = len({float(group["lr"]) for group in optimizer.param_groups}) == 1
+    if not one_lr or not (adam or isinstance(optimizer, torch.optim.SGD)):
+        return None
+    threshold = stability_threshold(optimizer)
+    return threshold if math.isfinite(threshold) else None
+
+
+def _unclipped(
+    trainer: Trainer, backend: Backend, optimizer: Optimizer, slope: float, gradient_norm: float | None
+) -> float | None:
+    """The slope of the loss itself, where that of the gradients may be of clipped ones; None if not known."""
+    most: Any = trainer.args.max_grad_norm
+    clips = most is not None and most > 0
+    if backend.steps_in_backward or clips and gradient_norm is None:
+        return None
+    if trainer.accelerator.distributed_type is DistributedType.FSDP:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if not all(isinstance(p, DTensor) and p.device_mesh.ndim == 1 for p in params):
+            return None
+        slope = sum(gather_object([slope]))  # of each process its shards' part
+    if clips and gradient_norm is not None:
+        slope /= min(1.0, most / (gradient_norm + 1e-6))
+    return slope if slope > 0 else None
+
+
+def _is_exact_along(shards: Shards) -> bool:
+    """Whether the step is a line in the learning rate, and its direction is not lost in rounding."""
+    linear = (torch.optim.Adam, torch.optim.SGD, torch.optim.RAdam)  # AdamW and GIAdamW are Adams
+    precise = all(shard.tensor.dtype.itemsize >= 4 for _, held in shards.groups() for shard in held)
+    return isinstance(shards.optimizer, linear) and precise
