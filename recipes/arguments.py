@@ -11,6 +11,8 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 from transformers import AutoConfig, HfArgumentParser, PretrainedConfig
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_warmup.trainer import WarmupTrainingArguments
 
@@ -178,6 +180,10 @@ def parse(argv: list[str]) -> tuple[WarmupTrainingArguments, RecipeArguments]:
         raise ValueError(
             f"max_steps must be positive with streaming=true, got {training.max_steps}: a stream has no end"
         )
+    available = get_available_reporting_integrations()
+    for name in training.report_to:
+        if name in INTEGRATION_TO_CALLBACK and name not in available:
+            raise ValueError(f"report_to must be of what is installed, got {name}: pip install it, or pass --report_to none")
     if recipe.smoke:
         training.per_device_train_batch_size = training.per_device_eval_batch_size = 2
         training.gradient_accumulation_steps = min(2, training.gradient_accumulation_steps)

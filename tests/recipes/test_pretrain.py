@@ -295,6 +295,7 @@ BAD = [
     ({"learning_rate": "6e-4"}, "learning_rate must be a number, got '6e-4'; YAML needs the dot: 6.0e-4"),
     ({"max_steps": "many"}, "max_steps must be a number, got 'many'"),
     ({"use_cpu": "banana"}, "use_cpu must be true or false, got 'banana'"),
+    ({"report_to": "wandb"}, "report_to must be of what is installed, got wandb: pip install it"),
     ({"objective": "seq2seq"}, "argument --objective: invalid choice: 'seq2seq'"),
     ({"lr_scheduler_type": "cosin"}, "cosin"),
     ({"text": "nowhere.txt"}, "text must be a file that exists, got .*nowhere.txt"),

@@ -34,7 +34,7 @@ def command(path, folder):
         "--disable_tqdm",
         "true",
     ]
-    options += ["--eval_steps", "3", "--held_out", "100", "--report_to", "none"]
+    options += ["--eval_steps", "3", "--held_out", "100"]
     options += ["--dataloader_num_workers", "1"]
     recipe = yaml.safe_load(path.read_text())
     if "warmup" not in recipe:
