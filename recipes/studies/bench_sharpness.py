@@ -11,22 +11,16 @@ is known from the same Hessian in double precision; the first run that is counts
 
 import argparse
 import contextlib
-import csv
 import importlib.util
 import io
 import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -40,6 +34,8 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_warmup.sharpness import sharpness
+
+from reporting import RESULTS, allocations, conditions, current_commit, torch_threads, write
 
 TEXT = Path(__file__).parents[1] / "tiny" / "shakespeare.txt"
 VOCAB = 128  # the text is ASCII
@@ -222,8 +218,7 @@ def peak(run: Callable[[], Any], case: Case) -> float:
     """Most memory held at once by the allocator's own record, in multiples of the parameters' bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    held = accumulate(size for _, size in allocations(profiled))
     return max(held) / sum(p.nbytes for p in case.model().parameters())
 
 
@@ -311,10 +306,9 @@ def table(made: list[dict[str, Any]]) -> str:
     return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def conditions(made: list[dict[str, Any]], args: argparse.Namespace, commit: str) -> str:
+def explanation(made: list[dict[str, Any]], args: argparse.Namespace, commit: str) -> str:
     """How the table was made, and how to read it."""
     packages = ["torch", "transformers", "scipy", *(PEERS[tool][0] for tool in args.tools if tool in PEERS)]
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     num = sum(p.numel() for p in LanguageModel(args, "sdpa").parameters())
     step = statistics.median(row["training step seconds"] for row in made)
     ends = "; ".join(
@@ -344,8 +338,7 @@ with eager attention, as SDPA's CPU kernels have no second derivative; ours swit
 parameters' bytes; a training step's, {made[0]["training step peak"]:.0f} ×, is subtracted. ARPACK's vectors (20 × in \
 single precision) are numpy's and not seen.
 
-{versions}; {_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch thread; commit {commit}; \
-{date.today().isoformat()}. `python recipes/studies/bench_sharpness.py`
+{conditions(packages, commit)} `python recipes/studies/bench_sharpness.py`
 """
 
 
@@ -353,18 +346,12 @@ def _median(values: list[float]) -> str:
     return f"{statistics.median(values):.3g}" if values else "n/a"
 
 
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor()
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 100], help="training steps before the measurement")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--context", type=int, default=64, help="bytes")
@@ -378,23 +365,11 @@ def main(argv: list[str] | None = None) -> None:
     missing += [] if importlib.util.find_spec("scipy") else ["scipy"]
     if missing:
         sys.exit(f"not installed: {', '.join(missing)}; run: pip install 'hf-warmup[bench]'")
-    # Now: the commit of the code that was imported, also when the next one is made meanwhile.
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    commit = current_commit()
+    with torch_threads(1):
         made = rows(args)
-        text = f"{table(made)}\n\n{conditions(made, args, commit)}"
-    finally:
-        torch.set_num_threads(threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / "bench_sharpness.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, made[0])
-        writer.writeheader()
-        writer.writerows(made)
-    (args.out / "bench_sharpness.md").write_text(text)
-    print(text)
+        text = f"{table(made)}\n\n{explanation(made, args, commit)}"
+    write(args.out, "bench_sharpness", made, text)
 
 
 if __name__ == "__main__":
