@@ -14,6 +14,9 @@ A few steps at a stable learning rate then say where training is going without b
     progressive sharpening   λ rises, up to the threshold of the learning rate that is reached
     sharpness reduction      λ falls by itself
 
+P changes in these steps as well, by its factor 1-β1^t and by averaging over more gradients, and λ^(P⁻¹H) falls with
+it while θ stands still. So λ is compared with one P, that of the last of these steps, and what P does is said apart.
+
 In the first, warmup meets the threshold again and again while η is small, where an instability (a catapult) is mild
 and leaves a flatter region; in the second, it waits until λ has fallen below the threshold of η_trgt.
 
@@ -48,9 +51,10 @@ class Diagnosis:
 
     Attributes:
         kind: Which λ it is about, `hessian` or `preconditioned`.
-        sharpness: λ at the start.
-        later_sharpness: λ after the few steps, on the same batch.
-        num_steps: How many they were.
+        sharpness: λ at the start, with the P of the first step.
+        num_steps: How many steps were made to see where it goes.
+        before: λ at the start, with the P that Adam has after these steps.
+        after: λ after these steps, with the same P and on the same batch.
         target_lr: η_trgt.
         stability_ratio: λ at the start over the threshold of a first step with η_trgt: above 1 it is unstable.
         critical_lr: The search for η_c, which ends at η_trgt.
@@ -58,8 +62,9 @@ class Diagnosis:
 
     kind: Literal["hessian", "preconditioned"]
     sharpness: float
-    later_sharpness: float
     num_steps: int
+    before: float
+    after: float
     target_lr: float
     stability_ratio: float
     critical_lr: CriticalLR
@@ -67,7 +72,7 @@ class Diagnosis:
     @property
     def regime(self) -> Regime:
         """Where λ is going by itself."""
-        return regime_of(self.sharpness, self.later_sharpness)
+        return regime_of(self.before, self.after)
 
     @property
     def needs_warmup(self) -> bool | None:
@@ -91,7 +96,15 @@ class Diagnosis:
         return (
             f"{verdict} {name} = {self.sharpness:.3g} is {self.stability_ratio:.3g} times the threshold of a first "
             f"step with it, and η_c of that step is {critical}. "
-            f"{explain(name, self.sharpness, self.later_sharpness)}"
+            f"{self._explanation(name)}"
+        )
+
+    def _explanation(self, name: str) -> str:
+        if self.kind == "hessian":
+            return explain(name, self.before, self.after)
+        return (
+            f"P alone takes {name} to {self.before:.3g} in {self.num_steps} steps, as it averages gradients. "
+            f"With that P, {explain(name, self.before, self.after)}"
         )
 
 
@@ -178,7 +191,8 @@ def diagnose(
         if module is not None:
             restored.enter_context(same_module(module))
         restored.enter_context(same_state(inner))
-        restored.callback(_give_back, [(p, p.detach().clone(), p.grad) for p in params])
+        start = [(p, p.detach().clone(), p.grad) for p in params]
+        restored.callback(_give_back, start)
         for group in inner.param_groups:
             group["lr"] = target_lr
 
@@ -189,24 +203,28 @@ def diagnose(
             loss.backward()
             return float(loss.detach())
 
-        def measure(start: Tensor | None = None) -> tuple[float, float, Tensor]:
+        def preconditioner() -> tuple[float, dict[Tensor, Tensor] | None]:
             numbers.restore()
             loss = gradients_of(loss_fns[0])
             if not math.isfinite(loss):
                 raise RuntimeError(f"the loss is {loss} at the start: check the data and the model")
+            return loss, adam_preconditioner(inner) if adam else None
+
+        def measure(p: dict[Tensor, Tensor] | None, start: Tensor | None = None) -> tuple[float, Tensor]:
             numbers.restore()
             found = sharpness(
                 loss_fns[0],
                 params,
-                preconditioner=adam_preconditioner(inner) if adam else None,
+                preconditioner=p,
                 tol=tol,
                 max_hvps=max_hvps,
                 start=start,
                 module=module,
             )
-            return loss, found.values[0], found.vectors
+            return found.values[0], found.vectors
 
-        loss, first, vectors = measure()
+        loss, p_first = preconditioner()
+        first, vectors = measure(p_first)
         if not math.isfinite(first):
             raise RuntimeError(f"the sharpness is {first} at the start: check the data and the model")
         threshold = stability_threshold(inner, first_step=True)
@@ -222,12 +240,18 @@ def diagnose(
             inner.step()
         for group in inner.param_groups:
             group["lr"] = target_lr
-        _, later, _ = measure(vectors)
+        _, p_later = preconditioner()
+        after, vectors = measure(p_later, vectors)
+        before = first
+        if adam:
+            _give_back(start)
+            before, _ = measure(p_later, vectors)
     return Diagnosis(
         "preconditioned" if adam else "hessian",
         first,
-        later,
         num_steps,
+        before,
+        after,
         target_lr,
         first / threshold,
         critical,

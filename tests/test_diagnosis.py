@@ -97,6 +97,18 @@ def test_it_leaves_no_trace(make, steps):
     assert state["param_groups"] == state_too["param_groups"]
 
 
+def test_the_regime_of_adam_is_that_of_the_landscape_and_not_of_its_preconditioner():
+    """On a quadratic the Hessian stands still, while P falls from step to step by 1-β1^t alone."""
+    x, y = parameters(1.0, 1.0)
+    optimizer = torch.optim.AdamW([x, y], lr=1e-3, weight_decay=0.0)
+    found = diagnose(optimizer, [lambda: 0.5 * x**2 + 2 * y**2], 1e-4, tol=1e-8)
+    # P_1 = .1 |g_1|: λ = max(1 / .1, 4 / .4). After five more steps the factor is 1-.9⁶.
+    assert found.sharpness == pytest.approx(10.0, rel=1e-3)
+    assert found.before == pytest.approx(1 / (1 - 0.9**6), rel=1e-2)
+    assert found.after == pytest.approx(found.before, rel=1e-2)
+    assert found.regime == "neither"
+
+
 def test_it_leaves_no_trace_either_where_the_loss_raises():
     (x,) = parameters(1.0)
     x.grad = torch.ones_like(x)
@@ -122,7 +134,7 @@ def test_a_gpt_bears_a_tiny_rate_and_no_huge_one():
     found = diagnose(optimizer, loss_fns, 1e2, module=model)
     assert found.needs_warmup is True
     assert found.kind == "preconditioned"
-    assert "λ^(P⁻¹H)" in str(found)
+    assert "With that P, λ^(P⁻¹H) goes from" in str(found)
     # 20 / λ at the first step, β1 = .9.
     assert found.stability_ratio == pytest.approx(found.sharpness * 1e2 / 20)
 

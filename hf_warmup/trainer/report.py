@@ -17,6 +17,7 @@ from hf_warmup.probe import innermost
 from hf_warmup.trainer.arguments import TRYING, SharpnessKind
 
 SHARPNESS_NAMES = {"critical": "λ_c = 2/η_c", "hessian": "λ^H", "preconditioned": "λ^(P⁻¹H)"}
+_COMPARED = {**SHARPNESS_NAMES, "preconditioned": "λ^(P⁻¹H) without P's factor 1-β1^t"}
 EARLY = 5  # measurements that say where training starts
 
 
@@ -69,7 +70,7 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         "warmup_steps_taken": steps_taken,
         "forward_passes": last.get("warmup/forward_passes", 0),
         "steps_saved": start.get("warmup/steps_saved", 0.0) if mode == "linear" else None,
-        "sharpness": sharpness_report(history),
+        "sharpness": sharpness_report(history, beta1_of(optimizer)),
         "train_steps": trainer.state.global_step,
         "sequences_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "tokens": trainer.state.num_input_tokens_seen or None,
@@ -85,11 +86,25 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
 
 
-def sharpness_report(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def beta1_of(optimizer: Any) -> float:
+    """β1 of an optimizer of Adam's kin.
+
+    Args:
+        optimizer: Without a wrapper.
+
+    Returns:
+        β1; 0 of another optimizer.
+    """
+    return float(optimizer.defaults["betas"][0]) if "betas" in optimizer.defaults else 0.0
+
+
+def sharpness_report(history: Sequence[Mapping[str, Any]], beta1: float = 0.0) -> dict[str, Any] | None:
     """The sharpness that was measured along the run.
 
     Args:
         history: The trainer's log history.
+        beta1: Adam's β1: P has the factor 1-β1^t, which alone lets λ^(P⁻¹H) fall, and which is taken out of the two
+            values that are compared.
 
     Returns:
         Its kind, its first value and the last of the first five, and the largest stability ratio, with their steps;
@@ -100,18 +115,20 @@ def sharpness_report(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | N
         return None
     entries = [e for e in history if f"sharpness/{kind}" in e]
     first, later = entries[0], entries[:EARLY][-1]
+    before, after = (
+        e[f"sharpness/{kind}"] * (1 - beta1 ** (e["step"] + 1) if kind == "preconditioned" else 1)
+        for e in (first, later)
+    )
     ratios = [e for e in entries if "sharpness/stability_ratio" in e]
     highest = max(ratios, key=lambda e: e["sharpness/stability_ratio"], default=None)
     return {
         "kind": kind,
-        "first": first[f"sharpness/{kind}"],
+        "first": before,
         "first_step": first["step"],
-        "later": later[f"sharpness/{kind}"],
+        "later": after,
         "later_step": later["step"],
         # λ_c turns with the direction of the step, and says nothing of where the landscape is going.
-        "regime": None
-        if kind == "critical" or first is later
-        else regime_of(first[f"sharpness/{kind}"], later[f"sharpness/{kind}"]),
+        "regime": None if kind == "critical" or first is later else regime_of(before, after),
         "highest_stability_ratio": highest and highest["sharpness/stability_ratio"],
         "highest_stability_ratio_step": highest and highest["step"],
     }
@@ -126,7 +143,7 @@ def sharpness_words(measured: Mapping[str, Any]) -> str:
     Returns:
         A few sentences.
     """
-    name = SHARPNESS_NAMES[measured["kind"]]
+    name = _COMPARED[measured["kind"]]
     if measured["regime"] is not None:
         steps = f"before steps {measured['first_step'] + 1} and {measured['later_step'] + 1}"
         words = f"Measured {steps}, {explain(name, measured['first'], measured['later'])}"

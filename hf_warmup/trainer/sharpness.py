@@ -28,7 +28,7 @@ from hf_warmup.trainer.backends import Backend, backend_of, why_not_try
 from hf_warmup.trainer.logs import log
 from hf_warmup.trainer.measuring import measure_critical, measure_eigenvalue
 from hf_warmup.trainer.replay import StepReplay, why_not_replay
-from hf_warmup.trainer.report import EARLY, sharpness_report, sharpness_words
+from hf_warmup.trainer.report import EARLY, beta1_of, sharpness_report, sharpness_words
 from hf_warmup.trainer.wrapping import wrap
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ class SharpnessCallback(TrainerCallback):
         log(self.trainer, {f"sharpness/{name}": value for name, value in logs.items()})
         history = self.trainer.state.log_history
         if self.kind != "critical" and sum(f"sharpness/{self.kind}" in e for e in history) == EARLY:
-            logger.info(sharpness_words(sharpness_report(history) or {}))
+            logger.info(sharpness_words(sharpness_report(history, beta1_of(innermost(self.trainer.optimizer))) or {}))
 
     @contextmanager
     def _noting(self) -> Iterator[None]:

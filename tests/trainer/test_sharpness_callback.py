@@ -226,11 +226,13 @@ def test_measurements_are_in_trainer_state_in_the_card_and_go_to_reporters(make_
     assert reported.count("sharpness/preconditioned") == 6
     report = json.loads((tmp_path / "run" / "warmup.json").read_text())["sharpness"]
     highest = max(entries, key=lambda e: e["sharpness/stability_ratio"])
-    assert report["first"] == entries[0]["sharpness/preconditioned"]
-    assert report["later"] == entries[4]["sharpness/preconditioned"]
+    # Without P's factor 1-β1^t at t = 1 and 9.
+    assert report["first"] == pytest.approx(entries[0]["sharpness/preconditioned"] * 0.1)
+    assert report["later"] == pytest.approx(entries[4]["sharpness/preconditioned"] * (1 - 0.9**9))
     assert report["highest_stability_ratio"] == highest["sharpness/stability_ratio"]
     card = (tmp_path / "run" / "README.md").read_text()
-    assert f"λ^(P⁻¹H) goes from {report['first']:.3g} to {report['later']:.3g}, {report['regime']}" in card
+    change = f"goes from {report['first']:.3g} to {report['later']:.3g}, {report['regime']}"
+    assert f"λ^(P⁻¹H) without P's factor 1-β1^t {change}" in card
     assert f"was {highest['sharpness/stability_ratio']:.3g} at the most, before step {highest['step'] + 1}" in card
 
 
@@ -239,7 +241,7 @@ def test_where_training_starts_is_said_in_the_log(make_trainer, caplog):
     watch(trainer, every=2, kind="preconditioned")
     with caplog.at_level(logging.INFO, logger="hf_warmup"):
         trainer.train()
-    (line,) = [r.message for r in caplog.records if "λ^(P⁻¹H) goes from" in r.message]
+    (line,) = [r.message for r in caplog.records if "1-β1^t goes from" in r.message]
     assert "before steps 1 and 9" in line
 
 
