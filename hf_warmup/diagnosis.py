@@ -149,13 +149,13 @@ def diagnose(
     target_lr: float,
     *,
     module: nn.Module | None = None,
-    num_steps: int = 5,
+    num_steps: int = 3,
     tol: float = 0.1,
-    max_hvps: int = 12,
+    max_hvps: int = 5,
 ) -> Diagnosis:
     """Say before training whether η_trgt needs warmup, and what warmup will do.
 
-    Takes the time of less than 30 training steps, and leaves no trace: afterwards parameters, optimizer, gradients,
+    Takes the time of about 30 training steps, and leaves no trace: afterwards parameters, optimizer, gradients,
     random numbers and, of `module`, buffers and train/eval mode are what they were.
 
     Args:
@@ -167,7 +167,8 @@ def diagnose(
         num_steps: Steps between the two measurements, at half the edge of stability or at `target_lr` if that is
             less.
         tol: Largest relative residual of λ.
-        max_hvps: Most Hessian-vector products of a measurement.
+        max_hvps: Most Hessian-vector products of the first measurement; half of them of the later ones, which start
+            from its vector. The default finds λ to about a third.
 
     Returns:
         The diagnosis; `print` it for a few sentences.
@@ -180,8 +181,9 @@ def diagnose(
         raise ValueError(f"target_lr must be positive and finite, got {target_lr}")
     if not loss_fns:
         raise ValueError("loss_fns must hold at least one function, got none")
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    for name, value, least in (("num_steps", num_steps, 1), ("max_hvps", max_hvps, 2)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     inner = innermost(optimizer)
     params = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
     adam = isinstance(inner, torch.optim.Adam)
@@ -211,13 +213,14 @@ def diagnose(
             return loss, adam_preconditioner(inner) if adam else None
 
         def measure(p: dict[Tensor, Tensor] | None, start: Tensor | None = None) -> tuple[float, Tensor]:
+            most = max_hvps if start is None else (max_hvps + 1) // 2
             numbers.restore()
             found = sharpness(
                 loss_fns[0],
                 params,
                 preconditioner=p,
                 tol=tol,
-                max_hvps=max_hvps,
+                max_hvps=most,
                 start=start,
                 module=module,
             )
@@ -241,7 +244,7 @@ def diagnose(
         for group in inner.param_groups:
             group["lr"] = target_lr
         _, p_later = preconditioner()
-        after, vectors = measure(p_later, vectors)
+        after, _ = measure(p_later, vectors)
         before = first
         if adam:
             _give_back(start)
