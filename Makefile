@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 
 DEEPSPEED := $(VENV)/.deepspeed
 
-.PHONY: demo test smoke test-deepspeed deepspeed lint types clean
+.PHONY: demo test smoke test-deepspeed deepspeed lint types studies studies-smoke clean
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml \
@@ -37,6 +37,19 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+STUDIES := phase_study catapult_study second_moment_study baselines_study
+
+# The grids: an hour and a half on two cores. What is in recipes/studies/results already is not run again.
+studies: $(READY)
+	for study in $(STUDIES); do $(BIN)/python recipes/studies/$$study.py || exit 1; done
+	$(BIN)/python recipes/studies/claims.py
+
+# Every method of every study at its first and last learning rate, small: a minute.
+studies-smoke: $(READY)
+	rm -rf runs/studies-smoke
+	for study in $(STUDIES); do $(BIN)/python recipes/studies/$$study.py --smoke || exit 1; done
+	$(BIN)/python recipes/studies/claims.py --smoke
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from hf_warmup import GIAdamW, loss_after_step
 
+from peer_optimizers import make_peer
 from search_cases import TEXT, image_batches
 
 MASK, EVAL_BATCHES = 0, 8
@@ -36,6 +37,7 @@ class Setting:
     clip: float = 0.0
     dropout: float = 0.0
     init_scale: float = 1.0
+    norm: bool = False  # of the CNN: a LayerNorm over channels and pixels behind every convolution
 
     @property
     def vocab(self) -> int:
@@ -146,7 +148,9 @@ def make_model(setting: Setting) -> nn.Module:
         layers: list[nn.Module] = []
         channels = 1
         for i in range(s.depth):
-            layers += [nn.Conv2d(channels, s.width // 2, 3, padding=1), nn.ReLU()]
+            layers += [nn.Conv2d(channels, s.width // 2, 3, padding=1)]
+            layers += [nn.GroupNorm(1, s.width // 2)] if s.norm else []
+            layers += [nn.ReLU()]
             layers += [nn.MaxPool2d(2)] if i < 2 else []
             channels = s.width // 2
         model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 10))
@@ -187,13 +191,27 @@ LossAt = Callable[..., float]  # of η: the batch's loss after the step; of 0: b
 
 
 class Rule(Protocol):
-    """Says what learning rate a step is made with."""
+    """Says what learning rate a step is made with.
 
-    def __call__(self, step: int, loss_at: LossAt) -> float:
-        """η of `step` (0, 1, ...)."""
+    A rule that has `begin(optimizer, model, loss_fn)` is called with the first step's gradients in place, before it
+    is asked for a learning rate; one that has `found`, numbers by name, has them in the result of the run.
+    """
+
+    def __call__(self, step: int, loss_at: LossAt) -> float | None:
+        """η of `step` (0, 1, ...); None ends the run before it."""
 
 
-def make_optimizer(name: str, setting: Setting, model: nn.Module) -> torch.optim.Optimizer:
+OTHER_BATCH = "GIAdamW, other batch"  # v_0 of a batch that is not trained on, as in the authors' code
+V0: dict[str, str | float] = {
+    "GIAdamW": "gradient",
+    OTHER_BATCH: "gradient",
+    "GIAdamW, 10 v0": 10.0,
+    "GIAdamW, 100 v0": 100.0,
+    "RI-AdamW": "random",
+}
+
+
+def make_optimizer(name: str, setting: Setting, model: nn.Module) -> Any:
     """By name, with the setting's options; decay on matrices only, as the Trainer has it."""
     if name == "SGD":
         return torch.optim.SGD(model.parameters(), 1.0)
@@ -204,7 +222,9 @@ def make_optimizer(name: str, setting: Setting, model: nn.Module) -> torch.optim
     betas = (0.9, setting.beta2)
     if name == "RAdam":
         return torch.optim.RAdam(groups, 1.0, betas, decoupled_weight_decay=True)
-    return {"AdamW": torch.optim.AdamW, "GIAdamW": GIAdamW}[name](groups, 1.0, betas)
+    if name in V0:
+        return GIAdamW(groups, 1.0, betas, v0=V0[name])
+    return torch.optim.AdamW(groups, 1.0, betas) if name == "AdamW" else make_peer(name, model, groups, betas)
 
 
 def train(setting: Setting, optimizer_name: str, rule: Rule, seed: int) -> dict[str, Any]:
@@ -214,6 +234,12 @@ def train(setting: Setting, optimizer_name: str, rule: Rule, seed: int) -> dict[
     model.train()
     optimizer = make_optimizer(optimizer_name, setting, model)
     batches = losses(setting, model, False, seed)
+    if optimizer_name == OTHER_BATCH:
+        next(losses(setting, model, False, seed + 10_000))().backward()
+        optimizer.seed_second_moment([p.grad for group in optimizer.param_groups for p in group["params"]])
+    averages = hasattr(optimizer, "eval")  # a schedule-free optimizer, which evaluates other weights than it trains
+    if averages:
+        optimizer.train()
     probes, failed, first, peak = 0, False, math.nan, 0.0
     for step, loss_fn in zip(range(setting.steps), batches, strict=False):
         state = torch.get_rng_state()
@@ -249,8 +275,13 @@ def train(setting: Setting, optimizer_name: str, rule: Rule, seed: int) -> dict[
                 p.grad = grad
             return moved
 
+        if step == 0 and hasattr(rule, "begin"):
+            torch.set_rng_state(state)
+            rule.begin(optimizer, model, loss_fn)
         lr = rule(step, loss_at)
         torch.set_rng_state(after)
+        if lr is None:
+            break
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -258,8 +289,10 @@ def train(setting: Setting, optimizer_name: str, rule: Rule, seed: int) -> dict[
         if not math.isfinite(value):
             failed = True
             break
+    if averages:
+        optimizer.eval()
     final = math.inf if failed else evaluate(setting, model)
-    return {"loss": final, "first": first, "peak": peak, "probes": probes}
+    return {"loss": final, "first": first, "peak": peak, "probes": probes} | getattr(rule, "found", {})
 
 
 @torch.no_grad()

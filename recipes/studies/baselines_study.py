@@ -1,0 +1,111 @@
+"""Others that say warmup need not be tuned, beside linear warmup, GI-Adam and guided warmup.
+
+    python recipes/studies/baselines_study.py            # the runs that are missing, then the table and the plot
+    python recipes/studies/baselines_study.py --table    # these from results/baselines_study.csv alone
+
+Untuned linear and exponential warmup (arXiv:1910.04209), RAdam, schedule-free RAdam, Prodigy, Muon. Schedule-free
+RAdam needs `schedulefree`, Prodigy `prodigyopt`; where they are not installed their runs are skipped, and their rows
+missing.
+"""
+
+import statistics
+
+from matplotlib.figure import Figure
+
+from evidence import (
+    EQUAL,
+    Claim,
+    Curve,
+    Row,
+    at_best,
+    average,
+    best,
+    claims_table,
+    curve,
+    difference,
+    groups,
+    is_at_edge,
+    loss_claim,
+    spread,
+    table,
+)
+from grid import command
+
+NAME = "baselines_study"
+LABELS = {"GIAdamW": "GI-Adam", "RAdamScheduleFree": "schedule-free RAdam"}
+
+
+def method(row: Row) -> str:
+    """Optimizer and warmup, in words."""
+    optimizer = LABELS.get(row["optimizer"], row["optimizer"])
+    if row["rule"] == "constant":
+        return f"{optimizer}, no schedule"
+    if row["rule"] != "linear":
+        return f"{optimizer}, {row['rule']} warmup"
+    return f"{optimizer}, linear over {row['fraction']:.0%}" if row["fraction"] else f"{optimizer}, no warmup"
+
+
+def curves(rows: list[Row]) -> dict[str, Curve]:
+    return {name: curve(chosen) for name, chosen in groups(rows, method).items()}
+
+
+def tuned(of: dict[str, Curve]) -> str:
+    """The linear warmup of AdamW whose best mean loss is the smallest."""
+    linear = [name for name in of if name.startswith(("AdamW, linear over", "AdamW, no"))]
+    return min(linear, key=lambda name: statistics.mean(at_best(of[name]).values()))
+
+
+def summary(rows: list[Row]) -> str:
+    of = curves(rows)
+    reference = tuned(of)
+    lines = []
+    for name, losses in of.items():
+        edge = " (edge of the grid)" if is_at_edge(losses) else ""
+        excess = statistics.mean(average(losses).values()) - statistics.mean(at_best(losses).values())
+        lines.append(
+            {
+                "method": name + (" (tuned)" if name == reference else ""),
+                "best loss": spread(at_best(losses).values()),
+                "at η_trgt": f"{best(losses):g}{edge}",
+                "minus tuned linear": spread(difference(at_best(losses), at_best(of[reference])), "+"),
+                "sensitivity": f"{excess:.3f}",
+            }
+        )
+    return table(lines)
+
+
+def claims(rows: list[Row]) -> list[Claim]:
+    of = curves(rows)
+    reference = at_best(of[tuned(of)])
+    return [
+        loss_claim(
+            f"{name}, is as good as tuned linear warmup of AdamW (GPT, β2 = 0.95)",
+            "ours" if "guided" in name else "paper" if "GI-Adam" in name else "its authors",
+            NAME,
+            difference(at_best(losses), reference),
+            high=EQUAL,
+        )
+        for name, losses in of.items()
+        if not name.startswith(("AdamW, linear over", "AdamW, no"))
+    ]
+
+
+def report(rows: list[Row]) -> str:
+    words = "Sensitivity: the mean loss over the grid of η_trgt minus the best."
+    return f"{summary(rows)}\n\n{words}\n\n{claims_table(claims(rows))}"
+
+
+def plot(rows: list[Row]) -> Figure:
+    """Loss against η_trgt."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, losses) in enumerate(curves(rows).items()):
+        means = [statistics.mean(seeds.values()) for seeds in losses.values()]
+        axes.plot(list(losses), means, marker="o", markersize=3, label=name, linestyle="-" if i < 10 else "--")
+    axes.set(xscale="log", xlabel="target learning rate", ylabel="validation loss")
+    axes.legend(fontsize=7)
+    return figure
+
+
+if __name__ == "__main__":
+    command(NAME, report, plot, __doc__ or "")

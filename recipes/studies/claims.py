@@ -1,0 +1,52 @@
+"""Every claim of the paper's and of ours as a row of a table, computed from the CSVs of the studies.
+
+    python recipes/studies/claims.py             # prints the table
+    python recipes/studies/claims.py --write     # puts it into the README of this folder, between its markers
+    python recipes/studies/claims.py --smoke     # of the runs of `make studies-smoke`
+
+A study that has no runs has no rows. `evidence.py` says when a claim holds.
+"""
+
+import argparse
+from pathlib import Path
+
+import baselines_study
+import catapult_study
+import phase_study
+import reporting
+import second_moment_study
+from evidence import claims_table
+from grid import SMOKE, complete, load
+
+STUDIES = (phase_study, catapult_study, second_moment_study, baselines_study)
+README = Path(__file__).parent / "README.md"
+BEGIN, END = "<!-- python recipes/studies/claims.py --write -->\n", "<!-- end of claims -->"
+
+
+def text(folder: Path) -> str:
+    """The table."""
+    made = {study: complete(load(study.NAME, folder == SMOKE), folder) for study in STUDIES}
+    return claims_table(claim for study, runs in made.items() if runs for claim in study.claims(runs))
+
+
+def put(page: str, made: str) -> str:
+    """The page with the table between the markers."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"the page must have the markers {BEGIN.strip()} and {END}, once each")
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n{made}\n\n{END}{rest.partition(END)[2]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="into README.md")
+    parser.add_argument("--smoke", action="store_true", help="from runs/studies-smoke")
+    args = parser.parse_args()
+    made = text(SMOKE if args.smoke else reporting.RESULTS)
+    print(made)
+    if args.write:
+        README.write_text(put(README.read_text(), made))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""From runs to claims: losses by target and seed, the boundary of failure, and what the seeds allow to say.
+
+A claim says that a quantity lies between `low` and `high`. With one value per seed, mean m, standard deviation s and
+n seeds, the 95% interval of Student's t is m ± t s / √n; the claim
+
+    holds             if the interval lies inside,
+    does not hold     if it lies outside,
+    unclear           if it does neither, or there is one seed, or a value lies beyond the grid.
+
+A run that diverges, or ends above the loss it began with, counts as one that ended where it began. A run has failed
+if its loss is within `FAILED` of, or above, that of a model that knows only how frequent each symbol or class is.
+(Like the paper's criterion, an accuracy below 1.5 times chance.)
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+FAILED = 0.1  # nats
+EQUAL = 0.03  # nats: about the standard deviation over seeds on these networks
+# Two-sided 95% quantiles of Student's t by the number of seeds.
+_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+Row = dict[str, Any]
+Curve = dict[float, dict[int, float]]  # loss by η_trgt and seed
+Seeds = dict[int, float]  # a number per seed
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence, who says it, what was measured and whether it holds."""
+
+    text: str
+    source: str
+    study: str
+    measured: str
+    verdict: str
+
+
+def select(rows: Iterable[Row], **fields: Any) -> list[Row]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row.get(name) == value for name, value in fields.items())]
+
+
+def ended(row: Row) -> float:
+    """The loss of a run, at most that before training."""
+    return min(row["loss"], row["first"])
+
+
+def failure_level(rows: list[Row]) -> float:
+    """The loss above which a run has failed."""
+    return rows[0]["entropy"] - FAILED
+
+
+def curve(rows: Iterable[Row]) -> Curve:
+    """The losses by target, in rising order, and seed."""
+    made: Curve = {}
+    for row in sorted(rows, key=lambda row: row["target"]):
+        made.setdefault(row["target"], {})[row["seed"]] = ended(row)
+    return made
+
+
+def best(losses: Curve) -> float:
+    """The target of the smallest mean loss."""
+    return min(losses, key=lambda target: statistics.mean(losses[target].values()))
+
+
+def at_best(losses: Curve) -> Seeds:
+    """The losses there."""
+    return losses[best(losses)]
+
+
+def is_at_edge(losses: Curve) -> bool:
+    """Whether the best target is the first or the last of the grid, so that a better one may lie outside."""
+    return best(losses) in (min(losses), max(losses))
+
+
+def average(losses: Curve) -> Seeds:
+    """The mean over the targets, by seed."""
+    return {seed: statistics.mean(of[seed] for of in losses.values()) for seed in next(iter(losses.values()))}
+
+
+def difference(a: Seeds, b: Seeds) -> list[float]:
+    """a - b, seed by seed."""
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def boundary(losses: Curve, level: float) -> Seeds:
+    """The target where the loss goes above `level` for good, by seed, interpolated in ln η.
+
+    Infinity where the last target of the grid does not fail, 0 where every target does.
+    """
+    made, targets = {}, list(losses)
+    for seed in losses[targets[0]]:
+        passed = [i for i, target in enumerate(targets) if losses[target][seed] <= level]
+        if not passed:
+            made[seed] = 0.0
+        elif passed[-1] == len(targets) - 1:
+            made[seed] = math.inf
+        else:
+            low, high = targets[passed[-1]], targets[passed[-1] + 1]
+            part = (level - losses[low][seed]) / (losses[high][seed] - losses[low][seed])
+            made[seed] = low * (high / low) ** part
+    return made
+
+
+def ratio(a: Seeds, b: Seeds) -> list[float]:
+    """a / b, seed by seed; NaN where a boundary lies beyond the grid."""
+    pairs = [(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())]
+    return [x / y if 0 < x < math.inf and 0 < y < math.inf else math.nan for x, y in pairs]
+
+
+def verdict(values: list[float], low: float = -math.inf, high: float = math.inf) -> str:
+    """What the seeds allow to say of the claim that the quantity lies between `low` and `high`."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return "unclear"
+    mean, half = statistics.mean(values), _T[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    if low < mean - half and mean + half < high:
+        return "holds"
+    return "does not hold" if mean + half < low or mean - half > high else "unclear"
+
+
+def spread(values: Iterable[float], sign: str = "", digits: int = 3) -> str:
+    """Mean ± standard deviation."""
+    values = list(values)
+    if not all(map(math.isfinite, values)):
+        return "beyond the grid"
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def times(values: Iterable[float]) -> str:
+    """Geometric mean, and the factor of a standard deviation."""
+    values = list(values)
+    if not all(0 < value < math.inf for value in values):
+        return "beyond the grid"
+    logs = [math.log(value) for value in values]
+    mean = f"{math.exp(statistics.mean(logs)):.3g}"
+    return f"{mean} ×/÷ {math.exp(statistics.stdev(logs)):.2f}" if len(values) > 1 else mean
+
+
+def _seeds(values: list[float]) -> str:
+    return f", {len(values)} seed{'s' * (len(values) != 1)}"
+
+
+def loss_claim(
+    text: str, source: str, study: str, values: list[float], low: float = -math.inf, high: float = math.inf
+) -> Claim:
+    """A claim on a difference of losses."""
+    measured = f"{spread(values, '+')} nats{_seeds(values)}"
+    return Claim(text, source, study, measured, verdict(values, low, high))
+
+
+def factor_claim(
+    text: str, source: str, study: str, values: list[float], low: float = 0.0, high: float = math.inf
+) -> Claim:
+    """A claim on a ratio, in its logarithm."""
+    logs = [math.log(value) if value > 0 else math.nan for value in values]
+    made = verdict(logs, math.log(low) if low > 0 else -math.inf, math.log(high))
+    return Claim(text, source, study, f"factor {times(values)}{_seeds(values)}", made)
+
+
+def claims_table(claims: Iterable[Claim]) -> str:
+    """A row per claim."""
+    rows = [
+        {"claim": c.text, "whose": c.source, "study": c.study, "measured": c.measured, "verdict": c.verdict}
+        for c in claims
+    ]
+    return table(rows)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """As Markdown."""
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    """The rows by a key, in the order of their first."""
+    made: dict[Any, list[Row]] = {}
+    for row in rows:
+        made.setdefault(key(row), []).append(row)
+    return made

@@ -1,0 +1,140 @@
+"""Where the second moment starts: what of GI-Adam is its schedule, and what its v_0.
+
+    python recipes/studies/second_moment_study.py            # the runs that are missing, then the table and the plot
+    python recipes/studies/second_moment_study.py --table    # these from results/second_moment_study.csv alone
+
+GI-Adam against AdamW × √(1-β2^t), its own schedule; v_0 of the batch of step 1 or of another (the authors' code);
+v_0 = α g_0²; random v_0 (RI-Adam); all without other warmup.
+"""
+
+import math
+import statistics
+
+from matplotlib.figure import Figure
+
+from evidence import (
+    EQUAL,
+    Claim,
+    Curve,
+    Row,
+    Seeds,
+    at_best,
+    average,
+    best,
+    claims_table,
+    curve,
+    difference,
+    groups,
+    is_at_edge,
+    loss_claim,
+    spread,
+    table,
+    verdict,
+)
+from grid import command
+from warmup_cases import OTHER_BATCH
+
+NAME = "second_moment_study"
+CONTROL = "AdamW × √(1-β2^t)"
+NAMES = {
+    "AdamW": "AdamW",
+    CONTROL: CONTROL,
+    "GIAdamW": "GI-Adam",
+    OTHER_BATCH: "GI-Adam, v_0 of another batch",
+    "GIAdamW, 10 v0": "GI-Adam, v_0 = 10 g_0²",
+    "GIAdamW, 100 v0": "GI-Adam, v_0 = 100 g_0²",
+    "RI-AdamW": "RI-Adam",
+}
+
+
+def method(row: Row) -> str:
+    return CONTROL if "sqrt" in row["rule"] else row["optimizer"]
+
+
+def by_beta2(rows: list[Row]) -> dict[float, dict[str, Curve]]:
+    """The losses by β2 and method."""
+    return {
+        beta2: {name: curve(runs) for name, runs in groups(chosen, method).items()}
+        for beta2, chosen in sorted(groups(rows, lambda row: row["beta2"]).items())
+    }
+
+
+def share(adam: Seeds, control: Seeds, gi: Seeds) -> list[float]:
+    """What part of GI-Adam's gain over AdamW its schedule alone has, seed by seed; NaN where there is no gain."""
+    gains = zip(difference(adam, control), difference(adam, gi), strict=True)
+    return [part / gain if gain > 0 else math.nan for part, gain in gains]
+
+
+def percent(values: list[float]) -> str:
+    """Mean ± standard deviation, of the seeds that have a gain."""
+    gains = [value for value in values if math.isfinite(value)]
+    if not gains:
+        return "no gain"
+    spreads = f" ± {statistics.stdev(gains):.0%}" if len(gains) > 1 else ""
+    some = "" if len(gains) == len(values) else f", {len(gains)} of {len(values)} seeds with a gain"
+    return f"{statistics.mean(gains):.0%}{spreads}{some}"
+
+
+def summary(rows: list[Row]) -> str:
+    lines = []
+    for beta2, of in by_beta2(rows).items():
+        adam = of["AdamW"]
+        for name, label in NAMES.items():
+            losses = of[name]
+            edge = " (edge of the grid)" if is_at_edge(losses) else ""
+            lines.append(
+                {
+                    "β2": f"{beta2:g}",
+                    "optimizer": label,
+                    "best loss": spread(at_best(losses).values()),
+                    "at η_trgt": f"{best(losses):g}{edge}",
+                    "minus AdamW's best": spread(difference(at_best(losses), at_best(adam)), "+"),
+                    "minus AdamW, mean over η_trgt": spread(difference(average(losses), average(adam)), "+"),
+                }
+            )
+    return table(lines)
+
+
+def claims(rows: list[Row]) -> list[Claim]:
+    made = []
+    for beta2, of in by_beta2(rows).items():
+        tail = f"(GPT, no warmup, β2 = {beta2:g})"
+        for where, take in (("at the best η_trgt", at_best), ("over the grid of η_trgt", average)):
+            values = share(take(of["AdamW"]), take(of[CONTROL]), take(of["GIAdamW"]))
+            text = f"The automatic ramp explains more than half of GI-Adam's gain {where} {tail}"
+            measured = f"{percent(values)}; {len(values)} seed{'s' * (len(values) != 1)}"
+            made.append(Claim(text, "ours", NAME, measured, verdict(values, low=0.5)))
+        gi = at_best(of["GIAdamW"])
+        for name, text, source in (
+            (OTHER_BATCH, "v_0 from another batch makes no difference", "ours"),
+            ("GIAdamW, 10 v0", "v_0 = 10 g_0² makes no difference", "ours"),
+            ("GIAdamW, 100 v0", "v_0 = 100 g_0² makes no difference", "ours"),
+            ("RI-AdamW", "RI-Adam is as good as GI-Adam", "paper"),
+        ):
+            low = -math.inf if name == "RI-AdamW" else -EQUAL
+            made.append(loss_claim(f"{text} {tail}", source, NAME, difference(at_best(of[name]), gi), low, EQUAL))
+    return made
+
+
+def report(rows: list[Row]) -> str:
+    return f"{summary(rows)}\n\n{claims_table(claims(rows))}"
+
+
+def plot(rows: list[Row]) -> Figure:
+    """Loss against η_trgt, a panel per β2."""
+    of_beta2 = by_beta2(rows)
+    figure = Figure(figsize=(5 * len(of_beta2), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(of_beta2), squeeze=False, sharey=True)[0]
+    for axes, (beta2, of) in zip(panels, of_beta2.items(), strict=True):
+        for name, label in NAMES.items():
+            means = [statistics.mean(seeds.values()) for seeds in of[name].values()]
+            deviations = [statistics.stdev(s.values()) if len(s) > 1 else 0.0 for s in of[name].values()]
+            axes.errorbar(list(of[name]), means, deviations, marker="o", markersize=3, capsize=2, label=label)
+        axes.set(xscale="log", xlabel="target learning rate", title=f"no warmup, β2 = {beta2:g}")
+    panels[0].set_ylabel("validation loss")
+    panels[0].legend(fontsize=7)
+    return figure
+
+
+if __name__ == "__main__":
+    command(NAME, report, plot, __doc__ or "")
