@@ -183,7 +183,9 @@ def parse(argv: list[str]) -> tuple[WarmupTrainingArguments, RecipeArguments]:
     available = get_available_reporting_integrations()
     for name in training.report_to:
         if name in INTEGRATION_TO_CALLBACK and name not in available:
-            raise ValueError(f"report_to must be of what is installed, got {name}: pip install it, or pass --report_to none")
+            raise ValueError(
+                f"report_to must be of what is installed, got {name}: pip install it, or pass --report_to none"
+            )
     if recipe.smoke:
         training.per_device_train_batch_size = training.per_device_eval_batch_size = 2
         training.gradient_accumulation_steps = min(2, training.gradient_accumulation_steps)
