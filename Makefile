@@ -18,12 +18,15 @@ demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml \
 		recipes/pretrain.py recipes/tiny/gpt.yaml --overwrite
 
+# Two at a time, of different files: those of one share what they have launched.
+TWO := -n 2 --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 # Three steps of every recipe, on one process and on two.
 smoke: $(READY)
-	$(BIN)/python -m pytest -m smoke
+	$(BIN)/python -m pytest -m smoke $(TWO)
 
 test-deepspeed: $(DEEPSPEED)
 	$(BIN)/python -m pytest tests/trainer/test_deepspeed.py tests/recipes/test_pretrain.py -k deepspeed
