@@ -410,7 +410,9 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
         if (reason := why_not_try(trainer)) is not None:
             raise ValueError(f"{asked} cannot try learning rates here: {reason}; or {instead} to a number or to zero")
         if (reason := why_not_replay(trainer)) is not None:
-            raise ValueError(f"{asked} does not run here: {reason}; {instead} to a number or to zero")
+            raise ValueError(
+                f"{asked} does not run with {type(trainer).__name__}: {reason}; {instead} to a number or to zero"
+            )
 
 
 def _use_gi_adam(trainer: Trainer) -> None:

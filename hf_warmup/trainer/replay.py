@@ -192,8 +192,8 @@ def why_not_replay(trainer: Trainer) -> str | None:
     # classes would miss the next one. The model's own `generation_config` is not looked at.
     if vars(trainer).keys() & {"_buffered_inputs", "generation_config", "generation_kwargs"}:
         return (
-            f"the training steps of {type(trainer).__name__} generate their own completions and may buffer them for "
-            "later steps, so a step cannot be replayed on the same batch without side effects"
+            "its training steps generate their own completions and may buffer them for later steps, so a step cannot "
+            "be replayed on the same batch without side effects"
         )
     return None
 

@@ -87,7 +87,7 @@ class SharpnessCallback(TrainerCallback):
             ValueError: If this cannot be measured on this trainer.
         """
         if (reason := _why_not(trainer, self.kind)) is not None:
-            raise ValueError(f"kind={self.kind} cannot be measured here: {reason}")
+            raise ValueError(f"kind={self.kind} cannot be measured with {type(trainer).__name__} here: {reason}")
         self.trainer = trainer
         trainer.add_callback(self)
         return self

@@ -10,6 +10,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 from transformers import LlamaForCausalLM, Trainer
 
+import __main__
 from hf_warmup.trainer import WarmupCallback, compare_runs, warmup_report
 
 from tiny import make_model
@@ -216,6 +217,7 @@ def test_the_snippet_of_the_card_runs(make_trainer, folder, capsys):
 def test_the_command_of_the_card_has_no_secrets(make_trainer, folder, monkeypatch):
     words = ["train.py", "--hub_token", "abc", "--api_key=abc", "--tokenizer", "gpt2", "--max_steps", "3"]
     monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setattr(__main__, "__file__", "train.py", raising=False)  # as where a script runs
     train(make_trainer())
     text = (folder / "README.md").read_text()
     command = "accelerate launch --config_file accelerate.yaml train.py --hub_token ... --api_key=... --tokenizer gpt2"
