@@ -76,3 +76,12 @@ def test_a_recipe_runs_on_two_processes(path, tmp_path):
     assert done.returncode == 0, done.stderr
     check(tmp_path, done.stdout)
     assert "processes                            │ 2 " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "options", [["--activation_checkpointing"], ["--torch_compile", "--torch_compile_backend", "eager"]], ids=str
+)
+def test_a_recipe_runs_with_what_the_trainer_offers_for_speed_and_memory(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    assert pretrain.run([*command(ROOT / "recipes" / "gpt2_124m" / "guided.yaml", tmp_path), *options]) == 0
+    check(tmp_path, capsys.readouterr().out)
