@@ -24,7 +24,7 @@ TWO := -n 2 --dist loadfile
 test: $(READY)
 	$(BIN)/python -m pytest $(TWO)
 
-# Three steps of every recipe, on one process and on two.
+# Every recipe for three steps, on one process and on two; kills and signals; fine-tuning; the studies' runner.
 smoke: $(READY)
 	$(BIN)/python -m pytest -m smoke $(TWO)
 

@@ -25,6 +25,7 @@ from running import main
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.smoke,
     # transformers 5.24 renamed what peft 0.21 and trl 1.16 call.
     pytest.mark.filterwarnings(r"ignore:`(is_)?gradient_checkpointing\w*` is deprecated:FutureWarning"),
 ]
@@ -236,7 +237,6 @@ class Terminated(TrainerCallback):
         self.steps.append(state.global_step)
 
 
-@pytest.mark.smoke
 def test_the_same_command_goes_on_where_a_fine_tuning_was_stopped(sft, folder, gpt, tmp_path, monkeypatch):
     options, make_trainer, seen = sft_options(folder, gpt, tmp_path / "run"), finetune_sft.make_trainer, Terminated()
 
@@ -287,7 +287,6 @@ def test_a_classification_warms_up_and_beats_the_majority_label(folder, bert, tm
     assert "from scratch" not in card
 
 
-@pytest.mark.smoke
 def test_a_classification_with_lora_leaves_an_adapter_with_the_head(folder, bert, tmp_path):
     from peft import AutoPeftModelForSequenceClassification
 
@@ -385,7 +384,6 @@ def test_a_script_ends_with_what_is_wrong_in_one_line(folder, gpt, tmp_path, mon
     assert end.value.code == "error: lora_r must be at least 0, got -1"
 
 
-@pytest.mark.smoke
 def test_accelerate_launches_a_fine_tuning(folder, gpt, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     command += ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), str(ROOT / "recipes/finetune_sft.py")]

@@ -29,6 +29,8 @@ from warmup_study import Job
 TINY = Setting("tiny", width=16, depth=1, context=8, batch=2, steps=2)
 TINY_JOBS = [Job(TINY, "AdamW", "linear", {"fraction": f}, 1e-3, seed) for seed in (0, 1) for f in (0.0, 0.5)]
 
+pytestmark = pytest.mark.smoke
+
 
 def write(folder, name, jobs, number):
     """The CSV that the jobs would have left, with the numbers of a function."""
