@@ -26,7 +26,7 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,23 +169,30 @@ def loss_after_step(
     if not 0 <= lr < float("inf"):
         raise ValueError(f"lr must be at least 0 and finite, got {lr}")
     shards = Shards(optimizer, module) if shards is None else shards
+    with _evaluating(shards, module, _moved(shards, lr, copy_on_cpu) if lr > 0 else None):
+        losses = loss_fn()
+        return [float(loss) for loss in losses] if isinstance(losses, Sequence) else float(losses)
+
+
+@contextmanager
+def _evaluating(shards: Shards, module: nn.Module | None, moved: AbstractContextManager[Any] | None) -> Iterator[None]:
+    """Let a loss be computed where `moved` has the parameters, or where they are; leave no trace of it."""
     with ExitStack() as restored:
         restored.callback(RandomNumbers().restore)
         if module is not None:
             restored.enter_context(same_module(module))
-        if lr > 0:
+        if moved is not None:
             # `changed` may be a collective: twice on every process, also where the step raises.
             restored.callback(shards.changed)
             try:
-                restored.enter_context(_moved(shards, lr, copy_on_cpu))
+                restored.enter_context(moved)
             finally:
                 shards.changed()
         restored.callback(shards.evaluated)
         # Inside an autocast region of the caller, autocast would go on with the weights it cast before.
         restored.callback(torch.clear_autocast_cache)
         torch.clear_autocast_cache()
-        losses = loss_fn()
-        return [float(loss) for loss in losses] if isinstance(losses, Sequence) else float(losses)
+        yield
 
 
 @torch.no_grad()
@@ -242,7 +249,6 @@ def along_step(
     if not 0 < lr < float("inf"):
         raise ValueError(f"lr must be positive and finite, got {lr}")
     shards = Shards(optimizer, module) if shards is None else shards
-    numbers = RandomNumbers()
     with torch.no_grad(), _moved(shards, lr, copy_on_cpu=False) as starts:
         updates = [(value - shard.tensor).div_(lr) for shard, value in starts]
     slope = sum(
@@ -251,20 +257,17 @@ def along_step(
     )
     tensors, values = [shard.tensor for shard, _ in starts], [value for _, value in starts]
 
+    @contextmanager
+    def moved(eta: float) -> Iterator[None]:
+        try:
+            torch._foreach_add_(tensors, updates, alpha=-eta)
+            yield
+        finally:
+            torch._foreach_copy_(tensors, values)
+
     @torch.no_grad()
     def loss_at(eta: float) -> float:
-        with ExitStack() as restored:
-            restored.callback(numbers.restore)
-            if module is not None:
-                restored.enter_context(same_module(module))
-            if eta > 0:
-                restored.callback(shards.changed)
-                restored.callback(lambda: torch._foreach_copy_(tensors, values))
-                torch._foreach_add_(tensors, updates, alpha=-eta)
-                shards.changed()
-            restored.callback(shards.evaluated)
-            restored.callback(torch.clear_autocast_cache)
-            torch.clear_autocast_cache()
+        with _evaluating(shards, module, moved(eta) if eta > 0 else None):
             return float(loss_fn())
 
     yield loss_at, slope

@@ -126,7 +126,7 @@ def _corrected(text: str, trainer: Trainer) -> str:
     text = text.replace("is a fine-tuned version of [](https://huggingface.co/) on", "was trained from scratch on")
     # It forgets a model that comes from a folder.
     start = str(getattr(getattr(trainer.model, "config", None), "_name_or_path", "") or "")
-    if Path(start).is_dir() and start:
+    if start and Path(start).is_dir():
         text = text.replace("was trained from scratch on", f"is a fine-tuned version of `{Path(start).name}` on", 1)
     text = re.sub(r"^## [^\n]+\n\nMore information needed\n\n?", "", text, flags=re.MULTILINE)
     return re.sub(r"^- optimizer: .*$", lambda _: f"- optimizer: {_optimizer_line(trainer)}", text, flags=re.MULTILINE)
