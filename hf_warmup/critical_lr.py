@@ -37,7 +37,7 @@ Where the printed algorithms say nothing, or would go wrong:
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from hf_warmup.secant import Curve
@@ -64,12 +64,15 @@ class CriticalLR:
             `budget_spent`: `lower`, as nothing larger is known to be safe.
         lower: Largest η tried below `upper` that did not raise the loss; 0 if none. (On an exact parabola, known
             from its slope and two losses, `secant` needs no trial there.)
-        upper: Smallest η tried that raised the loss; infinity if none did.
+        upper: Smallest η tried that raised the loss; infinity if none did. (With `steepness` a single trial near η_c
+            may be all there is, so one end of the bracket.)
         evals: Every (η, loss) known, in order, the one at 0 first.
         status: How the search ended.
         spread: Standard deviation of η_c between batches, if `loss_at` gave one loss per batch and the search
             found a bracket: each batch's own crossing, by the line through its losses at the two ends.
         start_given: Whether L(0) was known to the caller and not evaluated.
+        steepness: Of `secant` that was given `slope`: k of the two trials nearest to the crossing, for a next search
+            of nearly the same curve; the one that was given after a single trial. None if there is none.
     """
 
     value: float
@@ -79,6 +82,7 @@ class CriticalLR:
     status: Status
     spread: float | None = None
     start_given: bool = False
+    steepness: float | None = None
 
     @property
     def num_evals(self) -> int:
@@ -134,6 +138,7 @@ def find_critical_lr(
     target: float | None = None,
     slope: float | None = None,
     start: float | None = None,
+    steepness: float | None = None,
     method: Literal["secant", "paper"] = "secant",
     rtol: float = 1 / 16,
     delta: float = 0.1,
@@ -155,6 +160,9 @@ def find_critical_lr(
             it ends either search at once as `not_descent`.
         start: L(0), if known: the loss that the gradient came from, with the same batch and dropout masks as
             `loss_at` has. Saves a forward pass: whether η_c lies above η_trgt then takes one.
+        steepness: k of an earlier search of nearly the same curve. If the curve is near a parabola (k = 1), and η_c
+            is near `guess`, both within a factor of two, then `secant` ends with that trial; never without `slope`,
+            nor where the rounding of the loss hides it. One end of the bracket is not tried then.
         method: `"secant"` or `"paper"`.
         rtol: Relative width of the bracket wanted. In the paper's search δ decides when to end; where the loss at
             the upper end is beyond (1 + δ) L(0) even in a bracket of relative width rtol², there is a cliff,
@@ -169,7 +177,7 @@ def find_critical_lr(
     Raises:
         ValueError: If an argument is out of range.
     """
-    _check(guess=guess, target=target, rtol=rtol, delta=delta)
+    _check(guess=guess, target=target, rtol=rtol, delta=delta, steepness=steepness)
     if method not in ("secant", "paper"):
         raise ValueError(f'method must be "secant" or "paper", got {method!r}')
     if max_evals < 2:
@@ -182,7 +190,7 @@ def find_critical_lr(
     limit = math.inf if target is None else target
     if method == "secant":
         first = guess if guess is not None else 1e-4 if target is None else target
-        return search.secant(min(first, limit), limit, slope, rtol)
+        return search.secant(min(first, limit), limit, slope, rtol, steepness)
     return search.bracket(min(1e-4 if guess is None else guess, limit), target) or search.bisect(delta, rtol)
 
 
@@ -252,7 +260,9 @@ class _Search:
             crossings.append(self.lower + (start - low) / rise * (self.upper - self.lower) if rise > 0 else math.nan)
         return statistics.stdev(crossings)
 
-    def secant(self, eta: float, target: float, slope: float | None, rtol: float) -> CriticalLR:
+    def secant(
+        self, eta: float, target: float, slope: float | None, rtol: float, steepness: float | None
+    ) -> CriticalLR:
         """Close the bracket with the help of a model of the curve."""
         curve = Curve(self.start, slope, rtol)
         falls = False  # whether the loss has been seen to fall by more than rounding can explain
@@ -266,13 +276,18 @@ class _Search:
             self.lower, self.upper = self._tried(curve)
             if curve.lower >= math.log(target):
                 return self.result("above_target", target)
+            if steepness is not None and slope is not None and slope * eta > 10 * self.noise:
+                near = curve.one_trial(steepness)
+                if near is not None and near <= target:
+                    return replace(self.result("found", near), steepness=steepness)
             if not curve.closed and (lower := curve.parabola_lower()) is not None:
                 curve.lower, self.lower, falls = lower, math.exp(lower), True
             if curve.closed:
                 if falls:
                     # At a cliff the model has nothing to stand on: the last safe η.
                     value = curve.crossing() if math.isfinite(self.loss_upper) else self.lower
-                    return self.result("found", min(max(value, self.lower), self.upper))
+                    found = self.result("found", min(max(value, self.lower), self.upper))
+                    return replace(found, steepness=curve.steepness())
                 # The first trial may have met the crossing itself: look once well below it.
                 eta = math.exp(curve.lower) / 2
                 falls = self.falls_at(eta)

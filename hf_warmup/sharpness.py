@@ -239,6 +239,7 @@ def critical_sharpness(
     target: float | None = None,
     slope: float | None = None,
     start: float | None = None,
+    steepness: float | None = None,
     rtol: float = 1 / 16,
     max_evals: int = 40,
 ) -> CriticalSharpness:
@@ -252,15 +253,24 @@ def critical_sharpness(
         target: The largest learning rate that matters: the search ends there.
         slope: As for `find_critical_lr`.
         start: As for `find_critical_lr`.
+        steepness: As for `find_critical_lr`, of the last search (`search.steepness`).
         rtol: Relative width of the bracket wanted.
         max_evals: Most forward passes to spend.
 
     Returns:
-        λ_c and the search: 4 to 6 forward passes from a good `previous`, one less with `start`, and `slope`.
+        λ_c and the search: 4 to 6 forward passes from a good `previous`, one less with `start`, and `slope`; only
+        one with `steepness` too, if λ_c has hardly changed.
     """
     guess = 2 / previous if previous is not None and 0 < previous < math.inf else None
     search = find_critical_lr(
-        loss_at, guess=guess, target=target, slope=slope, start=start, rtol=rtol, max_evals=max_evals
+        loss_at,
+        guess=guess,
+        target=target,
+        slope=slope,
+        start=start,
+        steepness=steepness,
+        rtol=rtol,
+        max_evals=max_evals,
     )
     return CriticalSharpness(2 / search.value if search.value else math.inf, search)
 

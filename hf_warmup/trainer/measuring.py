@@ -22,11 +22,18 @@ logger = logging.getLogger(__name__)
 # Relative width of the bracket around η_c. The estimate inside it is within a tenth, and a batch's η_c differs more
 # from the next one's.
 _RTOL = 1.0
+# So many measurements of a single trial each, then one that brackets η_c again.
+_IN_A_ROW = 7
 
 
 def measure_critical(
-    trainer: Trainer, backend: Backend, shards: Shards, replay: StepReplay, gradient_norm: float | None
-) -> dict[str, float]:
+    trainer: Trainer,
+    backend: Backend,
+    shards: Shards,
+    replay: StepReplay,
+    gradient_norm: float | None,
+    steepness: float | None,
+) -> tuple[dict[str, float], float | None]:
     """λ_c = 2 / η_c of the step to come, from the last measurement on.
 
     Args:
@@ -35,18 +42,27 @@ def measure_critical(
         shards: What this process holds of the parameters.
         replay: The step.
         gradient_norm: Of the gradients before they were clipped; None if it is not known.
+        steepness: Of the last measurement, with which one trial can be enough; None if there is none.
 
     Returns:
-        Numbers to log by name.
+        Numbers to log by name, and the steepness of the loss curve.
     """
     optimizer, model = shards.optimizer, trainer.model_wrapped
     lr = max(float(group["lr"]) for group in optimizer.param_groups)
     # The first search starts at η_trgt: far below η_c the loss moves less than it is rounded.
+    history = trainer.state.log_history
     previous = next(
-        (e["sharpness/critical"] for e in reversed(trainer.state.log_history) if e.get("sharpness/critical")),
+        (e["sharpness/critical"] for e in reversed(history) if e.get("sharpness/critical")),
         2 / (trainer.args.learning_rate or lr or 1e-3),
     )
-    search = functools.partial(critical_sharpness, previous=previous, start=loss_before(backend, replay), rtol=_RTOL)
+    passes = [e["sharpness/forward_passes"] for e in history if "sharpness/forward_passes" in e][-_IN_A_ROW:]
+    search = functools.partial(
+        critical_sharpness,
+        previous=previous,
+        start=loss_before(backend, replay),
+        steepness=None if passes == [1] * _IN_A_ROW else steepness,
+        rtol=_RTOL,
+    )
     if _is_exact_along(shards):
         with along_step(optimizer, lambda: replay.losses()[0], 2 / previous, module=model, shards=shards) as (
             loss_along,
@@ -67,7 +83,7 @@ def measure_critical(
         logs |= {"critical": found.value, "stability_ratio": lr * found.value / 2}
     if math.isfinite(found.search.value):
         logs["critical_lr"] = found.search.value
-    return logs
+    return logs, found.search.steepness
 
 
 def measure_eigenvalue(

@@ -72,6 +72,7 @@ class SharpnessCallback(TrainerCallback):
         self._replay: StepReplay | None = None
         self._norm: float | None = None
         self._vectors: Tensor | None = None
+        self._steepness: float | None = None
         self._noted = False
 
     def attach(self, trainer: Trainer) -> "SharpnessCallback":
@@ -158,7 +159,9 @@ class SharpnessCallback(TrainerCallback):
         try:
             with self._noting():
                 if self.kind == "critical":
-                    logs = measure_critical(self.trainer, self._backend, shards, self._replay, self._norm)
+                    logs, self._steepness = measure_critical(
+                        self.trainer, self._backend, shards, self._replay, self._norm, self._steepness
+                    )
                 else:
                     logs, self._vectors = measure_eigenvalue(
                         self.trainer,
@@ -206,7 +209,7 @@ class SharpnessCallback(TrainerCallback):
         if self._backend is not None:
             self._backend.unwatch_step()
             self._backend = None
-        self._vectors = None
+        self._vectors = self._steepness = None
 
 
 def _why_not(trainer: Trainer, kind: SharpnessKind) -> str | None:

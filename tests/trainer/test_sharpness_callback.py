@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 import random
 
 import numpy
@@ -8,10 +9,10 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
-from hf_warmup import GIAdamW
+from hf_warmup import GIAdamW, secant
 from hf_warmup.probe import innermost, loss_after_step
 from hf_warmup.sharpness import adam_preconditioner, sharpness, stability_threshold
-from hf_warmup.trainer import SharpnessCallback, WarmupCallback
+from hf_warmup.trainer import SharpnessCallback, WarmupCallback, measuring
 
 from tiny import make_dataset, make_model
 
@@ -117,13 +118,24 @@ def test_critical_sharpness_is_two_over_the_critical_learning_rate(clip, make_tr
     assert ratio == pytest.approx(0.25 / critical)
 
 
-def test_a_later_measurement_starts_from_the_last_one_and_costs_few_passes(make_trainer):
-    trainer = make_trainer(model=quiet_model(), max_steps=30, warmup_steps=10, learning_rate=1e-2)
-    watch(trainer, every=3)
-    trainer.train()
-    passes = measured(trainer, "forward_passes")
-    assert len(passes) == 10
-    assert sum(passes[4:]) / 6 <= 3
+@pytest.mark.parametrize("learning_rate", [1e-2, 5e-2])
+def test_a_later_measurement_costs_few_passes_and_is_near_what_a_fine_search_gives(
+    learning_rate, make_trainer, monkeypatch
+):
+    """Both runs are the same run: a measurement leaves no trace."""
+    found, passes = [], []
+    for rtol, one_trial in ((measuring._RTOL, secant.ONE_TRIAL), (0.02, 1.0)):
+        monkeypatch.setattr(measuring, "_RTOL", rtol)
+        monkeypatch.setattr(secant, "ONE_TRIAL", one_trial)
+        trainer = make_trainer(model=quiet_model(), max_steps=90, warmup_steps=10, learning_rate=learning_rate)
+        watch(trainer, every=3)
+        trainer.train()
+        found.append(measured(trainer, "critical"))
+        passes.append(measured(trainer, "forward_passes"))
+    errors = [abs(math.log(quick / fine)) for quick, fine in zip(*found, strict=True)]
+    assert max(errors) < math.log(1.5)
+    assert sum(errors) / len(errors) < 0.1
+    assert sum(passes[0][10:]) / 20 < 2 < 4 < sum(passes[1][10:]) / 20
 
 
 @pytest.mark.parametrize("kind", KINDS)
