@@ -21,6 +21,7 @@ from typing import Any
 from tabulate import tabulate
 
 FAILED = 0.1  # nats
+FLAT = 0.01  # nats: between neighbouring η_trgt
 EQUAL = 0.03  # nats: about the standard deviation over seeds on these networks
 # Two-sided 95% quantiles of Student's t by the number of seeds.
 _T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -75,8 +76,13 @@ def at_best(losses: Curve) -> Seeds:
 
 
 def is_at_edge(losses: Curve) -> bool:
-    """Whether the best target is the first or the last of the grid, so that a better one may lie outside."""
-    return best(losses) in (min(losses), max(losses))
+    """Whether the best target is the first or the last of the grid, so that a better one may lie outside.
+
+    Not where its neighbour is as good to `FLAT`, as of a method that does not go above what it has found.
+    """
+    means, at = [statistics.mean(of.values()) for of in losses.values()], best(losses)
+    neighbour = {min(losses): means[1:2], max(losses): means[-2:-1]}.get(at)
+    return neighbour is not None and not any(mean - min(means) < FLAT for mean in neighbour)
 
 
 def average(losses: Curve) -> Seeds:

@@ -9,7 +9,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+)
 
 from hf_warmup import GIAdamW, loss_after_step
 
@@ -24,7 +33,7 @@ class Setting:
     """What is trained, on what, with which optimizer options."""
 
     name: str
-    family: str = "gpt"  # gpt, bert, llama or cnn
+    family: str = "gpt"  # gpt, bert, modernbert, llama or cnn
     tokens: str = "bytes"  # or "bpe": 512 pieces
     text: str = "shakespeare"  # or "code": Python's own standard library
     width: int = 64
@@ -144,6 +153,25 @@ def make_model(setting: Setting) -> nn.Module:
             attention_probs_dropout_prob=s.dropout,
         )
         model = BertForMaskedLM(config)
+    elif s.family == "modernbert":
+        config = ModernBertConfig(
+            vocab_size=s.vocab,
+            hidden_size=s.width,
+            intermediate_size=2 * s.width,
+            num_hidden_layers=s.depth,
+            num_attention_heads=heads,
+            max_position_embeddings=s.context,
+            local_attention=s.context,
+            embedding_dropout=s.dropout,
+            attention_dropout=s.dropout,
+            mlp_dropout=s.dropout,
+            pad_token_id=MASK,
+            bos_token_id=MASK,
+            eos_token_id=MASK,
+            cls_token_id=MASK,
+            sep_token_id=MASK,
+        )
+        model = ModernBertForMaskedLM(config)
     else:
         layers: list[nn.Module] = []
         channels = 1
@@ -169,7 +197,7 @@ def losses(setting: Setting, model: nn.Module, held_out: bool, seed: int) -> Ite
         for x, y in image_batches(generator, setting.batch):
             yield lambda x=x, y=y: nn.functional.cross_entropy(model(x), y)
     for ids in windows(setting, held_out, generator):
-        if setting.family == "bert":
+        if setting.family in ("bert", "modernbert"):
             masked = torch.rand(ids.shape, generator=generator) < 0.15
             inputs, labels = ids.masked_fill(masked, MASK), ids.masked_fill(~masked, -100)
         else:

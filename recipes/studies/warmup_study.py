@@ -5,8 +5,8 @@
     python recipes/studies/warmup_study.py --table    # the tables and the plot from the CSVs alone
 
 A run that is in results/warmup_<part>.csv is not repeated. Parts: `gpt` and `gi` (AdamW and GI-Adam on a GPT),
-`bert`, `long` (5 times the steps), `short` (fewer steps: how many reach the loss of tuned linear warmup), `random`
-(200 random settings: which runs fail).
+`bert` and `modernbert`, `long` (5 times the steps), `short` (fewer steps: how many reach the loss of tuned linear
+warmup), `random` (200 random settings: which runs fail).
 """
 
 import argparse
@@ -37,6 +37,8 @@ UNTUNED = ("sqrt(1-b2^t)", "untuned linear", "untuned exponential", "ramp", "gui
 
 GPT = Setting("GPT", text="code", width=48, depth=2, beta2=0.95, weight_decay=0.1, clip=1.0)
 BERT = replace(DEVELOPMENT["BERT"], width=48, depth=3)
+# LayerNorm before the blocks, rotary positions: one that learns in 600 steps.
+MODERN = replace(BERT, name="modernbert", family="modernbert")
 LONG = replace(GPT, name="long", steps=5 * GPT.steps)
 
 
@@ -101,6 +103,11 @@ def jobs(part: str) -> Iterator[Job]:
         lrs = targets(1e-3, 6)
         yield from grid(BERT, "AdamW", {"guided": [{}], "ramp": [{}], **tuned}, lrs)
         yield from grid(BERT, "RAdam", {"linear": [{}]}, lrs)
+    if part == "modernbert":
+        tuned = {"linear": [{"fraction": f} for f in (0.0, 0.05, 0.1, 0.3)]}
+        lrs = targets(1e-3, 8)
+        yield from grid(MODERN, "AdamW", {"guided": [{}], "ramp": [{}], **tuned}, lrs)
+        yield from grid(MODERN, "RAdam", {"linear": [{}]}, lrs)
     if part == "long":
         tuned = {"linear": [{"fraction": f} for f in (0.02, 0.1, 0.3)]}
         lrs = [2.5e-3, 5e-3, 1e-2, 4e-2]
@@ -137,7 +144,7 @@ def jobs(part: str) -> Iterator[Job]:
                 yield Job(setting, optimizer, rule, options, target, seed)
 
 
-PARTS = ("gpt", "random", "gi", "long", "short", "bert")
+PARTS = ("gpt", "random", "gi", "long", "short", "bert", "modernbert")
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -331,7 +338,7 @@ def method(row: dict[str, str]) -> str:
 
 def plot(path: Path) -> None:
     """Loss against the target: guided, tuned linear, the ramp alone, RAdam."""
-    parts = [part for part in ("gpt", "gi", "bert") if read(part)]
+    parts = [part for part in ("gpt", "gi", "bert", "modernbert") if read(part)]
     figure = Figure(figsize=(4 * len(parts), 3.4), layout="constrained")
     for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         made = curves(read(part))
@@ -346,7 +353,9 @@ def plot(path: Path) -> None:
         for label, curve, style in shown:
             if curve is not None:
                 axes.plot(list(curve.losses), [curve.mean(t) for t in curve.losses], style, label=label, markersize=4)
-        title = {"gpt": "GPT, AdamW", "gi": "GPT, GI-Adam", "bert": "BERT, AdamW"}[part]
+        title = {"gpt": "GPT, AdamW", "gi": "GPT, GI-Adam", "bert": "BERT, AdamW", "modernbert": "ModernBERT, AdamW"}[
+            part
+        ]
         axes.set(xscale="log", xlabel="target learning rate", ylabel="validation loss", title=title)
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
@@ -358,6 +367,7 @@ def report() -> str:
         "gpt": "GPT, AdamW (β2 = .95)",
         "gi": "GPT, GI-Adam (β2 = .95)",
         "bert": "BERT, AdamW (β2 = .98)",
+        "modernbert": "ModernBERT, AdamW (β2 = .98)",
         "long": "GPT, 5 times the steps",
     }
     parts = [f"## {title}\n\n{part_table(part)}" for part, title in titles.items() if read(part)]
