@@ -1,10 +1,11 @@
-"""What a step of GIAdamW takes beside one of torch's AdamW, on the parameters of GPT-2 124M, without a model.
+"""What a step of GIAdamW takes beside torch's AdamW and RAdam, on the parameters of GPT-2 124M, without a model.
 
+    pip install 'hf-warmup[bench]'    # for pytorch_optimizer's RAdam and ADOPT, if they are to be there
     python recipes/studies/bench_optimizer.py
     python recipes/studies/bench_optimizer.py --device cuda
 
-All optimizers, with torch's fused and foreach kernels, share the parameters and random gradients; each has its own
-state. They take turns, in every other round the other way round, and all states are made anew several times, as
+All optimizers, with torch's fused and foreach kernels where they have them, share the parameters and random
+gradients; each has its own state. They take turns, in every other round the other way round, and all states are made anew several times, as
 where in memory they lie matters too. Writes results/bench_optimizer.csv (a row per step) and
 results/bench_optimizer.md, or bench_optimizer_cuda of both.
 """
@@ -14,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,25 @@ from hf_warmup import GIAdamW
 
 from reporting import RESULTS, allocations, conditions, current_commit, torch_threads, write
 
-KERNELS = ("fused", "foreach")
-CLASSES: dict[str, type[torch.optim.Optimizer]] = {
-    "AdamW": torch.optim.AdamW,
-    "GIAdamW": GIAdamW,
-    "AdamW, another": torch.optim.AdamW,  # how far the measurement is off
+LOOP = "loop"  # of Python, over the parameters
+CLASSES: dict[str, dict[str, type[torch.optim.Optimizer]]] = {
+    kernel: {
+        "AdamW": torch.optim.AdamW,
+        "GIAdamW": GIAdamW,
+        "AdamW, another": torch.optim.AdamW,  # how far the measurement is off
+    }
+    for kernel in ("fused", "foreach")
 }
+CLASSES["foreach"]["RAdam"] = torch.optim.RAdam
+if find_spec("pytorch_optimizer"):
+    import pytorch_optimizer
+
+    # ADOPT starts v as GI-Adam does, and skips the first update.
+    CLASSES[LOOP] = {
+        "AdamW": torch.optim.AdamW,
+        "RAdam, pytorch_optimizer": pytorch_optimizer.RAdam,
+        "ADOPT, pytorch_optimizer": pytorch_optimizer.ADOPT,
+    }
 # A learning rate at which many steps along random gradients leave the parameters what they are.
 OPTIONS = {"lr": 1e-6, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
@@ -58,7 +73,15 @@ def make_params(args: argparse.Namespace) -> list[Tensor]:
 
 
 def make_optimizer(name: str, kernel: str, params: list[Tensor]) -> torch.optim.Optimizer:
-    return CLASSES[name](params, **OPTIONS, **{kernel: True})
+    chosen: Any = CLASSES[kernel][name]
+    return chosen(params, **OPTIONS, **_kernel_options(chosen, kernel))
+
+
+def _kernel_options(chosen: Any, kernel: str) -> dict[str, bool]:
+    if not chosen.__module__.startswith(("torch.", "hf_warmup")):
+        return {}
+    options = {"foreach": kernel == "foreach"} | ({"fused": True} if kernel == "fused" else {})
+    return options | ({"decoupled_weight_decay": True} if chosen is torch.optim.RAdam else {})
 
 
 def seconds_of(step: Callable[[], Any], device: str) -> float:
@@ -88,8 +111,8 @@ def memory(params: list[Tensor], device: str) -> dict[tuple[str, str], dict[str,
     """State, and the peaks of the first and the second step with it, in multiples of the parameters' bytes."""
     whole = sum(p.nbytes for p in params)
     taken = {}
-    for kernel in KERNELS:
-        for name in CLASSES:
+    for kernel, classes in CLASSES.items():
+        for name in classes:
             optimizer = make_optimizer(name, kernel, params)
             first = peak_bytes(optimizer.step, device)
             state = sum(t.nbytes for values in optimizer.state.values() for t in values.values())
@@ -102,7 +125,7 @@ def memory(params: list[Tensor], device: str) -> dict[tuple[str, str], dict[str,
 def rows(params: list[Tensor], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every step's seconds; round 0 is the first step of a state."""
     made = []
-    which = [(name, kernel) for kernel in KERNELS for name in CLASSES]
+    which = [(name, kernel) for kernel, classes in CLASSES.items() for name in classes]
     progress = tqdm(total=args.states * (args.rounds + 1) * len(which))
     for number in range(args.states):
         optimizers = {key: make_optimizer(*key, params) for key in (reversed(which) if number % 2 else which)}

@@ -3,6 +3,7 @@
     python recipes/studies/claims.py             # prints the table
     python recipes/studies/claims.py --write     # puts it into the README of this folder, between its markers
     python recipes/studies/claims.py --smoke     # of the runs of `make studies-smoke`
+    python recipes/studies/claims.py --all       # behind it every table of results/, those of costs too
 
 A study that has no runs has no rows. `evidence.py` says when a claim holds.
 """
@@ -15,6 +16,8 @@ import catapult_study
 import phase_study
 import reporting
 import second_moment_study
+import sharpness_study
+import warmup_study
 from evidence import claims_table
 from grid import SMOKE, complete, load
 
@@ -25,8 +28,18 @@ BEGIN, END = "<!-- python recipes/studies/claims.py --write -->\n", "<!-- end of
 
 def text(folder: Path) -> str:
     """The table."""
-    made = {study: complete(load(study.NAME, folder == SMOKE), folder) for study in STUDIES}
-    return claims_table(claim for study, runs in made.items() if runs for claim in study.claims(runs))
+    runs = {study: complete(load(study.NAME, folder == SMOKE), folder) for study in STUDIES}
+    made = [claim for study, rows in runs.items() if rows for claim in study.claims(rows)]
+    if folder != SMOKE:
+        made += warmup_study.claims()
+        if rows := sharpness_study.finished():
+            made += sharpness_study.claims(rows)
+    return claims_table(made)
+
+
+def tables(folder: Path) -> str:
+    """All that studies and benchmarks have written, each under its name."""
+    return "\n\n".join(f"# {path.stem}\n\n{path.read_text().strip()}" for path in sorted(folder.glob("*.md")))
 
 
 def put(page: str, made: str) -> str:
@@ -41,9 +54,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="into README.md")
     parser.add_argument("--smoke", action="store_true", help="from runs/studies-smoke")
+    parser.add_argument("--all", action="store_true", help="and the tables of every study and benchmark")
     args = parser.parse_args()
-    made = text(SMOKE if args.smoke else reporting.RESULTS)
+    folder = SMOKE if args.smoke else reporting.RESULTS
+    made = text(folder)
     print(made)
+    if args.all:
+        print(f"\n{tables(folder)}")
     if args.write:
         README.write_text(put(README.read_text(), made))
 

@@ -14,6 +14,7 @@ and results/sharpness_study.md.
 """
 
 import argparse
+import csv
 import itertools
 import math
 import statistics
@@ -34,6 +35,7 @@ from tqdm import tqdm
 from hf_warmup import diagnose
 from hf_warmup.sharpness import Sharpness, adam_preconditioner, sharpness, stability_threshold
 
+from evidence import Claim, factor_claim
 from reporting import RESULTS, conditions, current_commit, torch_threads, write
 from warmup_cases import A, Setting, evaluate, losses, make_model, make_optimizer
 
@@ -268,6 +270,69 @@ def by_seed(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [select(rows, seed=seed) for seed in dict.fromkeys(row["seed"] for row in rows)]
 
 
+def finished() -> list[dict[str, Any]]:
+    """The rows of the CSV, numbers as numbers, without the columns that their part does not know."""
+    path = RESULTS / "sharpness_study.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [{k: _number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+
+
+def _number(cell: str) -> float | str:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+def claims(rows: list[dict[str, Any]]) -> list[Claim]:
+    """What the paper and others say, against the rows."""
+    made = []
+
+    def claim(text: str, source: str, values: list[float], low: float = 0.0, high: float = math.inf) -> None:
+        made.append(factor_claim(text, source, "sharpness_study", values, low, high))
+
+    for lr in EDGE_LRS:
+        text = f"Gradient descent with η = {lr:g} ends at the edge of stability, λη/2 within 5% of 1 (MLP)"
+        claim(text, "Cohen et al.", late_ratios(select(rows, part="edge", target_lr=lr)), 0.95, 1.05)
+    for beta2, eps in itertools.product(BETA2S, (EPS, SMALL_EPS)):
+        tail = "" if eps == EPS else f", ε = {eps:g}"
+        adam, gi = (
+            [row["sharpness"] for row in select(rows, part="initial", beta2=beta2, optimizer=f"{name}{tail}")]
+            for name in ("AdamW", "GIAdamW")
+        )
+        ratios = [a / g * math.sqrt(1 - beta2) for a, g in zip(adam, gi, strict=True)]
+        text = "Before the first step λ^(P⁻¹H) of AdamW is √(1-β2)⁻¹ times GI-Adam's, within 10%"
+        claim(f"{text} (GPT, β2 = {beta2:g}, ε = {eps:g})", "paper", ratios, 0.9, 1.1)
+    for init, regime, low, high in (
+        ("standard", "sharpness reduction", 0.0, 1 / 1.25),
+        ("flat", "progressive sharpening", 1.25, math.inf),
+    ):
+        told = select(rows, part="diagnose", optimizer="SGD", init=init)
+        text = f"From a {init} initialization SGD begins with {regime}: λ^H changes by more than a quarter (GPT)"
+        claim(text, "paper", [row["after"] / row["before"] for row in told], low, high)
+    for case in CASES:
+        named = {"part": "warmup", "optimizer": case.optimizer, "init": case.init}
+        shortest, longest = (
+            [
+                geometric(later([row for row in run if "sharpness" in row]))
+                for run in by_seed(select(rows, **named, **steps))
+            ]
+            for steps in ({"warmup_steps": case.warmups[0]}, {"warmup_steps": case.warmups[-1]})
+        )
+        text = f"With warmup over {case.warmups[-1]} steps λ is lower against its threshold than without, in the mean"
+        ratios = [long / short for long, short in zip(longest, shortest, strict=True)]
+        claim(f"{text} (GPT, {case.optimizer}, {case.init} initialization)", "paper", ratios, high=1.0)
+    return made
+
+
+def late_ratios(rows: list[dict[str, Any]]) -> list[float]:
+    """λ over the threshold, the mean of the last third of each seed's run."""
+    ratios = [[row["sharpness"] / row["threshold"] for row in run] for run in by_seed(rows)]
+    return [statistics.mean(run[-max(1, len(run) // 3) :]) for run in ratios]
+
+
 def markdown(lines: list[dict[str, Any]]) -> str:
     return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
 
@@ -279,7 +344,7 @@ def edge_table(rows: list[dict[str, Any]]) -> str:
         runs = by_seed(select(rows, target_lr=lr))
         ratios = [[row["sharpness"] / row["threshold"] for row in run] for run in runs]
         late = [run[-max(1, len(run) // 3) :] for run in ratios]
-        means = [statistics.mean(run) for run in late]
+        means = late_ratios(select(rows, target_lr=lr))
         lines.append(
             {
                 "η": f"{lr:g}",

@@ -27,9 +27,12 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from tqdm import tqdm
 
+import evidence
+from evidence import Claim
 from warmup_cases import DEVELOPMENT, Setting, train, unigram_entropy
 from warmup_rules import RULES
 
+NAME = "warmup_study"
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
@@ -40,6 +43,15 @@ BERT = replace(DEVELOPMENT["BERT"], width=48, depth=3)
 # LayerNorm before the blocks, rotary positions: one that learns in 600 steps.
 MODERN = replace(BERT, name="modernbert", family="modernbert")
 LONG = replace(GPT, name="long", steps=5 * GPT.steps)
+
+
+TITLES = {
+    "gpt": "GPT, AdamW (β2 = .95)",
+    "gi": "GPT, GI-Adam (β2 = .95)",
+    "bert": "BERT, AdamW (β2 = .98)",
+    "modernbert": "ModernBERT, AdamW (β2 = .98)",
+    "long": "GPT, 5 times the steps",
+}
 
 
 class Job(NamedTuple):
@@ -330,6 +342,58 @@ def random_table() -> str:
     return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
 
 
+def claims() -> list[Claim]:
+    """What we say of guided warmup, against the runs that are there."""
+    made = []
+    for part, title in TITLES.items():
+        if read(part):
+            made += _part_claims(part, f"({title})")
+    if random := [row for row in read("random") if float(row["target"]) >= 1e-3]:
+        failed = {
+            name: sum(not float(row["loss"]) <= float(row["entropy"]) for row in random if method(row) == name)
+            for name in ("guided", "linear 10%", "none", "RAdam")
+        }
+        guided, *others = failed.values()
+        text = "With guided warmup fewer random trainings fail than over 10% of the steps, without it, or with RAdam"
+        measured = f"{guided} against {', '.join(map(str, others))} of {len(random) // 4}"
+        verdict = "holds" if guided < min(others) else "does not hold"
+        made.append(Claim(f"{text} (GPT, η_trgt from 1e-3 to 1)", "ours", NAME, measured, verdict))
+    return made
+
+
+def _part_claims(part: str, tail: str) -> list[Claim]:
+    rows = [row for row in read(part) if row["optimizer"] != "RAdam"]  # whose rule is that of no warmup
+    reference, over = tuned(curves(rows)), window(curves(rows))
+
+    def losses(rule: str, options: dict[str, Any]) -> evidence.Curve:
+        chosen = [row for row in rows if row["rule"] == rule and json.loads(row["options"]) == options]
+        numbers = [{k: float(row[k]) for k in ("target", "seed", "loss", "first")} for row in chosen]
+        return evidence.curve(numbers)
+
+    guided, best_linear = losses("guided", {}), losses("linear", reference.options)
+    text = "Guided warmup is as good as linear warmup tuned over target and length"
+    difference = evidence.difference(evidence.at_best(guided), evidence.at_best(best_linear))
+    made = [evidence.loss_claim(f"{text} {tail}", "ours", NAME, difference, high=evidence.EQUAL)]
+    if max(over) / min(over) > 30:
+        worst = [
+            max(guided[target][seed] for target in over) - min(of[seed] for of in guided.values())
+            for seed in evidence.at_best(guided)
+        ]
+        text = "Guided warmup is within .05 nats of its best over a factor of 32 in η_trgt"
+        made.append(evidence.loss_claim(f"{text} {tail}", "asked", NAME, worst, high=0.05))
+        ratios = [
+            _sensitivity(guided, over, seed) / _sensitivity(best_linear, over, seed)
+            for seed in evidence.at_best(guided)
+        ]
+        text = "Its mean excess over that range is at most a quarter of tuned linear warmup's"
+        made.append(evidence.factor_claim(f"{text} {tail}", "asked", NAME, ratios, high=0.25))
+    return made
+
+
+def _sensitivity(losses: evidence.Curve, over: list[float], seed: int) -> float:
+    return statistics.mean(losses[target][seed] for target in over) - min(of[seed] for of in losses.values())
+
+
 def method(row: dict[str, str]) -> str:
     if row["optimizer"] == "RAdam" or row["rule"] == "guided":
         return "RAdam" if row["optimizer"] == "RAdam" else "guided"
@@ -363,14 +427,7 @@ def plot(path: Path) -> None:
 
 def report() -> str:
     """Everything, as a page."""
-    titles = {
-        "gpt": "GPT, AdamW (β2 = .95)",
-        "gi": "GPT, GI-Adam (β2 = .95)",
-        "bert": "BERT, AdamW (β2 = .98)",
-        "modernbert": "ModernBERT, AdamW (β2 = .98)",
-        "long": "GPT, 5 times the steps",
-    }
-    parts = [f"## {title}\n\n{part_table(part)}" for part, title in titles.items() if read(part)]
+    parts = [f"## {title}\n\n{part_table(part)}" for part, title in TITLES.items() if read(part)]
     parts.append(f"## How often to try\n\n{trials_table()}")
     if read("short"):
         parts.append(f"## Steps to the loss of tuned linear warmup\n\n{short_table()}")
