@@ -5,8 +5,8 @@
     python recipes/studies/bench_optimizer.py --device cuda
 
 All optimizers, with torch's fused and foreach kernels where they have them, share the parameters and random
-gradients; each has its own state. They take turns, in every other round the other way round, and all states are made anew several times, as
-where in memory they lie matters too. Writes results/bench_optimizer.csv (a row per step) and
+gradients; each has its own state. They take turns, in every other round the other way round, and all states are made
+anew several times, as where in memory they lie matters too. Writes results/bench_optimizer.csv (a row per step) and
 results/bench_optimizer.md, or bench_optimizer_cuda of both.
 """
 
