@@ -21,6 +21,10 @@ one forward pass, as the loss before the step is known. There is one every `ever
 every t/20 steps, as training changes with the logarithm of time: about 30 forward passes until the ramp has
 ended, or 118 in 10,000 steps if they go on to the end.
 
+A step has seen the batch that it is tried on, and lowers its loss more than that of others: the more so, the less a
+batch tells of the next one (few labels, dropout). Every `unseen`-th trial can therefore be of the step that the
+momentum would make alone (`loss_after_step`), in which the batch had no part. Where it often rises, c settles lower.
+
 An optimizer may have a warmup of its own, a factor w_t that tends to 1: GI-Adam's is √(1-β2^t). What its steps
 bear now they will not bear once the factor is gone, so c_t is w_t times the η that was tried.
 
@@ -42,7 +46,7 @@ from typing import Any
 
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 
-LossAt = Callable[[float], float]
+LossAt = Callable[..., float]  # of η; and of `unseen=True`, where some trials are to be that
 
 # Chosen on the development settings of recipes/studies/guided.md.
 _START = 1e-3  # of η_c: where the ramp starts
@@ -156,6 +160,8 @@ class GuidedWarmup(_Controller):
         every: Steps between trials, at first.
         until: `"target"`: no more trials once the ramp has ended. `"end"`: trials go on, and the peak may still be
             lowered, to κ c̄ / f.
+        unseen: Every so-manieth trial asks for `loss_at(η, unseen=True)`: the loss after a step in which the batch
+            had no part. 0 is none of them.
 
     Attributes:
         target_lr: η_trgt.
@@ -185,6 +191,7 @@ class GuidedWarmup(_Controller):
         kappa: float = 1.0,
         every: int = 5,
         until: str = "target",
+        unseen: int = 0,
     ) -> None:
         super().__init__(target_lr, num_training_steps, decay)
         for name, value, most in (("rate", rate, 1.0), ("kappa", kappa, math.inf), ("init_lr", init_lr, math.inf)):
@@ -192,9 +199,12 @@ class GuidedWarmup(_Controller):
                 raise ValueError(f"{name} must be positive{' and at most 1' * (most == 1)} and finite, got {value}")
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
+        if unseen < 0:
+            raise ValueError(f"unseen must be at least 0, got {unseen}")
         if until not in ("target", "end"):
             raise ValueError(f'until must be "target" or "end", got {until!r}')
         self.init_lr, self.rate, self.kappa, self.every, self.until = init_lr, rate, kappa, every, until
+        self.unseen = unseen
         self.peak = math.inf
         self.next_trial = 0
         self.estimates: list[float] = []
@@ -235,8 +245,9 @@ class GuidedWarmup(_Controller):
         self.next_trial = self.num_steps + trial_interval(self.num_steps, self.every)
         self.num_trials += 1
         self.estimates = [*self.estimates, self.critical_lr][-_MEAN:]
+        asked = {"unseen": True} if self.unseen and self.num_trials % self.unseen == 0 else {}
         # Not `loss > start`: a loss that is not finite has risen.
-        rises = not loss_at(self.critical_lr / own_warmup) <= loss_at(0.0)
+        rises = not loss_at(self.critical_lr / own_warmup, **asked) <= loss_at(0.0)
         self.critical_lr *= 1 / _STAIR if rises else _STAIR
         if len(self.estimates) == _MEAN:
             mean = math.exp(math.fsum(map(math.log, self.estimates)) / _MEAN)

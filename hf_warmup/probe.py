@@ -141,6 +141,7 @@ def loss_after_step(
     module: nn.Module | None = None,
     copy_on_cpu: bool = False,
     shards: Shards | None = None,
+    unseen: bool = False,
 ) -> Any:
     """The loss after the step that `optimizer` would make now with learning rate `lr`.
 
@@ -157,6 +158,8 @@ def loss_after_step(
             if it is one of FSDP2.
         copy_on_cpu: Keep the copy of the parameters in the CPU's memory: slower, for when the GPU's is full.
         shards: What this process holds of the parameters, if they are neither whole nor DTensors.
+        unseen: Make the step that zero gradients would make, of the momentum alone: one that has not seen the batch,
+            so that its loss says what the step does to others. See `has_momentum`.
 
     Returns:
         The loss as a float, possibly not finite; a list of floats if `loss_fn` returned a sequence.
@@ -169,9 +172,22 @@ def loss_after_step(
     if not 0 <= lr < float("inf"):
         raise ValueError(f"lr must be at least 0 and finite, got {lr}")
     shards = Shards(optimizer, module) if shards is None else shards
-    with _evaluating(shards, module, _moved(shards, lr, copy_on_cpu) if lr > 0 else None):
+    with _evaluating(shards, module, _moved(shards, lr, copy_on_cpu, unseen) if lr > 0 else None):
         losses = loss_fn()
         return [float(loss) for loss in losses] if isinstance(losses, Sequence) else float(losses)
+
+
+def has_momentum(optimizer: Optimizer) -> bool:
+    """Whether the optimizer moves the parameters along earlier gradients too: Adam's kin, and SGD with momentum.
+
+    Args:
+        optimizer: In accelerate's wrapper or not.
+
+    Returns:
+        Whether every parameter group has β1 or momentum.
+    """
+    groups = innermost(optimizer).param_groups
+    return all(group["betas"][0] > 0 if "betas" in group else group.get("momentum", 0) > 0 for group in groups)
 
 
 @contextmanager
@@ -285,8 +301,8 @@ def _with_lr(group: dict[str, Any], lr: float) -> dict[str, Any]:
 
 
 @contextmanager
-def _moved(shards: Shards, lr: float, copy_on_cpu: bool) -> Iterator[list[tuple[Shard, Tensor]]]:
-    """Make the step on the parameters alone; undo it on the way out, bit for bit.
+def _moved(shards: Shards, lr: float, copy_on_cpu: bool, unseen: bool = False) -> Iterator[list[tuple[Shard, Tensor]]]:
+    """Make the step on the parameters alone, `unseen` with gradients of 0; undo it on the way out, bit for bit.
 
     Raises:
         RuntimeError: If the optimizer has step hooks, or acts on more than the shards.
@@ -310,10 +326,10 @@ def _moved(shards: Shards, lr: float, copy_on_cpu: bool) -> Iterator[list[tuple[
     values = [shard.tensor.to("cpu", copy=True) if copy_on_cpu else shard.tensor.clone() for shard in held]
     try:
         if _is_elementwise(optimizer):
-            for piece in _pieces(shards, lr):
+            for piece in _pieces(shards, lr, unseen):
                 piece.step()
         else:
-            _step_and_restore_state(optimizer, lr)
+            _step_and_restore_state(optimizer, lr, unseen)
         yield list(zip(held, values, strict=True))
     finally:
         if held:
@@ -325,13 +341,13 @@ def _is_elementwise(optimizer: Optimizer) -> bool:
     return type(optimizer) in _ELEMENTWISE and getattr(optimizer, "v0", None) != "random"
 
 
-def _pieces(shards: Shards, lr: float) -> Iterator[Optimizer]:
+def _pieces(shards: Shards, lr: float, unseen: bool) -> Iterator[Optimizer]:
     """Optimizers like that of `shards` over the same memory, a piece at a time, with copies of their state."""
     optimizer, groups = shards.optimizer, shards.groups()
     size = max(_PIECE, sum(shard.tensor.numel() for _, held in groups for shard in held) // _PIECES // 64 * 64)
     for (group, held), group_lr in zip(groups, _lrs(optimizer, lr), strict=True):
         piece: dict[Tensor, dict[str, Any]] = {}
-        for part, state in _parts(held, size):
+        for part, state in _parts(held, size, unseen):
             piece[part] = state
             if sum(p.numel() for p in piece) >= size:
                 yield _like(optimizer, group, group_lr, piece)
@@ -340,7 +356,7 @@ def _pieces(shards: Shards, lr: float) -> Iterator[Optimizer]:
             yield _like(optimizer, group, group_lr, piece)
 
 
-def _parts(held: Iterable[Shard], size: int) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+def _parts(held: Iterable[Shard], size: int, unseen: bool) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Views of at most about `size` elements, with their gradient, and a copy of their state."""
     for shard in held:
         p, num_elements = shard.tensor, shard.tensor.numel()
@@ -355,7 +371,7 @@ def _parts(held: Iterable[Shard], size: int) -> Iterator[tuple[Tensor, dict[str,
                 return tensor.detach() if stop - start == tensor.numel() else tensor.detach().view(-1)[start:stop]
 
             part = cut(p)
-            part.grad = shard.grad(start, stop)
+            part.grad = torch.zeros_like(part) if unseen else shard.grad(start, stop)
             yield part, {k: cut(v).clone() if k in like_p else copy.deepcopy(v) for k, v in shard.state.items()}
 
 
@@ -367,12 +383,21 @@ def _like(optimizer: Optimizer, group: dict[str, Any], lr: float, piece: dict[Te
     return twin
 
 
-def _step_and_restore_state(optimizer: Optimizer, lr: float) -> None:
-    """Step `optimizer` itself, and give it back state, options and attributes."""
-    with same_state(optimizer):
+def _step_and_restore_state(optimizer: Optimizer, lr: float, unseen: bool) -> None:
+    """Step `optimizer` itself, and give it back state, options, attributes and gradients."""
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    with same_state(optimizer), ExitStack() as restored:
+        if unseen:
+            restored.callback(_give_gradients, params, [p.grad for p in params])
+            _give_gradients(params, [torch.zeros_like(p.grad) for p in params])
         for group, group_lr in zip(optimizer.param_groups, _lrs(optimizer, lr), strict=True):
             group.update(_with_lr(group, group_lr))
         optimizer.step()
+
+
+def _give_gradients(params: list[Tensor], grads: list[Tensor | None]) -> None:
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad
 
 
 @contextmanager

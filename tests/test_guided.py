@@ -10,7 +10,7 @@ RATE = 0.01
 
 def fixed_critical_lr(critical_lr, start=2.0):
     """A loss that falls up to `critical_lr` and rises beyond it, on every batch."""
-    return lambda lr: start + lr * (lr - critical_lr)
+    return lambda lr, unseen=False: start + lr * (lr - critical_lr)
 
 
 def lrs(guide, losses, num_steps, **options):
@@ -91,6 +91,29 @@ def test_the_staircase_finds_where_half_of_the_batches_rise():
         guide.step(fixed_critical_lr(0.2 * scatter[t * 3 % 7]))
         seen.append(math.log(guide.critical_lr))
     assert math.exp(sum(seen[30:]) / len(seen[30:])) == pytest.approx(0.2, rel=0.3)
+
+
+@pytest.mark.parametrize(("every", "between"), [(0, 0.2), (1, 0.02), (2, (0.2 * 0.02) ** 0.5)])
+def test_trials_that_have_not_seen_the_batch_take_their_part(every, between):
+    """With every second of them c rests where as many of either rise as do not: anywhere between the two η_c."""
+    asked = []
+
+    def loss_at(lr, unseen=False):
+        asked.append(unseen)
+        return 1.0 if lr <= (0.02 if unseen else 0.2) else 1.1
+
+    guide = GuidedWarmup(1e3, 1000, every=1, until="end", unseen=every)
+    seen = []
+    for _ in range(95):
+        guide.step(loss_at)
+        seen.append(guide.critical_lr)
+    middle = math.exp(sum(map(math.log, seen[30:])) / len(seen[30:]))
+    if every == 2:
+        assert 0.02 / 1.5 < middle < 0.2 * 1.5
+    else:
+        assert middle == pytest.approx(between, rel=0.3)
+    trials = [unseen for unseen, zero in zip(asked, [True, *asked], strict=False)]
+    assert sum(trials) == {0: 0, 1: 94, 2: 47}[every]
 
 
 def test_a_trial_costs_one_forward_pass_and_they_become_rarer():
@@ -182,6 +205,7 @@ def test_a_first_batch_without_a_critical_lr_still_gives_a_learning_rate(curve):
     [
         lambda: GuidedWarmup(0.02, 120, lambda x: 1 - x / 240, until="end"),
         lambda: GuidedWarmup(1.0, 120, lambda x: 1 - x / 240),
+        lambda: GuidedWarmup(1.0, 120, lambda x: 1 - x / 240, unseen=2),
         lambda: PersistentCatapult(1.0, 120),
     ],
 )
@@ -227,6 +251,7 @@ BAD = [
     (lambda: GuidedWarmup(1.0, 9, kappa=-1.0), "kappa must be positive and finite, got -1.0"),
     (lambda: GuidedWarmup(1.0, 9, init_lr=math.nan), "init_lr must be positive and finite, got nan"),
     (lambda: GuidedWarmup(1.0, 9, every=0), "every must be at least 1, got 0"),
+    (lambda: GuidedWarmup(1.0, 9, unseen=-1), "unseen must be at least 0, got -1"),
     (lambda: GuidedWarmup(1.0, 9, until="noon"), "until must be .* got 'noon'"),
     (lambda: PersistentCatapult(1.0, 9, delta=0.0), "delta must be positive and finite, got 0.0"),
     (lambda: PersistentCatapult(1.0, 9, init_lr=-1.0), "init_lr must be positive and finite, got -1.0"),

@@ -9,6 +9,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from hf_warmup import GIAdamW, along_step, find_critical_lr, loss_after_step, update_slope
+from hf_warmup.probe import has_momentum
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1),
@@ -85,17 +86,19 @@ def assert_same(a, b):
 
 @every_optimizer
 @after
-def test_the_loss_is_that_after_a_real_step_bit_for_bit(make, num_steps):
+@pytest.mark.parametrize("unseen", [False, True])
+def test_the_loss_is_that_after_a_real_step_bit_for_bit(make, num_steps, unseen):
+    """`unseen`: a real step with zero gradients."""
     model, optimizer, loss_fn = training(make)
     train(model, optimizer, loss_fn, num_steps)
     optimizer.zero_grad()
     loss_fn().backward()
-    probed = [loss_after_step(optimizer, loss_fn, lr, module=model) for lr in (0.0, 1e-3, 0.7)]
+    probed = [loss_after_step(optimizer, loss_fn, lr, module=model, unseen=unseen) for lr in (0.0, 1e-3, 0.7)]
 
     for lr, loss in zip((0.0, 1e-3, 0.7), probed, strict=True):
         twin_model, twin = copy.deepcopy((model, optimizer))  # one copy: the optimizer's parameters are the model's
         for p, q in zip(model.parameters(), twin_model.parameters(), strict=True):
-            q.grad = p.grad.clone()
+            q.grad = torch.zeros_like(p.grad) if unseen else p.grad.clone()
         rng = torch.get_rng_state()
         twin.param_groups[0]["lr"] = lr
         if lr > 0:
@@ -105,10 +108,28 @@ def test_the_loss_is_that_after_a_real_step_bit_for_bit(make, num_steps):
         torch.set_rng_state(rng)
 
 
+def test_momentum_is_what_a_step_without_gradient_goes_along():
+    assert [name for name, make in OPTIMIZERS.items() if not has_momentum(make(Net().parameters()))] == [
+        "SGD",
+        "Adagrad",
+    ]
+    theta = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = torch.optim.SGD([theta], 0.1, momentum=0.5)
+    theta.grad = torch.tensor([3.0, 5.0])
+    optimizer.step()
+    theta.grad = torch.tensor([7.0, 7.0])
+    # m = .5 (3, 5) + 0, so θ - η m.
+    moved = theta.detach() - 0.2 * torch.tensor([1.5, 2.5])
+    loss = loss_after_step(optimizer, lambda: theta.square().sum(), 0.2, unseen=True)
+    assert loss == pytest.approx(float(moved.square().sum()))
+    assert theta.grad.tolist() == [7.0, 7.0]
+
+
 @every_optimizer
 @after
 @pytest.mark.parametrize("outcome", ["returns", "raises"])
-def test_a_probe_leaves_no_trace(make, num_steps, outcome):
+@pytest.mark.parametrize("unseen", [False, True])
+def test_a_probe_leaves_no_trace(make, num_steps, outcome, unseen):
     model, optimizer, loss_fn = training(make)
     train(model, optimizer, loss_fn, num_steps)
     optimizer.zero_grad()
@@ -128,9 +149,9 @@ def test_a_probe_leaves_no_trace(make, num_steps, outcome):
     for lr in (0.0, 0.5):
         if outcome == "raises":
             with pytest.raises(RuntimeError, match="out of memory"):
-                loss_after_step(optimizer, loss, lr, module=model)
+                loss_after_step(optimizer, loss, lr, module=model, unseen=unseen)
         else:
-            loss_after_step(optimizer, loss, lr, module=model)
+            loss_after_step(optimizer, loss, lr, module=model, unseen=unseen)
         assert_same(everything(model, optimizer), before)
     assert [id(t) for p in optimizer.state.values() for t in p.values()] == objects
     assert vars(optimizer).keys() == attributes.keys()

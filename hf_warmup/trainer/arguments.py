@@ -79,6 +79,14 @@ class WarmupArguments:
         default=1.0,
         metadata={"help": "Highest learning rate of warmup=guided, in terms of the smallest critical one it met."},
     )
+    guide_unseen: int = field(
+        default=0,
+        metadata={
+            "help": "Every so-manieth trial of warmup=guided is of the momentum alone, a step that has not seen the "
+            "batch: 2 for masked language models, dropout and small batches, whose own batch is a poor judge; 0 is "
+            "none."
+        },
+    )
     max_init_fraction: float = field(
         default=0.1,
         metadata={
@@ -165,8 +173,9 @@ class WarmupArguments:
             raise ValueError(f"warmup_growth must be above 1 and finite, got {self.warmup_growth}")
         if self.guide_every < 1:
             raise ValueError(f"guide_every must be at least 1, got {self.guide_every}")
-        if self.guide_micro_batches < 0:
-            raise ValueError(f"guide_micro_batches must be at least 0, got {self.guide_micro_batches}")
+        for name in ("guide_micro_batches", "guide_unseen"):
+            if (number := cast(int, getattr(self, name))) < 0:
+                raise ValueError(f"{name} must be at least 0, got {number}")
         if not 0 < self.guide_rate <= 1:
             raise ValueError(f"guide_rate must be above 0 and at most 1, got {self.guide_rate}")
         if self.critical_lr_method not in ("secant", "paper"):

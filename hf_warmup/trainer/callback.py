@@ -25,7 +25,7 @@ from transformers.trainer_utils import SchedulerType
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.guided import GuidedWarmup, PersistentCatapult
-from hf_warmup.probe import Shards, innermost, loss_after_step
+from hf_warmup.probe import Shards, has_momentum, innermost, loss_after_step
 from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, steps_saved
 from hf_warmup.trainer.arguments import TRYING, WarmupArguments
 from hf_warmup.trainer.backends import Backend, backend_of, check_processes, prepare_optimizer, why_not_try
@@ -267,6 +267,12 @@ class WarmupCallback(TrainerCallback):
         init_lr = arguments.fixed_init_lr
         guide: GuidedWarmup | PersistentCatapult
         if arguments.warmup == "guided":
+            optimizer = innermost(self.trainer.optimizer)
+            if arguments.guide_unseen and not has_momentum(optimizer):
+                raise ValueError(
+                    f"guide_unseen must be 0 with {type(optimizer).__name__} here, which has no momentum to make a "
+                    f"step of alone, got {arguments.guide_unseen}"
+                )
             guide = GuidedWarmup(
                 target,
                 schedule.num_training_steps,
@@ -276,6 +282,7 @@ class WarmupCallback(TrainerCallback):
                 kappa=arguments.guide_kappa,
                 every=arguments.guide_every,
                 until=arguments.guide_until,
+                unseen=arguments.guide_unseen,
             )
         else:
             guide = PersistentCatapult(
@@ -297,7 +304,7 @@ class WarmupCallback(TrainerCallback):
         schedule, target = self._schedule, self.trainer.args.learning_rate
         assert isinstance(schedule, SteeredSchedule)
         optimizer, own_warmup = innermost(self.trainer.optimizer), 1.0
-        loss_at: Callable[[float], float] = _not_asked
+        loss_at: Callable[..., float] = _not_asked
         if guide.needs_trial:
             shards = backend.shards()
             if not backend.can_step(shards):
@@ -328,7 +335,9 @@ class WarmupCallback(TrainerCallback):
         if guide.handed_over:
             self._stop_watching()
 
-    def _losses_after(self, shards: Shards, backend: Backend, replay: StepReplay, lr: float) -> list[float]:
+    def _losses_after(
+        self, shards: Shards, backend: Backend, replay: StepReplay, lr: float, unseen: bool = False
+    ) -> list[float]:
         """The losses of the batches of `replay` after the step that the optimizer would make with `lr`."""
         return backend.together(
             lambda: loss_after_step(
@@ -338,16 +347,17 @@ class WarmupCallback(TrainerCallback):
                 module=self.trainer.model_wrapped,
                 copy_on_cpu=self.arguments.search_copy_on_cpu,
                 shards=shards,
+                unseen=unseen,
             )
         )
 
-    def _loss_at(self, shards: Shards, backend: Backend, replay: StepReplay) -> Callable[[float], float]:
+    def _loss_at(self, shards: Shards, backend: Backend, replay: StepReplay) -> Callable[..., float]:
         """The loss of the present step's batches after a step of some learning rate."""
 
         @functools.cache
-        def loss_at(lr: float) -> float:
+        def loss_at(lr: float, unseen: bool = False) -> float:
             known = loss_before(backend, replay) if lr == 0 else None
-            return self._losses_after(shards, backend, replay, lr)[0] if known is None else known
+            return self._losses_after(shards, backend, replay, lr, unseen)[0] if known is None else known
 
         return loss_at
 

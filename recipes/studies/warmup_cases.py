@@ -282,26 +282,17 @@ def train(setting: Setting, optimizer_name: str, rule: Rule, seed: int) -> dict[
 
         def loss_at(
             lr: float,
-            fresh: bool = False,
+            unseen: bool = False,
             loss_fn: Callable = loss_fn,
             state: Tensor = state,
             value: float = value,
         ) -> float:
-            """`fresh`: along the momentum alone, a step in which this batch had no part."""
             nonlocal probes
             if lr == 0:
                 return value
             probes += 1
             torch.set_rng_state(state)  # the same dropout as the step's own forward pass
-            if not fresh:
-                return loss_after_step(optimizer, loss_fn, lr)
-            grads = [p.grad for p in model.parameters()]
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p)
-            moved = loss_after_step(optimizer, loss_fn, lr)
-            for p, grad in zip(model.parameters(), grads, strict=True):
-                p.grad = grad
-            return moved
+            return loss_after_step(optimizer, loss_fn, lr, unseen=unseen)
 
         if step == 0 and hasattr(rule, "begin"):
             torch.set_rng_state(state)
