@@ -121,7 +121,7 @@ def test_a_trial_costs_one_forward_pass_and_they_become_rarer():
 
     def counted(t):
         loss_at = fixed_critical_lr(0.5)
-        return lambda lr: calls.append((t, lr)) or loss_at(lr)
+        return lambda lr, unseen=False: calls.append((t, lr)) or loss_at(lr)
 
     guide = GuidedWarmup(100.0, 10_000, until="end")
     lrs(guide, counted, 10_000)
@@ -175,7 +175,7 @@ def test_an_optimizer_with_a_warmup_of_its_own_is_held_to_what_it_bears_without_
 
 
 def test_a_loss_that_is_not_finite_has_risen():
-    guide = GuidedWarmup(1.0, 1000, every=1)
+    guide = GuidedWarmup(1.0, 1000, every=1, unseen=0)
     guide.step(fixed_critical_lr(0.5))
     before = guide.critical_lr
     guide.step(lambda lr: 2.0 if lr == 0 else math.nan)
@@ -194,7 +194,7 @@ def test_a_first_loss_that_is_not_finite_is_an_error():
     "curve", [lambda lr: 1.0 + lr, lambda lr: 1.0, lambda lr: 1.0 - lr], ids=["up", "flat", "down"]
 )
 def test_a_first_batch_without_a_critical_lr_still_gives_a_learning_rate(curve):
-    guide = GuidedWarmup(1.0, 200)
+    guide = GuidedWarmup(1.0, 200, unseen=0)
     made = lrs(guide, lambda t: curve, 50)
     assert all(0 < lr <= 1.0 for lr in made)
 
@@ -205,7 +205,7 @@ def test_a_first_batch_without_a_critical_lr_still_gives_a_learning_rate(curve):
     [
         lambda: GuidedWarmup(0.02, 120, lambda x: 1 - x / 240, until="end"),
         lambda: GuidedWarmup(1.0, 120, lambda x: 1 - x / 240),
-        lambda: GuidedWarmup(1.0, 120, lambda x: 1 - x / 240, unseen=2),
+        lambda: GuidedWarmup(1.0, 120, lambda x: 1 - x / 240, unseen=0),
         lambda: PersistentCatapult(1.0, 120),
     ],
 )

@@ -24,7 +24,7 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.gi_adam import GIAdamW
-from hf_warmup.guided import GuidedWarmup, PersistentCatapult
+from hf_warmup.guided import UNSEEN, GuidedWarmup, PersistentCatapult
 from hf_warmup.probe import Shards, has_momentum, innermost, loss_after_step
 from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, steps_saved
 from hf_warmup.trainer.arguments import TRYING, WarmupArguments
@@ -267,11 +267,13 @@ class WarmupCallback(TrainerCallback):
         init_lr = arguments.fixed_init_lr
         guide: GuidedWarmup | PersistentCatapult
         if arguments.warmup == "guided":
-            optimizer = innermost(self.trainer.optimizer)
-            if arguments.guide_unseen and not has_momentum(optimizer):
+            optimizer, unseen = innermost(self.trainer.optimizer), arguments.guide_unseen
+            if unseen is None:
+                unseen = UNSEEN if has_momentum(optimizer) else 0
+            elif unseen and not has_momentum(optimizer):
                 raise ValueError(
                     f"guide_unseen must be 0 with {type(optimizer).__name__} here, which has no momentum to make a "
-                    f"step of alone, got {arguments.guide_unseen}"
+                    f"step of alone, got {unseen}"
                 )
             guide = GuidedWarmup(
                 target,
@@ -282,7 +284,7 @@ class WarmupCallback(TrainerCallback):
                 kappa=arguments.guide_kappa,
                 every=arguments.guide_every,
                 until=arguments.guide_until,
-                unseen=arguments.guide_unseen,
+                unseen=unseen,
             )
         else:
             guide = PersistentCatapult(

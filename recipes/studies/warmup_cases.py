@@ -68,8 +68,9 @@ BERT = Setting(
     dropout=0.1,
     steps=600,
 )
+MODERN = replace(BERT, name="ModernBERT", family="modernbert")
 CNN = Setting("CNN", family="cnn", batch=64)
-DEVELOPMENT = {s.name: s for s in (A, B, BERT, CNN)}
+DEVELOPMENT = {s.name: s for s in (A, B, BERT, MODERN, CNN)}
 
 
 @functools.cache

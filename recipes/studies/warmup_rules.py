@@ -48,7 +48,8 @@ def factor(f: Callable[[float, int], float]) -> Callable[..., Rule]:
 
 
 def guided(setting: Setting, optimizer: str, target: float, **options: Any) -> Rule:
-    """Ours."""
+    """Ours; without momentum all trials are of steps that have seen the batch."""
+    options = ({"unseen": 0} if optimizer == "SGD" else {}) | options
     guide = GuidedWarmup(target, setting.steps, lambda step: cosine(step, setting.steps), **options)
 
     def rule(step: int, loss_at: LossAt) -> float:

@@ -36,6 +36,7 @@ NAME = "warmup_study"
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
+OWN_BATCH = {"unseen": 0}  # no trial of a step that has not seen the batch
 UNTUNED = ("sqrt(1-b2^t)", "untuned linear", "untuned exponential", "ramp", "guided")
 
 GPT = Setting("GPT", text="code", width=48, depth=2, beta2=0.95, weight_decay=0.1, clip=1.0)
@@ -99,7 +100,7 @@ def jobs(part: str) -> Iterator[Job]:
     if part == "gpt":
         lrs = targets(1.25e-3, 8)
         yield from grid(GPT, "AdamW", tuned | {rule: [{}] for rule in UNTUNED}, lrs)
-        yield from grid(GPT, "AdamW", {"guided": [{"until": "end"}], "persistent": [{}]}, lrs)
+        yield from grid(GPT, "AdamW", {"guided": [{"until": "end"}, OWN_BATCH], "persistent": [{}]}, lrs)
         yield from grid(GPT, "AdamW", {"ramp": [{"growth": g} for g in (1.03, 1.1)]}, lrs)
         yield from grid(GPT, "RAdam", {"linear": [{}]}, lrs)
         # Far beyond what anybody would ask for.
@@ -109,16 +110,16 @@ def jobs(part: str) -> Iterator[Job]:
         # How often to try, at a sensible target and at one that is too high.
         yield from grid(GPT, "AdamW", {"guided": [{"every": k} for k in (1, 2, 10, 20)]}, [1e-2, 8e-2])
     if part == "gi":
-        yield from grid(GPT, "GIAdamW", {"guided": [{}], "ramp": [{}], **tuned}, targets(1.25e-3, 8))
+        yield from grid(GPT, "GIAdamW", {"guided": [{}, OWN_BATCH], "ramp": [{}], **tuned}, targets(1.25e-3, 8))
     if part == "bert":
         tuned = {"linear": [{"fraction": f} for f in (0.0, 0.1, 0.3)]}
         lrs = targets(1e-3, 6)
-        yield from grid(BERT, "AdamW", {"guided": [{}], "ramp": [{}], **tuned}, lrs)
+        yield from grid(BERT, "AdamW", {"guided": [{}, OWN_BATCH], "ramp": [{}], **tuned}, lrs)
         yield from grid(BERT, "RAdam", {"linear": [{}]}, lrs)
     if part == "modernbert":
         tuned = {"linear": [{"fraction": f} for f in (0.0, 0.05, 0.1, 0.3)]}
         lrs = targets(1e-3, 8)
-        yield from grid(MODERN, "AdamW", {"guided": [{}], "ramp": [{}], **tuned}, lrs)
+        yield from grid(MODERN, "AdamW", {"guided": [{}, OWN_BATCH], "ramp": [{}], **tuned}, lrs)
         yield from grid(MODERN, "RAdam", {"linear": [{}]}, lrs)
     if part == "long":
         tuned = {"linear": [{"fraction": f} for f in (0.02, 0.1, 0.3)]}
@@ -281,7 +282,7 @@ def part_table(part: str) -> str:
 def trials_table() -> str:
     """The loss against how often guided warmup tries."""
     lines, made = [], [row for row in read("gpt") if row["rule"] == "guided"]
-    chosen = [curve for curve in curves(made) if "until" not in curve.options]
+    chosen = [curve for curve in curves(made) if curve.options.keys() <= {"every"}]
     for curve in sorted(chosen, key=lambda c: c.options.get("every", 5)):
         rows = [row for row in made if json.loads(row["options"]) == curve.options]
         line = {"steps between trials": curve.options.get("every", 5)}

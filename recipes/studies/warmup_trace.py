@@ -2,7 +2,8 @@
 
     python recipes/studies/warmup_trace.py
 
-A staircase as in `hf_warmup.guided` measures η_c every 3 steps without acting on it. Writes results/warmup_trace.csv
+A staircase as in `hf_warmup.guided` measures η_c every 3 steps without acting on it; all trials are of the step's
+own batch. Writes results/warmup_trace.csv
 and results/warmup_trace.png: geometric means over the seeds.
 """
 
@@ -21,13 +22,13 @@ from warmup_rules import RULES
 from warmup_study import GPT, SEEDS
 
 RESULTS = Path(__file__).parent / "results"
-RUNS = (("guided", 0.16, {}), ("linear", 0.02, {"fraction": 0.3}), ("linear", 0.02, {"fraction": 0.05}))
+RUNS = (("guided", 0.16, {"unseen": 0}), ("linear", 0.02, {"fraction": 0.3}), ("linear", 0.02, {"fraction": 0.05}))
 
 
 def trace(rule: str, target: float, options: dict, seed: int) -> list[dict]:
     """One run, a row per step."""
     chosen = RULES[rule](GPT, "AdamW", target, **options)
-    meter = GuidedWarmup(1e9, GPT.steps, every=3, until="end")
+    meter = GuidedWarmup(1e9, GPT.steps, every=3, until="end", unseen=0)
     rows: list[dict] = []
 
     def observed(step: int, loss_at: LossAt) -> float:
