@@ -32,7 +32,7 @@ def text(folder: Path) -> str:
     made = [claim for study, rows in runs.items() if rows for claim in study.claims(rows)]
     if folder != SMOKE:
         made += warmup_study.claims()
-        if rows := sharpness_study.finished():
+        if rows := sharpness_study.finished(folder):
             made += sharpness_study.claims(rows)
     return claims_table(made)
 

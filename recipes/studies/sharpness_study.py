@@ -2,12 +2,13 @@
 
     python recipes/studies/sharpness_study.py
 
-Three parts, which `--parts` chooses among:
+Four parts, which `--parts` chooses among; of the others the rows are kept that are there already:
 
 * `edge`: gradient descent with constant η on a small network. λ^H rises and then stays at 2/η.
 * `initial`: λ^(P⁻¹H) of AdamW and GIAdamW before the first step of the small GPT, against what theory says.
 * `warmup`: that GPT trained with constant η after linear warmup over T_wrm steps: λ against the threshold of
-  stability, from two initializations; and whether `hf_warmup.diagnose` knew before training.
+  stability, from two initializations.
+* `diagnose`: whether `hf_warmup.diagnose` knew before these trainings, and what it costs.
 
 Writes results/sharpness_study.csv (a row per measurement), results/sharpness_edge.png, results/sharpness_warmup.png
 and results/sharpness_study.md.
@@ -71,7 +72,10 @@ COLUMNS = (
     *("part", "optimizer", "init", "beta2", "target_lr", "warmup_steps", "seed", "step", "lr", "loss", "sharpness"),
     *("threshold", "spikes", "highest_rise", "held_out_loss", "before", "after", "critical_lr"),
     *("needs_warmup", "regime", "cpu_seconds", "training_steps", "share", "gradient"),
+    "commit",
 )
+WORDS = ("part", "optimizer", "init", "needs_warmup", "regime", "commit")
+PARTS = ("edge", "initial", "warmup", "diagnose")
 
 
 def mlp(seed: int) -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -169,11 +173,10 @@ def start(case: Case, setting: Setting, seed: int) -> tuple[nn.Module, Optimizer
 
 @dataclass
 class Run:
-    """One training: a row per measurement, the loss of every step, and CPU seconds of a step."""
+    """One training: a row per measurement, and the loss of every step."""
 
     rows: list[dict[str, Any]]
     losses: list[float]
-    step_seconds: float
 
 
 def train(case: Case, warmup_steps: int, setting: Setting, seed: int, every: int) -> Run:
@@ -186,32 +189,43 @@ def train(case: Case, warmup_steps: int, setting: Setting, seed: int, every: int
     named |= {"target_lr": case.target, "warmup_steps": warmup_steps, "seed": seed}
     rows: list[dict[str, Any]] = []
     seen: list[float] = []
-    seconds, vectors = [], None
+    vectors = None
     for step, loss_fn in zip(range(steps), batches, strict=False):
         lr = case.target * min(1.0, (step + 1) / warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        begin = time.process_time()
         optimizer.zero_grad()
         loss = loss_fn()
         loss.backward()
         seen.append(loss.item())
-        spent = time.process_time() - begin
         row = {**named, "step": step, "lr": lr, "loss": seen[-1]}
         if step in wanted:
             found = measure(optimizer, loss_fn, tol=0.1, max_hvps=20, start=vectors)
             vectors = found.vectors
             row |= {"sharpness": found.values[0], "threshold": stability_threshold(optimizer)}
-        begin = time.process_time()
         optimizer.step()
-        seconds.append(spent + time.process_time() - begin)
         if step in held_out:
             row["held_out_loss"] = evaluate(setting, model)
             model.train()
         if step in wanted | held_out:
             rise, spikes = rises(seen)
             rows.append({**row, "highest_rise": rise, "spikes": spikes})
-    return Run(rows, seen, statistics.median(seconds))
+    return Run(rows, seen)
+
+
+def step_seconds(case: Case, setting: Setting, seed: int) -> float:
+    """CPU time of a training step, the median of twenty."""
+    _, optimizer, batches = start(case, setting, seed)
+    for group in optimizer.param_groups:
+        group["lr"] = case.target / case.warmups[-1]
+    seconds = []
+    for _, loss_fn in zip(range(20), batches, strict=False):
+        begin = time.process_time()
+        optimizer.zero_grad()
+        loss_fn().backward()
+        optimizer.step()
+        seconds.append(time.process_time() - begin)
+    return statistics.median(seconds)
 
 
 def rises(seen: list[float]) -> tuple[float, int]:
@@ -247,6 +261,7 @@ def foretell(case: Case, setting: Setting, seed: int) -> dict[str, Any]:
         "needs_warmup": told.needs_warmup,
         "regime": told.regime,
         "cpu_seconds": seconds,
+        "training_steps": seconds / step_seconds(case, setting, seed),
     }
 
 
@@ -270,19 +285,20 @@ def by_seed(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [select(rows, seed=seed) for seed in dict.fromkeys(row["seed"] for row in rows)]
 
 
-def finished() -> list[dict[str, Any]]:
+def finished(folder: Path) -> list[dict[str, Any]]:
     """The rows of the CSV, numbers as numbers, without the columns that their part does not know."""
-    path = RESULTS / "sharpness_study.csv"
+    path = folder / "sharpness_study.csv"
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        return [{k: _number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+        lines = [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+    return [{k: v if k in WORDS else _number(v) for k, v in line.items()} for line in lines]
 
 
-def _number(cell: str) -> float | str:
+def _number(cell: str) -> int | float | str:
     try:
-        return float(cell)
-    except ValueError:
+        return int(cell) if cell.isdigit() else float(cell)
+    except ValueError:  # a learning rate above which the search did not look
         return cell
 
 
@@ -565,36 +581,46 @@ Of AdamW and GIAdamW most of that fall is P's: `with the later P` is λ at the s
 backward and optimizer, median)."""
 
 
-def study(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """All rows, and the chapters of the report; writes the figures."""
+def study(args: argparse.Namespace, commit: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """All rows, and the chapters of the report; writes the figures of the parts that are made."""
     setting = replace(A, width=args.width, depth=args.layers, context=args.context, steps=args.steps)
-    seeds, rows, chapters = range(args.seeds), [], []
+    seeds, made = range(args.seeds), dict[str, list[dict[str, Any]]]()
     args.out.mkdir(parents=True, exist_ok=True)
     if "edge" in args.parts:
         jobs = [(lr, seed, args.edge_steps) for lr in EDGE_LRS for seed in seeds]
-        made = [row for job in tqdm(jobs, "edge") for row in descend(*job)]
-        edge_figure(made).savefig(args.out / "sharpness_edge.png", dpi=120)
+        made["edge"] = [row for job in tqdm(jobs, "edge") for row in descend(*job)]
+        edge_figure(made["edge"]).savefig(args.out / "sharpness_edge.png", dpi=120)
+    if "initial" in args.parts:
+        made["initial"] = [row for seed in tqdm(range(args.seeds + 2), "initial") for row in initial(setting, seed)]
+    if "warmup" in args.parts:
+        runs: dict[tuple[Case, int], list[Run]] = {}
+        for case, seed in tqdm(list(itertools.product(CASES, seeds)), "warmup"):
+            for warmup_steps in case.warmups:
+                run = train(case, warmup_steps, setting, seed, args.every)
+                runs.setdefault((case, warmup_steps), []).append(run)
+        warmup_figure(runs).savefig(args.out / "sharpness_warmup.png", dpi=100)
+        made["warmup"] = [row for of in runs.values() for run in of for row in run.rows]
+    if "diagnose" in args.parts:
+        jobs = list(itertools.product(CASES, seeds))
+        made["diagnose"] = [foretell(case, setting, seed) for case, seed in tqdm(jobs, "diagnose")]
+    for row in itertools.chain(*made.values()):
+        row["commit"] = commit
+    before = finished(args.out)
+    of = {part: made.get(part, select(before, part=part)) for part in PARTS}
+    return list(itertools.chain(*of.values())), chapters(of, setting, args)
+
+
+def chapters(of: dict[str, list[dict[str, Any]]], setting: Setting, args: argparse.Namespace) -> list[str]:
+    """The report, of the parts that there are."""
+    texts = []
+    if rows := of["edge"]:
         num = math.ceil(args.edge_steps / EDGE_EVERY)
         how = HOW_EDGE.format(steps=args.edge_steps, seeds=args.seeds, num=num)
-        chapters.append(f"## Edge of stability\n\n{edge_table(made)}\n\n{how}\n\n![λ and loss](sharpness_edge.png)")
-        rows += made
-    if "initial" in args.parts:
-        num_seeds = args.seeds + 2
-        made = [row for seed in tqdm(range(num_seeds), "initial") for row in initial(setting, seed)]
-        how = HOW_INITIAL.format(seeds=num_seeds, eps=EPS)
-        chapters.append(f"## Before the first step\n\n{initial_table(made)}\n\n{how}")
-        rows += made
-    if "warmup" in args.parts:
-        made, runs = [], {}
-        for case, seed in tqdm(list(itertools.product(CASES, seeds)), "warmup"):
-            told = foretell(case, setting, seed)
-            mine = [train(case, t, setting, seed, args.every) for t in case.warmups]
-            for warmup_steps, run in zip(case.warmups, mine, strict=True):
-                runs.setdefault((case, warmup_steps), []).append(run)
-                made += run.rows
-            told["training_steps"] = told["cpu_seconds"] / statistics.median(run.step_seconds for run in mine)
-            made.append(told)
-        warmup_figure(runs).savefig(args.out / "sharpness_warmup.png", dpi=100)
+        texts.append(f"## Edge of stability\n\n{edge_table(rows)}\n\n{how}\n\n![λ and loss](sharpness_edge.png)")
+    if rows := of["initial"]:
+        how = HOW_INITIAL.format(seeds=args.seeds + 2, eps=EPS)
+        texts.append(f"## Before the first step\n\n{initial_table(rows)}\n\n{how}")
+    if rows := of["warmup"]:
         model = f"GPT-2 of {setting.depth} layers, d = {setting.width}, {setting.vocab} symbols, "
         how = HOW_WARMUP.format(
             model=f"{model}context {setting.context}",
@@ -607,11 +633,10 @@ def study(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
             rare=3 * args.every,
             spike=SPIKE,
         )
-        table = warmup_table(select(made, part="warmup"))
-        chapters.append(f"## Warmup\n\n{table}\n\n{how}\n\n![learning rate, loss, λ](sharpness_warmup.png)")
-        chapters.append(f"## What diagnose said\n\n{diagnose_table(made)}\n\n{HOW_DIAGNOSE}")
-        rows += made
-    return rows, chapters
+        texts.append(f"## Warmup\n\n{warmup_table(rows)}\n\n{how}\n\n![learning rate, loss, λ](sharpness_warmup.png)")
+        if told := of["diagnose"]:
+            texts.append(f"## What diagnose said\n\n{diagnose_table(rows + told)}\n\n{HOW_DIAGNOSE}")
+    return texts
 
 
 def shown(value: Any) -> Any:
@@ -620,9 +645,8 @@ def shown(value: Any) -> Any:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["edge", "initial", "warmup"]
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--seeds", type=int, default=3, help="of edge and warmup; initial has two more")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--seeds", type=int, default=3, help="of all parts; initial has two more")
     parser.add_argument("--steps", type=int, default=A.steps, help="of a run of warmup")
     parser.add_argument("--edge-steps", type=int, default=4000, help="of a run of edge")
     parser.add_argument("--every", type=int, default=10, help="steps between measurements of warmup")
@@ -643,12 +667,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     commit = current_commit()
     with torch_threads(1):
-        begin = time.process_time()
-        rows, chapters = study(args)
-        spent = f"{(time.process_time() - begin) / 60:.1f} CPU minutes"
-        made = f"{conditions(['torch', 'transformers'], commit)} {spent}. `{args.command}`"
+        rows, texts = study(args, commit)
+        parts = dict.fromkeys((row["commit"], row["part"]) for row in rows)
+        made_with = ", ".join(f"{made_at} ({part})" for made_at, part in parts)
+        made = f"{conditions(['torch', 'transformers'], made_with)} `{args.command}`"
     table = [{column: shown(row.get(column, "")) for column in COLUMNS} for row in rows]
-    write(args.out, "sharpness_study", table, "\n\n".join([*chapters, made]) + "\n")
+    write(args.out, "sharpness_study", table, "\n\n".join([*texts, made]) + "\n")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,10 @@ def test_gi_adam_starts_with_the_sharpness_that_theory_gives_it(tmp_path):
 
 
 def test_every_training_is_measured_against_its_threshold_and_foretold(tmp_path):
-    rows, text = run(tmp_path, "--parts", "warmup")
+    before, alone = run(tmp_path, "--parts", "warmup")
+    rows, text = run(tmp_path, "--parts", "diagnose")  # what is there is kept
+    assert rows[: len(before)] == before
+    assert text.startswith(alone.rpartition("\n\n")[0])
     runs = [row for row in rows if row["part"] == "warmup"]
     for case in CASES:
         mine = [row for row in runs if (row["optimizer"], row["init"]) == (case.optimizer, case.init)]
