@@ -149,7 +149,7 @@ def diagnose(
     target_lr: float,
     *,
     module: nn.Module | None = None,
-    num_steps: int = 6,
+    num_steps: int = 8,
     tol: float = 0.2,
     max_hvps: int = 15,
 ) -> Diagnosis:
