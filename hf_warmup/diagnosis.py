@@ -1,4 +1,4 @@
-"""Does this training need warmup? What can be known before it, in the time of 25 to 40 steps.
+"""Does this training need warmup? What can be known before it, in the time of 30 to 40 steps.
 
 At θ_0, on the batch of the first step and with the preconditioner P that Adam would have there, λ is λ^(P⁻¹H), or
 λ^H for SGD, and η_c the critical learning rate of the first step. Two measures of η_trgt follow, which do not agree:
@@ -155,7 +155,7 @@ def diagnose(
 ) -> Diagnosis:
     """Say before training whether η_trgt needs warmup, and what warmup will do.
 
-    Takes the time of 25 to 40 training steps of a small GPT, and leaves no trace: afterwards parameters, optimizer,
+    Takes the time of 30 to 40 training steps of a small GPT, and leaves no trace: afterwards parameters, optimizer,
     gradients, random numbers and, of `module`, buffers and train/eval mode are what they were.
 
     Args:
