@@ -117,7 +117,7 @@ def jobs(part: str) -> Iterator[Job]:
         yield from grid(BERT, "AdamW", {"guided": [{}, OWN_BATCH], "ramp": [{}], **tuned}, lrs)
         yield from grid(BERT, "RAdam", {"linear": [{}]}, lrs)
     if part == "modernbert":
-        tuned = {"linear": [{"fraction": f} for f in (0.0, 0.05, 0.1, 0.3)]}
+        tuned = {"linear": [{"fraction": f} for f in (0.0, 0.1, 0.3)]}
         lrs = targets(1e-3, 8)
         yield from grid(MODERN, "AdamW", {"guided": [{}, OWN_BATCH], "ramp": [{}], **tuned}, lrs)
         yield from grid(MODERN, "RAdam", {"linear": [{}]}, lrs)
