@@ -348,7 +348,7 @@ def claims() -> list[Claim]:
     made = []
     for part, title in TITLES.items():
         if _is_complete(part):
-            made += _part_claims(part, f"({title})")
+            made += _part_claims(part, f"({title.replace(' (', ', ').replace(')', '')})")
     if _is_complete("random"):
         random = [row for row in read("random") if float(row["target"]) >= 1e-3]
         failed = {
