@@ -175,7 +175,7 @@ def plot(rows: list[Row]) -> Figure:
         if i % columns == 0:
             above.set_ylabel("validation loss")
             below.set_ylabel("T_reach / T_wrm")
-    axes[0, 0].legend(fontsize=6)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
     return figure
 
 
