@@ -119,7 +119,7 @@ def jobs(part: str) -> Iterator[Job]:
     if part == "modernbert":
         tuned = {"linear": [{"fraction": f} for f in (0.0, 0.1, 0.3)]}
         lrs = targets(1e-3, 8)
-        yield from grid(MODERN, "AdamW", {"guided": [{}, OWN_BATCH], "ramp": [{}], **tuned}, lrs)
+        yield from grid(MODERN, "AdamW", {"guided": [{}, OWN_BATCH, {"unseen": 2}], "ramp": [{}], **tuned}, lrs)
         yield from grid(MODERN, "RAdam", {"linear": [{}]}, lrs)
     if part == "long":
         tuned = {"linear": [{"fraction": f} for f in (0.02, 0.1, 0.3)]}
