@@ -75,13 +75,15 @@ def test_every_optimizer_has_a_row_per_step_and_the_memory_of_its_state(tmp_path
     size = ["--layers", "1", "--width", "64", "--vocab", "500", "--threads", "1"]
     bench_optimizer.main([*size, "--rounds", "3", "--states", "2", "--out", str(tmp_path)])
     rows = rows_of(tmp_path / "bench_optimizer.csv")
-    assert len(rows) == 2 * (3 + 1) * len(bench_optimizer.CLASSES) * len(bench_optimizer.KERNELS)
+    which = {(name, kernel) for kernel, classes in bench_optimizer.CLASSES.items() for name in classes}
+    assert {("RAdam", "foreach"), ("GIAdamW", "fused")} < which
+    assert len(rows) == 2 * (3 + 1) * len(which)
     assert all(float(row["seconds"]) > 0 for row in rows)
     text = (tmp_path / "bench_optimizer.md").read_text()
     assert text in capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     states = {(line[0], line[1]): float(line[lines[0].index("state")]) for line in lines[1:]}
-    assert states == {(name, kernel): 2.0 for kernel in bench_optimizer.KERNELS for name in bench_optimizer.CLASSES}
+    assert states == dict.fromkeys(which, 2.0)
 
 
 def test_the_parameters_are_those_of_gpt2():
