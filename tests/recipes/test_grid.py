@@ -341,7 +341,7 @@ def test_the_phase_diagram_finds_the_boundaries_it_was_given(tmp_path):
     study = load("phase_study")
     write(tmp_path, "phase_study", study.jobs, number)
     made = complete(study, tmp_path)
-    assert len(made) == 1080
+    assert len(made) == 1176
     of = by_text(phase_study.claims(made))
     for beta2 in ("0.95", "0.999"):
         tail = f"(GPT, β2 = {beta2})"
@@ -356,7 +356,7 @@ def test_the_phase_diagram_finds_the_boundaries_it_was_given(tmp_path):
     assert of["With 30% warmup SGD fails only from a higher η_trgt on (CNN)"].measured.startswith("factor 1 ")
     table = page(study, tmp_path, phase_study.report)
     assert "| GPT       | 0.95  | GIAdamW           | 0%      | 2.001 ± 0.001 | 0.01" in table
-    assert "1080 runs, 0.30 hours of one thread; seeds 0, 1, 2; here." in table
+    assert "1176 runs, 0.33 hours of one thread; seeds 0, 1, 2; here." in table
     figure = phase_study.plot(made)
     assert len(figure.subfigs) == 3
 
