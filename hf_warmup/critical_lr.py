@@ -37,7 +37,7 @@ Where the printed algorithms say nothing, or would go wrong:
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from hf_warmup.secant import Curve
@@ -245,9 +245,11 @@ class _Search:
     def spent(self) -> bool:
         return len(self.evals) - self.start_given >= self.max_evals
 
-    def result(self, status: Status, value: float) -> CriticalLR:
+    def result(self, status: Status, value: float, steepness: float | None = None) -> CriticalLR:
         spread = self.spread() if status == "found" else None
-        return CriticalLR(value, self.lower, self.upper, tuple(self.evals), status, spread, self.start_given)
+        return CriticalLR(
+            value, self.lower, self.upper, tuple(self.evals), status, spread, self.start_given, steepness
+        )
 
     def spread(self) -> float | None:
         """Standard deviation of the batches' own crossings."""
@@ -279,15 +281,14 @@ class _Search:
             if steepness is not None and slope is not None and slope * eta > 10 * self.noise:
                 near = curve.one_trial(steepness)
                 if near is not None and near <= target:
-                    return replace(self.result("found", near), steepness=steepness)
+                    return self.result("found", near, steepness)
             if not curve.closed and (lower := curve.parabola_lower()) is not None:
                 curve.lower, self.lower, falls = lower, math.exp(lower), True
             if curve.closed:
                 if falls:
                     # At a cliff the model has nothing to stand on: the last safe η.
                     value = curve.crossing() if math.isfinite(self.loss_upper) else self.lower
-                    found = self.result("found", min(max(value, self.lower), self.upper))
-                    return replace(found, steepness=curve.steepness())
+                    return self.result("found", min(max(value, self.lower), self.upper), curve.steepness())
                 # The first trial may have met the crossing itself: look once well below it.
                 eta = math.exp(curve.lower) / 2
                 falls = self.falls_at(eta)

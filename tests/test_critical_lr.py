@@ -277,9 +277,9 @@ def test_a_plateau_that_ends_in_a_rise_is_not_a_descent():
     assert (found.status, found.value) == ("not_descent", 0.0)
 
 
-def power(k, critical=0.05, slope=7.0):
+def power(k, critical=0.05, slope=7.0, start=3.0):
     """A loss whose 1 + f / (s η) is (η / η_c)^k: the parabola's line of slope 1 with slope k in its place."""
-    return lambda lr: 3.0 + slope * lr * ((lr / critical) ** k - 1)
+    return lambda lr: start + slope * lr * ((lr / critical) ** k - 1)
 
 
 @pytest.mark.parametrize("k", [0.7, 1.0, 1.6])
@@ -316,9 +316,8 @@ def test_one_trial_is_not_enough_elsewhere(changed):
 
 
 def test_one_trial_is_not_enough_where_rounding_hides_the_slope():
-    offset = 1e6  # rounds to 1.9, and the slope times η is .28
-    loss_at = lambda lr: power(1.0)(lr) + offset  # noqa: E731
-    assert find_critical_lr(loss_at, guess=0.04, slope=7.0, steepness=1.0).num_evals > 2
+    # 16 units in the last place of the loss are 1.9, and the slope times η is .28.
+    assert find_critical_lr(power(1.0, start=1e6 + 3), guess=0.04, slope=7.0, steepness=1.0).num_evals > 2
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -32,7 +33,7 @@ from hf_warmup import GIAdamW
 from reporting import RESULTS, allocations, conditions, current_commit, torch_threads, write
 
 LOOP = "loop"  # of Python, over the parameters
-CLASSES: dict[str, dict[str, type[torch.optim.Optimizer]]] = {
+CLASSES: dict[str, dict[str, Callable[..., torch.optim.Optimizer]]] = {
     kernel: {
         "AdamW": torch.optim.AdamW,
         "GIAdamW": GIAdamW,
@@ -40,13 +41,13 @@ CLASSES: dict[str, dict[str, type[torch.optim.Optimizer]]] = {
     }
     for kernel in ("fused", "foreach")
 }
-CLASSES["foreach"]["RAdam"] = torch.optim.RAdam
+CLASSES["foreach"]["RAdam"] = partial(torch.optim.RAdam, decoupled_weight_decay=True)
 if find_spec("pytorch_optimizer"):
     import pytorch_optimizer
 
     # ADOPT starts v as GI-Adam does, and skips the first update.
     CLASSES[LOOP] = {
-        "AdamW": torch.optim.AdamW,
+        "AdamW": partial(torch.optim.AdamW, foreach=False),
         "RAdam, pytorch_optimizer": pytorch_optimizer.RAdam,
         "ADOPT, pytorch_optimizer": pytorch_optimizer.ADOPT,
     }
@@ -73,15 +74,7 @@ def make_params(args: argparse.Namespace) -> list[Tensor]:
 
 
 def make_optimizer(name: str, kernel: str, params: list[Tensor]) -> torch.optim.Optimizer:
-    chosen: Any = CLASSES[kernel][name]
-    return chosen(params, **OPTIONS, **_kernel_options(chosen, kernel))
-
-
-def _kernel_options(chosen: Any, kernel: str) -> dict[str, bool]:
-    if not chosen.__module__.startswith(("torch.", "hf_warmup")):
-        return {}
-    options = {"foreach": kernel == "foreach"} | ({"fused": True} if kernel == "fused" else {})
-    return options | ({"decoupled_weight_decay": True} if chosen is torch.optim.RAdam else {})
+    return CLASSES[kernel][name](params, **OPTIONS, **({} if kernel == LOOP else {kernel: True}))
 
 
 def seconds_of(step: Callable[[], Any], device: str) -> float:

@@ -80,9 +80,10 @@ def is_at_edge(losses: Curve) -> bool:
 
     Not where its neighbour is as good to `FLAT`, as of a method that does not go above what it has found.
     """
-    means, at = [statistics.mean(of.values()) for of in losses.values()], best(losses)
-    neighbour = {min(losses): means[1:2], max(losses): means[-2:-1]}.get(at)
-    return neighbour is not None and not any(mean - min(means) < FLAT for mean in neighbour)
+    means = [statistics.mean(of.values()) for of in losses.values()]
+    i = means.index(min(means))
+    neighbours = means[:i][-1:] + means[i + 1 : i + 2]
+    return len(neighbours) < 2 and all(mean - means[i] >= FLAT for mean in neighbours)
 
 
 def average(losses: Curve) -> Seeds:
@@ -149,7 +150,8 @@ def times(values: Iterable[float]) -> str:
     return f"{mean} ×/÷ {math.exp(statistics.stdev(logs)):.2f}" if len(values) > 1 else mean
 
 
-def _seeds(values: list[float]) -> str:
+def count(values: list[float]) -> str:
+    """How many seeds, behind a comma."""
     return f", {len(values)} seed{'s' * (len(values) != 1)}"
 
 
@@ -157,7 +159,7 @@ def loss_claim(
     text: str, source: str, study: str, values: list[float], low: float = -math.inf, high: float = math.inf
 ) -> Claim:
     """A claim on a difference of losses."""
-    measured = f"{spread(values, '+')} nats{_seeds(values)}"
+    measured = f"{spread(values, '+')} nats{count(values)}"
     return Claim(text, source, study, measured, verdict(values, low, high))
 
 
@@ -167,7 +169,7 @@ def factor_claim(
     """A claim on a ratio, in its logarithm."""
     logs = [math.log(value) if value > 0 else math.nan for value in values]
     made = verdict(logs, math.log(low) if low > 0 else -math.inf, math.log(high))
-    return Claim(text, source, study, f"factor {times(values)}{_seeds(values)}", made)
+    return Claim(text, source, study, f"factor {times(values)}{count(values)}", made)
 
 
 def claims_table(claims: Iterable[Claim]) -> str:

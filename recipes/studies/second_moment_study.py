@@ -22,6 +22,7 @@ from evidence import (
     average,
     best,
     claims_table,
+    count,
     curve,
     difference,
     groups,
@@ -65,11 +66,10 @@ def explained(text: str, adam: Seeds, control: Seeds, gi: Seeds) -> Claim:
     Not by the ratio of each seed, which is anything where its gain is near 0: by the part minus half of the gain.
     """
     parts, gains = difference(adam, control), difference(adam, gi)
-    seeds = f"{len(gains)} seed{'s' * (len(gains) != 1)}"
     if verdict(gains, low=0.0) != "holds":
-        return Claim(text, "ours", NAME, f"no sure gain: {spread(gains, '+')} nats, {seeds}", "unclear")
+        return Claim(text, "ours", NAME, f"no sure gain: {spread(gains, '+')} nats{count(gains)}", "unclear")
     more = [part - gain / 2 for part, gain in zip(parts, gains, strict=True)]
-    measured = f"{sum(parts) / sum(gains):.0%} of {spread(gains, '+')} nats, {seeds}"
+    measured = f"{sum(parts) / sum(gains):.0%} of {spread(gains, '+')} nats{count(gains)}"
     return Claim(text, "ours", NAME, measured, verdict(more, low=0.0))
 
 

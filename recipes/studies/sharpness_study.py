@@ -615,10 +615,10 @@ def chapters(of: dict[str, list[dict[str, Any]]], setting: Setting, args: argpar
     texts = []
     if rows := of["edge"]:
         num = math.ceil(args.edge_steps / EDGE_EVERY)
-        how = HOW_EDGE.format(steps=args.edge_steps, seeds=args.seeds, num=num)
+        how = HOW_EDGE.format(steps=args.edge_steps, seeds=len(by_seed(rows)), num=num)
         texts.append(f"## Edge of stability\n\n{edge_table(rows)}\n\n{how}\n\n![λ and loss](sharpness_edge.png)")
     if rows := of["initial"]:
-        how = HOW_INITIAL.format(seeds=args.seeds + 2, eps=EPS)
+        how = HOW_INITIAL.format(seeds=len(by_seed(rows)), eps=EPS)
         texts.append(f"## Before the first step\n\n{initial_table(rows)}\n\n{how}")
     if rows := of["warmup"]:
         model = f"GPT-2 of {setting.depth} layers, d = {setting.width}, {setting.vocab} symbols, "
@@ -626,7 +626,7 @@ def chapters(of: dict[str, list[dict[str, Any]]], setting: Setting, args: argpar
             model=f"{model}context {setting.context}",
             batch=setting.batch,
             steps=setting.steps,
-            seeds=args.seeds,
+            seeds=len(by_seed(rows)),
             beta2=setting.beta2,
             every=args.every,
             dense=DENSE,

@@ -423,9 +423,7 @@ def plot(path: Path) -> None:
         for label, curve, style in shown:
             if curve is not None:
                 axes.plot(list(curve.losses), [curve.mean(t) for t in curve.losses], style, label=label, markersize=4)
-        title = {"gpt": "GPT, AdamW", "gi": "GPT, GI-Adam", "bert": "BERT, AdamW", "modernbert": "ModernBERT, AdamW"}[
-            part
-        ]
+        title, _, _ = TITLES[part].partition(" (")
         axes.set(xscale="log", xlabel="target learning rate", ylabel="validation loss", title=title)
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
