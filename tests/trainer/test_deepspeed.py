@@ -150,11 +150,13 @@ def test_a_run_resumes_on_fewer_processes_from_a_universal_checkpoint(backend, r
 
 
 def test_the_search_on_partitions_holds_one_copy_of_them(run):
+    layer = 4 * (4 * 256 * 256 + 3 * 256 * 1024)  # bytes; the model has four, 16.9 MB with the rest
     seen = run("zero3", "memory", max_steps=1, warmup_steps=1, learning_rate=1e-2, memory=True)
     for process in seen.processes:
         (found,) = process["memory"]
         assert_one_copy(found)
-        assert found["forward"] < 2 * 4 * (4 * 256 * 256 + 3 * 256 * 1024)  # bytes of a layer
+        # The layer at work, the one gathered ahead, and the one before, which a thread may not have let go yet.
+        assert found["forward"] < 3 * layer
 
 
 @pytest.mark.parametrize(
