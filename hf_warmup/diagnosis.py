@@ -1,4 +1,4 @@
-"""Does this training need warmup? What can be known before it, in the time of 30 to 40 steps.
+"""Does this training need warmup? What can be known before it, in the time of 16 to 28 steps.
 
 At θ_0, on the batch of the first step and with the preconditioner P that Adam would have there, λ is λ^(P⁻¹H), or
 λ^H for SGD, and η_c the critical learning rate of the first step. Two measures of η_trgt follow, which do not agree:
@@ -36,13 +36,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
+from hf_warmup.hessian import gradient_differences
 from hf_warmup.probe import RandomNumbers, innermost, loss_after_step, same_module, same_state
-from hf_warmup.sharpness import adam_preconditioner, sharpness, stability_threshold
+from hf_warmup.sharpness import (
+    adam_preconditioner,
+    inverse_root,
+    sharpness_of,
+    stability_threshold,
+    start_vector,
+)
 
 Regime = Literal["progressive sharpening", "sharpness reduction", "neither"]
 
-# With a residual of a fifth λ is known to about a tenth, and it differs by as much from step to step.
+# With a residual of a quarter λ is known to about a fifth, but its change, from the same vector, to about a tenth.
 _CHANGE = 1.25
+# Of differences of gradients in single precision it is below .01; under autocast to bf16 above .3.
+_ASYMMETRY = 0.1
 
 
 @dataclass(frozen=True)
@@ -150,18 +159,18 @@ def diagnose(
     *,
     module: nn.Module | None = None,
     num_steps: int = 8,
-    tol: float = 0.2,
+    tol: float = 0.25,
     max_hvps: int = 15,
 ) -> Diagnosis:
     """Say before training whether η_trgt needs warmup, and what warmup will do.
 
-    Takes the time of 30 to 40 training steps of a small GPT, and leaves no trace: afterwards parameters, optimizer,
+    Takes the time of 16 to 28 training steps of a small GPT, and leaves no trace: afterwards parameters, optimizer,
     gradients, random numbers and, of `module`, buffers and train/eval mode are what they were.
 
     Args:
         optimizer: SGD, Adam, AdamW or GIAdamW, in accelerate's wrapper or not, before its first step.
-        loss_fns: Each returns the training loss of one batch, with its graph. The first one is measured; the steps
-            take them in turn.
+        loss_fns: Each returns the training loss of one batch, with its graph, not under an autocast of its own (one
+            around the call is switched off). The first one is measured; the steps take them in turn.
         target_lr: η_trgt.
         module: The model, to restore its buffers and train/eval mode. Needed if it is in half precision.
         num_steps: Steps between the measurements, at half the edge of stability or at `target_lr` if that is less.
@@ -175,7 +184,8 @@ def diagnose(
 
     Raises:
         ValueError: If an argument is out of range, or there is no threshold for the optimizer.
-        RuntimeError: If the loss or its gradient is not finite at the start.
+        RuntimeError: If the loss or its gradient is not finite at the start, or the gradient too coarse: products
+            with the Hessian are differences of gradients, good to a percent in single precision.
     """
     if not 0 < target_lr < math.inf:
         raise ValueError(f"target_lr must be positive and finite, got {target_lr}")
@@ -198,56 +208,49 @@ def diagnose(
         for group in inner.param_groups:
             group["lr"] = target_lr
 
-        def gradients_of(loss_fn: Callable[[], Tensor]) -> float:
-            for p in params:
-                p.grad = None
-            loss = loss_fn()
-            loss.backward()
-            return float(loss.detach())
-
-        def preconditioner() -> tuple[float, dict[Tensor, Tensor] | None]:
+        def measured(p: Tensor | None = None, last: Tensor | None = None) -> tuple[float, Tensor, Tensor | None]:
+            """λ, its vector and P^-½: `p`, or that of the step with this batch's gradient, which is kept."""
             numbers.restore()
-            loss = gradients_of(loss_fns[0])
-            if not math.isfinite(loss):
-                raise RuntimeError(f"the loss is {loss} at the start: check the data and the model")
-            return loss, adam_preconditioner(inner) if adam else None
+            with gradient_differences(loss_fns[0], params, module=module) as (hessian, like):
+                if not torch.isfinite(hessian.loss):
+                    raise RuntimeError(f"the loss is {float(hessian.loss)} at the start: check the data and the model")
+                for q, g in zip(params, hessian.gradient, strict=True):
+                    q.grad = None if g is None else g.to(q)
+                p = _inverse_root(inner, params, like) if p is None and adam else p
+                fresh = {}
+                if last is None:
+                    # The gradient lies in directions of large curvature; half at random, as it may miss one.
+                    last, fresh = _flat(hessian.gradient, params, like).mul_(1.0 if p is None else p), {"fresh": 1.0}
+                begin = start_vector(like, last, **fresh)
+                found = sharpness_of(hessian, begin, p, tol=tol, max_products=max_hvps)
+            if found.asymmetry > _ASYMMETRY:
+                raise RuntimeError(
+                    "the gradient is too coarse for the sharpness: products with the Hessian are "
+                    f"{found.asymmetry:.0%} from symmetric. Give the loss in single precision, without autocast or "
+                    "TF32, and from torch's random numbers only"
+                )
+            return found.values[0], found.vectors, p
 
-        def measure(p: dict[Tensor, Tensor] | None, start: Tensor | None = None) -> tuple[float, Tensor]:
-            numbers.restore()
-            found = sharpness(
-                loss_fns[0],
-                params,
-                preconditioner=p,
-                tol=tol,
-                max_hvps=max_hvps,
-                start=start,
-                module=module,
-            )
-            return found.values[0], found.vectors
-
-        loss, p_first = preconditioner()
-        first, vectors = measure(p_first)
+        first, vectors, _ = measured()
         if not math.isfinite(first):
             raise RuntimeError(f"the sharpness is {first} at the start: check the data and the model")
         threshold = stability_threshold(inner, first_step=True)
         numbers.restore()
         critical = find_critical_lr(
-            lambda lr: loss_after_step(inner, loss_fns[0], lr, module=module), target=target_lr, start=loss
+            lambda lr: loss_after_step(inner, loss_fns[0], lr, module=module), target=target_lr
         )
-        lr = min(target_lr, 0.5 * target_lr * threshold / first) if first > 0 else target_lr
-        for loss_fn in itertools.islice(itertools.cycle(loss_fns), num_steps):
-            gradients_of(loss_fn)
-            for group in inner.param_groups:
-                group["lr"] = lr
-            inner.step()
         for group in inner.param_groups:
-            group["lr"] = target_lr
-        _, p_later = preconditioner()
-        after, vectors = measure(p_later, vectors)
+            group["lr"] = min(target_lr, 0.5 * target_lr * threshold / first) if first > 0 else target_lr
+        inner.step()  # with the gradient that was measured
+        for loss_fn in itertools.islice(itertools.cycle(loss_fns), 1, num_steps):
+            inner.zero_grad()
+            loss_fn().backward()
+            inner.step()
+        after, vectors, p_later = measured(last=vectors)
         before = first
         if adam:
             _give_back(start)
-            before, _ = measure(p_later, vectors)
+            before, _, _ = measured(p_later, vectors)
     return Diagnosis(
         "preconditioned" if adam else "hessian",
         first,
@@ -258,6 +261,18 @@ def diagnose(
         first / threshold,
         critical,
     )
+
+
+def _flat(tensors: list[Tensor | None], params: list[Tensor], like: Tensor) -> Tensor:
+    """One after another, in one vector; zeros for None."""
+    parts = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, params, strict=True)]
+    return torch.cat([part.reshape(-1).to(like) for part in parts])
+
+
+def _inverse_root(optimizer: Optimizer, params: list[Tensor], like: Tensor) -> Tensor:
+    """P^-½ of the step that would be made now; 0 for parameters that it would not move."""
+    diagonal = adam_preconditioner(optimizer)
+    return inverse_root([diagonal.get(p, torch.full_like(p, math.inf)) for p in params], like)
 
 
 @torch.no_grad()

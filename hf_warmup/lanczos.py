@@ -52,6 +52,8 @@ class Eigenpairs:
             distance to the next one.
         num_products: Products of A and a vector that were made.
         converged: Whether all residuals are small enough.
+        asymmetry: Largest |xᵀA y - yᵀA x| met between vectors x and y of the basis, relative to the largest
+            eigenvalue in magnitude: rounding, unless A is not one symmetric matrix.
     """
 
     values: tuple[float, ...]
@@ -59,6 +61,7 @@ class Eigenpairs:
     residuals: tuple[float, ...]
     num_products: int
     converged: bool
+    asymmetry: float
 
 
 @torch.no_grad()
@@ -118,6 +121,7 @@ def extreme_eigenpairs(
     w = start.clone()
     if not basis.orthogonalise(w)[1] > 0:
         raise ValueError("start must not be zero")
+    asymmetry, coupling = 0.0, torch.zeros(0, dtype=torch.float64)  # of the next member with those before it, in T
     for num_products in range(1, max_products + 1):
         last = basis.append(w)
         del w  # A copy of the weights less while the product is made.
@@ -127,8 +131,10 @@ def extreme_eigenpairs(
         if not math.isfinite(beta):
             missing = (math.nan,) * num_wanted
             return Eigenpairs(
-                missing, start.new_full((num_wanted, start.numel()), math.nan), missing, num_products, False
+                missing, start.new_full((num_wanted, start.numel()), math.nan), missing, num_products, False, math.nan
             )
+        if size > 1:
+            asymmetry = max(asymmetry, float((h[:-1] - coupling).abs().max()))
         projected[size - 1, :size] = projected[:size, size - 1] = h
         values, s = torch.linalg.eigh(projected[:size, :size])
         rounding = _ROUNDING * torch.finfo(start.dtype).eps * float(values.abs().max())
@@ -146,9 +152,12 @@ def extreme_eigenpairs(
             basis.orthogonalise(w)
         if is_enough or num_products == max_products:
             break
+        coupling = torch.zeros(size, dtype=torch.float64)
+        coupling[-1] = beta if beta > rounding else 0.0
         if size == num_vectors:
             kept = order[: num_wanted + (num_vectors - num_wanted) // 2]
             basis.rotate(s[:, kept])
+            coupling = coupling @ s[:, kept]
             projected.zero_()
             projected[range(len(kept)), range(len(kept))] = values[kept]
     basis.rotate(s[:, wanted])
@@ -158,6 +167,7 @@ def extreme_eigenpairs(
         tuple(residuals.tolist()),
         num_products,
         is_enough,
+        asymmetry / float(values.abs().max()) if asymmetry else 0.0,
     )
 
 

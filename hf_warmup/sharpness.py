@@ -72,6 +72,8 @@ class Sharpness:
         hvps: Products of the Hessian of the whole batch and a vector.
         residuals: Norm of (H - λ) times the vector, of each: an eigenvalue lies within it of λ.
         converged: Whether all residuals are as small as was asked.
+        asymmetry: Largest |xᵀH y - yᵀH x| met, relative to the largest eigenvalue in magnitude: rounding, unless
+            the loss is not the same in every product, or is rounded too much.
     """
 
     values: tuple[float, ...]
@@ -79,6 +81,7 @@ class Sharpness:
     hvps: int
     residuals: tuple[float, ...]
     converged: bool
+    asymmetry: float
 
 
 def sharpness(
@@ -133,16 +136,11 @@ def sharpness(
     if start is not None and start.shape[-1:] != (num_elements := sum(p.numel() for p in free),):
         raise ValueError(f"start must be of shape (k, {num_elements}), got {tuple(start.shape)}")
     with hessian_products(loss_fn, free, module=module) as (hessian, like):
-        scale = None if preconditioner is None else _inverse_root([preconditioner[p] for p in free], like)
-
-        def product(v: Tensor) -> Tensor:
-            result = hessian(v if scale is None else v * scale)
-            result = result if reduce is None else reduce(result)
-            return result if scale is None else result.mul_(scale)
-
-        found = extreme_eigenpairs(
-            product,
-            _start(like, start),
+        scale = None if preconditioner is None else inverse_root([preconditioner[p] for p in free], like)
+        return sharpness_of(
+            hessian,
+            start_vector(like, start),
+            scale,
             k=k,
             end=end,
             tol=tol,
@@ -150,7 +148,33 @@ def sharpness(
             num_vectors=num_vectors,
             reduce_dots=reduce,
         )
-    return Sharpness(found.values, found.vectors, found.num_products, found.residuals, found.converged)
+
+
+def sharpness_of(
+    hessian: Callable[[Tensor], Tensor], start: Tensor, scale: Tensor | None, **options: Any
+) -> Sharpness:
+    """The same, of products that are there already.
+
+    Args:
+        hessian: v ↦ H v, of flat vectors.
+        start: The first vector.
+        scale: P^-½, or None without a pre-conditioner.
+        **options: Of `extreme_eigenpairs`. With `reduce_dots` the products are reduced by it too.
+
+    Returns:
+        As for `sharpness`.
+    """
+    reduce = options.get("reduce_dots")
+
+    def product(v: Tensor) -> Tensor:
+        result = hessian(v if scale is None else v * scale)
+        result = result if reduce is None else reduce(result)
+        return result if scale is None else result.mul_(scale)
+
+    found = extreme_eigenpairs(product, start, **options)
+    return Sharpness(
+        found.values, found.vectors, found.num_products, found.residuals, found.converged, found.asymmetry
+    )
 
 
 @torch.no_grad()
@@ -275,18 +299,18 @@ def critical_sharpness(
     return CriticalSharpness(2 / search.value if search.value else math.inf, search)
 
 
-def _start(like: Tensor, last: Tensor | None) -> Tensor:
-    """The first vector: random, or the sum of the last ones and a little of a random one."""
+def start_vector(like: Tensor, last: Tensor | None, fresh: float = _FRESH) -> Tensor:
+    """The first vector: random, or the sum of the last ones and some (`fresh`) of a random one."""
     # On the CPU, so that it is the same on every device.
     random = torch.randn(like.shape, dtype=like.dtype, generator=torch.Generator().manual_seed(0)).to(like.device)
     if last is None or not last.any():
         return random
     mean = last.detach().reshape(-1, like.numel()).to(like).sum(dim=0)
     # Not alone: near another eigenvector the largest eigenvalue would be missed.
-    return mean.add_(random, alpha=_FRESH * float(mean.norm() / random.norm()))
+    return mean.add_(random, alpha=fresh * float(mean.norm() / random.norm()))
 
 
-def _inverse_root(diagonal: list[Tensor], like: Tensor) -> Tensor:
+def inverse_root(diagonal: list[Tensor], like: Tensor) -> Tensor:
     """P^-½, flat."""
     flat = torch.cat([d.detach().reshape(-1).to(like) for d in diagonal])
     if not bool((flat > 0).all()):

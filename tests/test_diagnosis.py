@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_warmup import GIAdamW, diagnose
 from hf_warmup.diagnosis import regime_of
+from hf_warmup.sharpness import adam_preconditioner, sharpness
 
 
 def parameters(*values):
@@ -109,14 +110,15 @@ def test_the_regime_of_adam_is_that_of_the_landscape_and_not_of_its_precondition
     assert found.regime == "neither"
 
 
-def test_it_leaves_no_trace_either_where_the_loss_raises():
+@pytest.mark.parametrize("call", [2, 6], ids=["in a measurement", "in a step"])
+def test_it_leaves_no_trace_either_where_the_loss_raises(call):
     (x,) = parameters(1.0)
     x.grad = torch.ones_like(x)
     optimizer, calls = torch.optim.AdamW([x], lr=1e-3), []
 
     def loss():
         calls.append(1)
-        if len(calls) == 6:
+        if len(calls) == call:
             raise KeyError("data")
         return x**2 + x**4
 
@@ -137,6 +139,32 @@ def test_a_gpt_bears_a_tiny_rate_and_no_huge_one():
     assert "With that P, λ^(P⁻¹H) goes from" in str(found)
     # 20 / λ at the first step, β1 = .9.
     assert found.stability_ratio == pytest.approx(found.sharpness * 1e2 / 20)
+
+
+def test_a_gradient_that_is_too_coarse_is_refused():
+    model, loss_fns = make_gpt()
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_fns[0]()
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with pytest.raises(RuntimeError, match="the gradient is too coarse .* without autocast or TF32"):
+        diagnose(optimizer, [loss], 0.1, module=model)
+
+
+@pytest.mark.parametrize("make", [GIAdamW, torch.optim.SGD])
+def test_its_sharpness_is_that_of_exact_products(make):
+    model, loss_fns = make_gpt()
+    optimizer = make(model.parameters(), lr=1e-3)
+    state = torch.get_rng_state()
+    found = diagnose(optimizer, loss_fns, 0.1, module=model, tol=1e-2, max_hvps=60)
+    torch.set_rng_state(state)
+    loss_fns[0]().backward()
+    p = adam_preconditioner(optimizer) if make is GIAdamW else None
+    torch.set_rng_state(state)
+    exact = sharpness(loss_fns[0], model.parameters(), preconditioner=p, tol=1e-4, module=model)
+    assert found.sharpness == pytest.approx(exact.values[0], rel=1e-2)
 
 
 @pytest.mark.parametrize(

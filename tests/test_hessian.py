@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import random
 from itertools import accumulate
@@ -10,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_warmup.hessian import hessian_products
+from hf_warmup.hessian import gradient_differences, hessian_products
 
 
 class Net(nn.Module):
@@ -203,6 +204,44 @@ def test_nothing_is_left_behind(dtype, outcome):
     assert all(a is b for a, b in zip(after, objects, strict=True))
     assert torch.is_grad_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-6), (torch.float32, 1e-2)], ids=str)
+def test_a_difference_of_gradients_is_the_product_to_a_percent(dtype, tol):
+    model, loss_fn = net_and_loss(dtype)  # with dropout
+    params = list(model.parameters())
+    with hessian_products(loss_fn, params, module=model) as (product, like):
+        v = torch.randn_like(like)
+        exact = product(v)
+    with gradient_differences(loss_fn, params, module=model) as (product, like):
+        for length in (1e-6, 1.0, 1e6):
+            assert (product(length * v) / length - exact).norm() < tol * exact.norm()
+        assert torch.equal(product(torch.zeros_like(v)), torch.zeros_like(v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("outcome", ["returns", "raises"])
+def test_a_difference_of_gradients_leaves_nothing_behind(dtype, outcome):
+    model, loss_fn = net_and_loss(dtype)
+    optimizer = torch.optim.AdamW(model.parameters())
+    loss_fn().backward()
+    optimizer.step()
+    before = copy.deepcopy(everything(model, optimizer))
+    calls = []
+
+    def loss():
+        calls.append(loss_fn())
+        if outcome == "raises" and len(calls) == 2:  # away from θ
+            raise RuntimeError("out of memory")
+        return calls[-1]
+
+    with contextlib.ExitStack() as raises:
+        if outcome == "raises":
+            raises.enter_context(pytest.raises(RuntimeError, match="out of memory"))
+        with gradient_differences(loss, list(model.parameters()), module=model) as (product, like):
+            product(torch.ones_like(like))
+    assert len(calls) == 2
+    assert_same(everything(model, optimizer), before)
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["all trained", "half frozen"])

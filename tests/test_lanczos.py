@@ -86,6 +86,16 @@ def test_from_an_eigenvector_the_search_goes_on_if_more_spaces_are_asked_for():
     assert extreme_eigenpairs(lambda v: matrix @ v, start, num_starts=2).values == pytest.approx([9.0])
 
 
+@pytest.mark.parametrize("skew", [0.0, 1e-3, 0.5])
+@pytest.mark.parametrize("max_products", [3, 40], ids=["one basis", "restarted"])
+def test_a_matrix_that_is_not_symmetric_is_told(skew, max_products):
+    """Of A = S + K, K antisymmetric and of norm 9 skew, xᵀA y - yᵀA x is 2 xᵀK y; S has the norm 9."""
+    k = torch.randn(100, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    k = (k - k.T) * 9 / torch.linalg.matrix_norm(k - k.T, 2)
+    found = solve(symmetric(SPECTRUM) + skew * k, tol=1e-14, max_products=max_products)
+    assert 0.05 * skew <= found.asymmetry <= 2.5 * skew + 1e-14
+
+
 @pytest.mark.parametrize("largest", [0.0, 1e-9], ids=["zero", "next to zero"])
 def test_an_eigenvalue_near_zero_is_good_enough_to_the_rounding_of_the_others(largest):
     diagonal = torch.cat([torch.linspace(-8.0, -1.0, 20), torch.tensor([largest])])
