@@ -7,7 +7,7 @@ to rise, and where to stop. With c_t the present estimate of η_c,
 
     start    η_0 = c_0 / 1000
     rise     η_t = η_{t-1} max(1, c_t / η_{t-1})^ρ: fast far below η_c, slowly near it
-    stop     at p_t = min(η_trgt, κ c̄_s for all s <= t), c̄ the geometric mean of the last four estimates
+    stop     at p_t = min(η_trgt, κ c̄_s for all s <= t), c̄ the geometric mean of the last six estimates
     decay    η_t = p f((t - t_r) N / (N - t_r)) from the step t_r on that reached p, half of the run at the latest,
 
 with N the steps of the run and f the user's schedule without warmup. If c stood still, ln(c / η) would fall as
@@ -17,9 +17,10 @@ factor of 2.5 in 160 steps at ρ = 0.0125. The peak is the target or, where the 
 
 The estimate is a staircase (an up-and-down test, as in psychophysics [2]): one trial at c itself, then c times
 1.5 if the loss did not rise and c / 1.5 if it did, which settles where half of the batches rise. A trial costs
-one forward pass, as the loss before the step is known. There is one every `every` steps, and after step 100 one
-every t/20 steps, as training changes with the logarithm of time: about 30 forward passes until the ramp has
-ended, or 118 in 10,000 steps if they go on to the end.
+one forward pass, as the loss before the step is known. There is one every `every` = 3 steps while η_c falls fast
+(by twenty times in fifty steps: a slower staircase lags behind it), and after step 40 one every 3/40 t steps, as
+training changes with the logarithm of time: about 35 forward passes until the ramp has ended, or 90 in 10,000 steps
+if they go on to the end.
 
 A step has seen the batch that it is tried on, and lowers its loss more than that of others: the more so, the less a
 batch tells of the next one (few labels, dropout). Every third trial is therefore of the step that the momentum would
@@ -52,8 +53,9 @@ LossAt = Callable[..., float]  # of η, and with `unseen=True`, where some trial
 # Chosen on the development settings of recipes/studies/guided.md.
 _START = 1e-3  # of η_c: where the ramp starts
 _STAIR = 1.5  # factor of a stair
-_MEAN = 4  # estimates in the mean that may lower the peak
-_SETTLED = 100  # step after which trials become rarer, in proportion to t
+_MEAN = 6  # estimates in the mean that may lower the peak
+_SETTLED = 40  # step after which trials become rarer, in proportion to t
+EVERY = 3  # steps between trials, before that
 UNSEEN = 3  # trials, of which one is of a step that has not seen the batch
 _LATEST = 0.5  # of the run: when a ramp that has not ended gives way to the decay
 
@@ -172,7 +174,7 @@ class GuidedWarmup(_Controller):
         num_training_steps: N.
         decay: f.
         critical_lr: c, the present estimate of η_c; NaN before the first step.
-        peak: The smallest κ c̄ / f so far; infinite before the first four trials.
+        peak: The smallest κ c̄ / f so far; infinite before the first six trials.
         level: η / f: the ramp, then its peak.
         num_steps: Steps decided so far.
         num_trials: Forward passes spent so far.
@@ -193,7 +195,7 @@ class GuidedWarmup(_Controller):
         init_lr: float | None = None,
         rate: float = 0.0125,
         kappa: float = 1.0,
-        every: int = 5,
+        every: int = EVERY,
         until: str = "target",
         unseen: int = UNSEEN,
     ) -> None:

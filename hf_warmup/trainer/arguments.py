@@ -9,6 +9,8 @@ from typing import Literal, cast, get_args
 
 from transformers import TrainingArguments
 
+from hf_warmup.guided import EVERY
+
 # The warmups that try learning rates along the run.
 TRYING = ("persistent", "guided")
 SharpnessKind = Literal["critical", "hessian", "preconditioned"]
@@ -55,9 +57,9 @@ class WarmupArguments:
         },
     )
     guide_every: int = field(
-        default=5,
+        default=EVERY,
         metadata={
-            "help": "Steps between the trials (one forward pass each) of warmup=guided up to step 100; after it they "
+            "help": "Steps between the trials (one forward pass each) of warmup=guided up to step 40; after it they "
             "become rarer, in proportion to the step."
         },
     )

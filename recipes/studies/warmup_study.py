@@ -27,6 +27,8 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from tqdm import tqdm
 
+from hf_warmup.guided import EVERY
+
 import evidence
 from evidence import Claim
 from warmup_cases import DEVELOPMENT, Setting, train, unigram_entropy
@@ -283,9 +285,9 @@ def trials_table() -> str:
     """The loss against how often guided warmup tries."""
     lines, made = [], [row for row in read("gpt") if row["rule"] == "guided"]
     chosen = [curve for curve in curves(made) if curve.options.keys() <= {"every"}]
-    for curve in sorted(chosen, key=lambda c: c.options.get("every", 5)):
+    for curve in sorted(chosen, key=lambda c: c.options.get("every", EVERY)):
         rows = [row for row in made if json.loads(row["options"]) == curve.options]
-        line = {"steps between trials": curve.options.get("every", 5)}
+        line = {"steps between trials": curve.options.get("every", EVERY)}
         for target in (1e-2, 8e-2):
             passes = statistics.mean(float(r["probes"]) for r in rows if float(r["target"]) == target)
             line[f"η_trgt = {target:g}: forward passes"] = f"{passes:.0f}"
