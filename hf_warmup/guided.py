@@ -17,9 +17,9 @@ factor of 2.5 in 160 steps at ρ = 0.0125. The peak is the target or, where the 
 
 The estimate is a staircase (an up-and-down test, as in psychophysics [2]): one trial at c itself, then c times
 1.5 if the loss did not rise and c / 1.5 if it did, which settles where half of the batches rise. A trial costs
-one forward pass, as the loss before the step is known. There is one every `every` = 3 steps while η_c falls fast
-(by twenty times in fifty steps: a slower staircase lags behind it), and after step 40 one every 3/40 t steps, as
-training changes with the logarithm of time: about 35 forward passes until the ramp has ended, or 90 in 10,000 steps
+one forward pass, as the loss before the step is known. There is one every `every` = 3 steps while η_c falls (by
+twenty times in the first fifty: a slower staircase lags behind it), and after step 100 one every 3/100 t steps, as
+training changes with the logarithm of time: about 50 forward passes until the ramp has ended, or 200 in 10,000 steps
 if they go on to the end.
 
 A step has seen the batch that it is tried on, and lowers its loss more than that of others: the more so, the less a
@@ -54,7 +54,7 @@ LossAt = Callable[..., float]  # of η, and with `unseen=True`, where some trial
 _START = 1e-3  # of η_c: where the ramp starts
 _STAIR = 1.5  # factor of a stair
 _MEAN = 6  # estimates in the mean that may lower the peak
-_SETTLED = 40  # step after which trials become rarer, in proportion to t
+_SETTLED = 100  # step after which trials become rarer, in proportion to t
 EVERY = 3  # steps between trials, before that
 UNSEEN = 3  # trials, of which one is of a step that has not seen the batch
 _LATEST = 0.5  # of the run: when a ramp that has not ended gives way to the decay

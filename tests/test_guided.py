@@ -129,11 +129,12 @@ def test_a_trial_costs_one_forward_pass_and_they_become_rarer():
     tried = [(t, lr) for t, lr in calls if lr > 0]
     assert len(tried) == guide.num_trials
     at = sorted({t for t, _ in tried})
-    assert at[:14] == list(range(0, 42, 3))
-    assert all(b - a == max(3, 3 * a // 40) for a, b in zip(at[1:], at[2:], strict=False))
+    assert at[:34] == list(range(0, 102, 3))
+    assert all(b - a == max(3, 3 * a // 100) for a, b in zip(at[1:], at[2:], strict=False))
     assert len(tried) / 3 < 0.01 * 10_000  # three forward passes are a training step: below 1% of it
-    assert sum(t < 300 for t, _ in tried) / 3 < 0.08 * 300
-    assert sum(t < 160 for t, _ in tried) <= 0.25 * 160  # with the search at the first step
+    # Of 300 steps half may be a ramp, which is all that is tried unless it goes on to the end.
+    assert sum(t < 150 for t, _ in tried) / 3 < 0.08 * 300
+    assert sum(3 <= t < 150 for t, _ in tried) <= 150 / 3
 
 
 def test_after_the_target_nothing_is_tried_unless_asked_to_the_end():
@@ -143,7 +144,7 @@ def test_after_the_target_nothing_is_tried_unless_asked_to_the_end():
         assert guide.ramp_end is not None
         assert guide.handed_over != asks
         trials = guide.num_trials
-        lrs(guide, lambda t: fixed_critical_lr(1e-4), 800)
+        lrs(guide, lambda t: fixed_critical_lr(1e-4), 400)
         assert (guide.num_trials > trials) == asks
         assert (guide.level < 1e-3) == asks  # to the end the peak may be lowered
 

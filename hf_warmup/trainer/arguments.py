@@ -59,7 +59,7 @@ class WarmupArguments:
     guide_every: int = field(
         default=EVERY,
         metadata={
-            "help": "Steps between the trials (one forward pass each) of warmup=guided up to step 40; after it they "
+            "help": "Steps between the trials (one forward pass each) of warmup=guided up to step 100; after it they "
             "become rarer, in proportion to the step."
         },
     )
