@@ -6,7 +6,7 @@ import pytest
 import warmup_study
 from warmup_cases import CNN, Setting, make_model, train, unigram_entropy
 from warmup_rules import RULES, cosine, linear, ramp
-from warmup_study import GPT, Job, curves, run, tuned, window
+from warmup_study import GPT, Curve, Job, curves, run, tuned, window
 
 TINY = Setting("tiny", width=16, depth=1, context=16, batch=4, steps=6, dropout=0.1)
 
@@ -91,6 +91,20 @@ def test_the_table_takes_the_best_of_the_grid_and_the_range_around_it():
     assert tuned(made).options == {"fraction": 0.0}
     assert tuned(made).best == 8e-3
     assert window(made) == [2.0**k * 1e-3 for k in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "near"),
+    [
+        ([3.0, 2.04, 2.0, 2.049, 2.06, 2.01], [2, 4, 8]),  # not beyond a gap
+        ([2.0, 2.0, 9.0], [1, 2]),
+        ([math.inf, math.nan, 2.0], [4]),
+        ([2.04, 2.03, 2.0], [1, 2, 4]),
+    ],
+)
+def test_a_method_is_near_its_best_from_one_target_to_another_without_a_gap(losses, near):
+    by_target = {2.0**k: [loss] for k, loss in enumerate(losses)}
+    assert Curve("AdamW", "guided", {}, by_target, 5.0, 0.0).near == near
 
 
 @pytest.mark.slow
