@@ -217,11 +217,12 @@ def diagnose(
                 for q, g in zip(params, hessian.gradient, strict=True):
                     q.grad = None if g is None else g.to(q)
                 p = _inverse_root(inner, params, like) if p is None and adam else p
-                fresh = {}
                 if last is None:
                     # The gradient lies in directions of large curvature; half at random, as it may miss one.
-                    last, fresh = _flat(hessian.gradient, params, like).mul_(1.0 if p is None else p), {"fresh": 1.0}
-                begin = start_vector(like, last, **fresh)
+                    steepest = _flat(hessian.gradient, params, like).mul_(1.0 if p is None else p)
+                    begin = start_vector(like, steepest, fresh=1.0)
+                else:
+                    begin = start_vector(like, last)
                 found = sharpness_of(hessian, begin, p, tol=tol, max_products=max_hvps)
             if found.asymmetry > _ASYMMETRY:
                 raise RuntimeError(
