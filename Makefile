@@ -21,8 +21,9 @@ demo: $(READY)
 # Two at a time, of different files: those of one share what they have launched.
 TWO := -n 2 --dist loadfile
 
+# Where DeepSpeed is installed its tests, as many minutes again, are still those of `make test-deepspeed`.
 test: $(READY)
-	$(BIN)/python -m pytest $(TWO)
+	$(BIN)/python -m pytest $(TWO) --ignore tests/trainer/test_deepspeed.py
 
 # Every recipe for three steps, on one process and on two; kills and signals; fine-tuning; the studies' runner.
 smoke: $(READY)
