@@ -7,7 +7,7 @@ from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.diagnosis import Diagnosis, diagnose
 from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.guided import GuidedWarmup, PersistentCatapult
-from hf_warmup.probe import along_step, loss_after_step, update_slope
+from hf_warmup.probe import along_step, has_momentum, loss_after_step, momentum_slope, update_slope
 from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, steps_saved
 from hf_warmup.sharpness import (
     CriticalSharpness,
@@ -36,7 +36,9 @@ __all__ = [
     "critical_sharpness",
     "diagnose",
     "find_critical_lr",
+    "has_momentum",
     "loss_after_step",
+    "momentum_slope",
     "stability_threshold",
     "steps_saved",
     "update_slope",

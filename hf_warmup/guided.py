@@ -7,13 +7,13 @@ to rise, and where to stop. With c_t the present estimate of η_c,
 
     start    η_0 = c_0 / 1000
     rise     η_t = η_{t-1} max(1, c_t / η_{t-1})^ρ: fast far below η_c, slowly near it
-    stop     at p_t = min(η_trgt, κ c̄_s for all s <= t), c̄ the geometric mean of the last six estimates
+    stop     at p_t = min(η_trgt, 2 η_turn, κ c̄_s for all s <= t), c̄ the geometric mean of the last six estimates
     decay    η_t = p f((t - t_r) N / (N - t_r)) from the step t_r on that reached p, half of the run at the latest,
 
 with N the steps of the run and f the user's schedule without warmup. If c stood still, ln(c / η) would fall as
 e^(-ρt), so a ramp takes about 2/ρ steps whatever the model's scale of learning rates: three decades shrink to a
-factor of 2.5 in 160 steps at ρ = 0.0125. The peak is the target or, where the target is above it, the smallest
-η_c met on the way: how far above it the target was then hardly matters.
+factor of 2.5 in 160 steps at ρ = 0.0125. The peak is the target or, where the target is too high, what the run has
+shown to be enough: how far above it the target was then hardly matters.
 
 The estimate is a staircase (an up-and-down test, as in psychophysics [2]): one trial at c itself, then c times
 1.5 if the loss did not rise and c / 1.5 if it did, which settles where half of the batches rise. A trial costs
@@ -22,10 +22,13 @@ twenty times in the first fifty: a slower staircase lags behind it), and after s
 training changes with the logarithm of time: about 50 forward passes until the ramp has ended, or 200 in 10,000 steps
 if they go on to the end.
 
-A step has seen the batch that it is tried on, and lowers its loss more than that of others: the more so, the less a
-batch tells of the next one (few labels, dropout). Every third trial is therefore of the step that the momentum would
-make alone (`loss_after_step`), in which the batch had no part. Where that often raises the loss, c settles lower: on
-a masked language model at a half; on other models it hardly changes.
+A step has seen the batch that it is tried on, and lowers its loss more than that of others: the more so, the less
+a batch tells of the next one (few labels, dropout). The momentum has not: gᵀu of the step that it would make
+alone, the slope at which a new batch's loss starts down along it, says whether training still descends. It is
+positive at first, and turns once η is so large that training swings from side to side of a valley, within a few
+steps and hardly different from seed to seed. η_turn is the learning rate at which half of the last six slopes are
+not positive. From there the ramp rises by half of ρ, and to twice η_turn at most. A slope costs an optimizer's
+step and no forward pass.
 
 An optimizer may have a warmup of its own, a factor w_t that tends to 1: GI-Adam's is √(1-β2^t). What its steps
 bear now they will not bear once the factor is gone, so c_t is w_t times the η that was tried.
@@ -48,15 +51,17 @@ from typing import Any
 
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 
-LossAt = Callable[..., float]  # of η, and with `unseen=True`, where some trials are to be of such a step
+LossAt = Callable[[float], float]  # of η
+SlopeAt = Callable[[float], float]
 
 # Chosen on the development settings of recipes/studies/guided.md.
 _START = 1e-3  # of η_c: where the ramp starts
 _STAIR = 1.5  # factor of a stair
-_MEAN = 6  # estimates in the mean that may lower the peak
+_MEAN = 6  # estimates in the mean that may lower the peak, and slopes of which half must have turned
 _SETTLED = 100  # step after which trials become rarer, in proportion to t
 EVERY = 3  # steps between trials, before that
-UNSEEN = 3  # trials, of which one is of a step that has not seen the batch
+_BEYOND = 2.0  # times the learning rate at which the momentum turns: the most that the peak may be
+_SLOWER = 0.5  # of ρ, from there on
 _LATEST = 0.5  # of the run: when a ramp that has not ended gives way to the decay
 
 
@@ -89,15 +94,15 @@ class _Controller(ABC):
         self.critical_lr = math.nan
         self.level = math.nan
 
-    def step(self, loss_at: LossAt, own_warmup: float = 1.0) -> float:
+    def step(self, loss_at: LossAt, own_warmup: float = 1.0, slope_at: SlopeAt | None = None) -> float:
         """Decide the learning rate of the step that is about to be made.
 
         Args:
             loss_at: The loss of the step's own batch after a step of that learning rate, as for
-                `find_critical_lr`; at 0, the loss before it. With `unseen=True`, which only `GuidedWarmup` asks for
-                (unless it was made with 0), after a step without this batch's gradients. Asked only if
-                `needs_trial`.
+                `find_critical_lr`; at 0, the loss before it. Asked only if `needs_trial`.
             own_warmup: w_t, the factor of the optimizer's own warmup, above 0 and at most 1.
+            slope_at: gᵀu of the step of that learning rate which the momentum alone would make: `momentum_slope`.
+                None for an optimizer without momentum. Only `GuidedWarmup` asks, where it asks for losses.
 
         Returns:
             η_t.
@@ -109,7 +114,7 @@ class _Controller(ABC):
         if not 0 < own_warmup <= 1:
             raise ValueError(f"own_warmup must be above 0 and at most 1, got {own_warmup}")
         factor = self._factor()
-        at_end = self._decide(loss_at, factor, own_warmup)
+        at_end = self._decide(loss_at, factor, own_warmup, slope_at)
         if self.ramp_end is None and (at_end or self.num_steps + 1 >= _LATEST * self.num_training_steps):
             self.ramp_end = self.num_steps
         self.num_steps += 1
@@ -122,7 +127,7 @@ class _Controller(ABC):
         return self.decay(decay_step(self.num_steps, self.ramp_end, self.num_training_steps))
 
     @abstractmethod
-    def _decide(self, loss_at: LossAt, factor: float, own_warmup: float) -> bool:
+    def _decide(self, loss_at: LossAt, factor: float, own_warmup: float, slope_at: SlopeAt | None) -> bool:
         """Set `level`; say whether the ramp has reached its end."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -166,15 +171,14 @@ class GuidedWarmup(_Controller):
         every: Steps between trials, at first.
         until: `"target"`: no more trials once the ramp has ended. `"end"`: trials go on, and the peak may still be
             lowered, to κ c̄ / f.
-        unseen: Every so-manieth trial asks for `loss_at(η, unseen=True)`: the loss after a step in which the batch
-            had no part. 0 is none of them; so it must be for an optimizer without momentum.
 
     Attributes:
         target_lr: η_trgt.
         num_training_steps: N.
         decay: f.
         critical_lr: c, the present estimate of η_c; NaN before the first step.
-        peak: The smallest κ c̄ / f so far; infinite before the first six trials.
+        peak: The smallest κ c̄ / f so far, and 2 η_turn; infinite before the first six trials.
+        turn_lr: η_turn; NaN before the momentum turned.
         level: η / f: the ramp, then its peak.
         num_steps: Steps decided so far.
         num_trials: Forward passes spent so far.
@@ -184,7 +188,7 @@ class GuidedWarmup(_Controller):
         ValueError: If an argument is out of range.
     """
 
-    _saved = (*_Controller._saved, "peak", "next_trial", "estimates")
+    _saved = (*_Controller._saved, "peak", "next_trial", "estimates", "turn_lr", "slopes")
 
     def __init__(
         self,
@@ -197,7 +201,6 @@ class GuidedWarmup(_Controller):
         kappa: float = 1.0,
         every: int = EVERY,
         until: str = "target",
-        unseen: int = UNSEEN,
     ) -> None:
         super().__init__(target_lr, num_training_steps, decay)
         for name, value, most in (("rate", rate, 1.0), ("kappa", kappa, math.inf), ("init_lr", init_lr, math.inf)):
@@ -205,15 +208,14 @@ class GuidedWarmup(_Controller):
                 raise ValueError(f"{name} must be positive{' and at most 1' * (most == 1)} and finite, got {value}")
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
-        if unseen < 0:
-            raise ValueError(f"unseen must be at least 0, got {unseen}")
         if until not in ("target", "end"):
             raise ValueError(f'until must be "target" or "end", got {until!r}')
         self.init_lr, self.rate, self.kappa, self.every, self.until = init_lr, rate, kappa, every, until
-        self.unseen = unseen
         self.peak = math.inf
+        self.turn_lr = math.nan
         self.next_trial = 0
         self.estimates: list[float] = []
+        self.slopes: list[float] = []
 
     @property
     def handed_over(self) -> bool:
@@ -225,14 +227,17 @@ class GuidedWarmup(_Controller):
         """Whether the next `step` will ask for losses."""
         return self.num_steps >= self.next_trial and not self.handed_over
 
-    def _decide(self, loss_at: LossAt, factor: float, own_warmup: float) -> bool:
+    def _decide(self, loss_at: LossAt, factor: float, own_warmup: float, slope_at: SlopeAt | None) -> bool:
         if self.num_steps == 0:
             self._start(loss_at, own_warmup)
         else:
             if self.needs_trial and factor > 0:  # at 0 the run is over
+                if slope_at is not None and self.ramp_end is None and math.isnan(self.turn_lr):
+                    self._look_for_the_turn(slope_at, own_warmup)
                 self._trial(loss_at, factor, own_warmup)
             if self.ramp_end is None:
-                self.level *= max(1.0, self.critical_lr / self.level) ** self.rate
+                rate = self.rate if math.isnan(self.turn_lr) else _SLOWER * self.rate
+                self.level *= max(1.0, self.critical_lr / self.level) ** rate
         most = min(self.target_lr, self.peak)
         at_end = self.level >= most
         self.level = min(self.level, most)
@@ -247,13 +252,18 @@ class GuidedWarmup(_Controller):
         self.level = self.critical_lr * _START if self.init_lr is None else self.init_lr
         self.next_trial = self.every
 
+    def _look_for_the_turn(self, slope_at: SlopeAt, own_warmup: float) -> None:
+        self.slopes = [*self.slopes, slope_at(self.critical_lr / own_warmup)][-_MEAN:]
+        if len(self.slopes) == _MEAN and 2 * sum(slope > 0 for slope in self.slopes) <= _MEAN:
+            self.turn_lr = own_warmup * self.level
+            self.peak = min(self.peak, _BEYOND * self.turn_lr)
+
     def _trial(self, loss_at: LossAt, factor: float, own_warmup: float) -> None:
         self.next_trial = self.num_steps + trial_interval(self.num_steps, self.every)
         self.num_trials += 1
         self.estimates = [*self.estimates, self.critical_lr][-_MEAN:]
-        asked = {"unseen": True} if self.unseen and self.num_trials % self.unseen == 0 else {}
         # Not `loss > start`: a loss that is not finite has risen.
-        rises = not loss_at(self.critical_lr / own_warmup, **asked) <= loss_at(0.0)
+        rises = not loss_at(self.critical_lr / own_warmup) <= loss_at(0.0)
         self.critical_lr *= 1 / _STAIR if rises else _STAIR
         if len(self.estimates) == _MEAN:
             mean = math.exp(math.fsum(map(math.log, self.estimates)) / _MEAN)
@@ -321,7 +331,7 @@ class PersistentCatapult(_Controller):
         """Whether the next `step` will ask for losses, at least for the one at 0."""
         return not self.handed_over
 
-    def _decide(self, loss_at: LossAt, factor: float, own_warmup: float) -> bool:
+    def _decide(self, loss_at: LossAt, factor: float, own_warmup: float, slope_at: SlopeAt | None) -> bool:
         if not self.handed_over and (self.num_steps == 0 or loss_at(0.0) < self.loss):
             self.loss = loss_at(0.0)
             found = self._search(loss_at, guess=self.level, target=self.target_lr, method="paper", delta=self.delta)

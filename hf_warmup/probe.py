@@ -141,7 +141,6 @@ def loss_after_step(
     module: nn.Module | None = None,
     copy_on_cpu: bool = False,
     shards: Shards | None = None,
-    unseen: bool = False,
 ) -> Any:
     """The loss after the step that `optimizer` would make now with learning rate `lr`.
 
@@ -158,8 +157,6 @@ def loss_after_step(
             if it is one of FSDP2.
         copy_on_cpu: Keep the copy of the parameters in the CPU's memory: slower, for when the GPU's is full.
         shards: What this process holds of the parameters, if they are neither whole nor DTensors.
-        unseen: Make the step that zero gradients would make, of the momentum alone: one that has not seen the batch,
-            so that its loss says what the step does to others. See `has_momentum`.
 
     Returns:
         The loss as a float, possibly not finite; a list of floats if `loss_fn` returned a sequence.
@@ -172,7 +169,7 @@ def loss_after_step(
     if not 0 <= lr < float("inf"):
         raise ValueError(f"lr must be at least 0 and finite, got {lr}")
     shards = Shards(optimizer, module) if shards is None else shards
-    with _evaluating(shards, module, _moved(shards, lr, copy_on_cpu, unseen) if lr > 0 else None):
+    with _evaluating(shards, module, _moved(shards, lr, copy_on_cpu) if lr > 0 else None):
         losses = loss_fn()
         return [float(loss) for loss in losses] if isinstance(losses, Sequence) else float(losses)
 
@@ -232,6 +229,46 @@ def update_slope(optimizer: Optimizer, lr: float, *, module: nn.Module | None = 
         return slope
 
 
+@torch.no_grad()
+def momentum_slope(
+    optimizer: Optimizer,
+    lr: float,
+    *,
+    module: nn.Module | None = None,
+    copy_on_cpu: bool = False,
+    shards: Shards | None = None,
+) -> float:
+    """The slope gᵀu at which the loss starts down along the step that the momentum alone would make.
+
+    u is that of a step with gradients of zero, in which the present batch had no part; g the gradient of that batch.
+    A positive slope says that what earlier batches have left still descends on a new one. See `has_momentum`.
+
+    Args:
+        optimizer: As for `loss_after_step`. Clipped gradients change the slope's size and not its sign.
+        lr: η at which the step is taken to measure u, as for `update_slope`.
+        module: The model, if it is one of FSDP2.
+        copy_on_cpu: As for `loss_after_step`.
+        shards: As for `loss_after_step`.
+
+    Returns:
+        gᵀu, in units of the loss per learning rate; of parameters that are sharded this process's part of the sum.
+        Costs an optimizer step, no forward pass, and leaves no trace.
+
+    Raises:
+        ValueError: If `lr` is not positive and finite, or the parameters are DTensors and `module` is None.
+        RuntimeError: As for `loss_after_step`.
+    """
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"lr must be positive and finite, got {lr}")
+    shards = Shards(optimizer, module) if shards is None else shards
+    with _moved(shards, lr, copy_on_cpu, momentum_alone=True) as starts:
+        return _slope((value.to(shard.tensor.device) - shard.tensor, shard) for shard, value in starts) / lr
+
+
+def _slope(updates: Iterable[tuple[Tensor, Shard]]) -> float:
+    return sum(float((u * shard.grad(0, u.numel())).sum(dtype=torch.float64)) for u, shard in updates)
+
+
 @contextmanager
 def along_step(
     optimizer: Optimizer,
@@ -267,10 +304,7 @@ def along_step(
     shards = Shards(optimizer, module) if shards is None else shards
     with torch.no_grad(), _moved(shards, lr, copy_on_cpu=False) as starts:
         updates = [(value - shard.tensor).div_(lr) for shard, value in starts]
-    slope = sum(
-        float((u * shard.grad(0, u.numel())).sum(dtype=torch.float64))
-        for u, (shard, _) in zip(updates, starts, strict=True)
-    )
+    slope = _slope((u, shard) for u, (shard, _) in zip(updates, starts, strict=True))
     tensors, values = [shard.tensor for shard, _ in starts], [value for _, value in starts]
 
     @contextmanager
@@ -301,8 +335,10 @@ def _with_lr(group: dict[str, Any], lr: float) -> dict[str, Any]:
 
 
 @contextmanager
-def _moved(shards: Shards, lr: float, copy_on_cpu: bool, unseen: bool = False) -> Iterator[list[tuple[Shard, Tensor]]]:
-    """Make the step on the parameters alone, `unseen` with gradients of 0; undo it on the way out, bit for bit.
+def _moved(
+    shards: Shards, lr: float, copy_on_cpu: bool, momentum_alone: bool = False
+) -> Iterator[list[tuple[Shard, Tensor]]]:
+    """Make the step on the parameters alone, or with gradients of 0; undo it on the way out, bit for bit.
 
     Raises:
         RuntimeError: If the optimizer has step hooks, or acts on more than the shards.
@@ -326,10 +362,10 @@ def _moved(shards: Shards, lr: float, copy_on_cpu: bool, unseen: bool = False) -
     values = [shard.tensor.to("cpu", copy=True) if copy_on_cpu else shard.tensor.clone() for shard in held]
     try:
         if _is_elementwise(optimizer):
-            for piece in _pieces(shards, lr, unseen):
+            for piece in _pieces(shards, lr, momentum_alone):
                 piece.step()
         else:
-            _step_and_restore_state(optimizer, lr, unseen)
+            _step_and_restore_state(optimizer, lr, momentum_alone)
         yield list(zip(held, values, strict=True))
     finally:
         if held:
@@ -341,13 +377,13 @@ def _is_elementwise(optimizer: Optimizer) -> bool:
     return type(optimizer) in _ELEMENTWISE and getattr(optimizer, "v0", None) != "random"
 
 
-def _pieces(shards: Shards, lr: float, unseen: bool) -> Iterator[Optimizer]:
+def _pieces(shards: Shards, lr: float, momentum_alone: bool) -> Iterator[Optimizer]:
     """Optimizers like that of `shards` over the same memory, a piece at a time, with copies of their state."""
     optimizer, groups = shards.optimizer, shards.groups()
     size = max(_PIECE, sum(shard.tensor.numel() for _, held in groups for shard in held) // _PIECES // 64 * 64)
     for (group, held), group_lr in zip(groups, _lrs(optimizer, lr), strict=True):
         piece: dict[Tensor, dict[str, Any]] = {}
-        for part, state in _parts(held, size, unseen):
+        for part, state in _parts(held, size, momentum_alone):
             piece[part] = state
             if sum(p.numel() for p in piece) >= size:
                 yield _like(optimizer, group, group_lr, piece)
@@ -356,7 +392,7 @@ def _pieces(shards: Shards, lr: float, unseen: bool) -> Iterator[Optimizer]:
             yield _like(optimizer, group, group_lr, piece)
 
 
-def _parts(held: Iterable[Shard], size: int, unseen: bool) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+def _parts(held: Iterable[Shard], size: int, momentum_alone: bool) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Views of at most about `size` elements, with their gradient, and a copy of their state."""
     for shard in held:
         p, num_elements = shard.tensor, shard.tensor.numel()
@@ -371,7 +407,7 @@ def _parts(held: Iterable[Shard], size: int, unseen: bool) -> Iterator[tuple[Ten
                 return tensor.detach() if stop - start == tensor.numel() else tensor.detach().view(-1)[start:stop]
 
             part = cut(p)
-            part.grad = torch.zeros_like(part) if unseen else shard.grad(start, stop)
+            part.grad = torch.zeros_like(part) if momentum_alone else shard.grad(start, stop)
             yield part, {k: cut(v).clone() if k in like_p else copy.deepcopy(v) for k, v in shard.state.items()}
 
 
@@ -383,11 +419,11 @@ def _like(optimizer: Optimizer, group: dict[str, Any], lr: float, piece: dict[Te
     return twin
 
 
-def _step_and_restore_state(optimizer: Optimizer, lr: float, unseen: bool) -> None:
+def _step_and_restore_state(optimizer: Optimizer, lr: float, momentum_alone: bool) -> None:
     """Step `optimizer` itself, and give it back state, options, attributes and gradients."""
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     with same_state(optimizer), ExitStack() as restored:
-        if unseen:
+        if momentum_alone:
             restored.callback(_give_gradients, params, [p.grad for p in params])
             _give_gradients(params, [torch.zeros_like(p.grad) for p in params])
         for group, group_lr in zip(optimizer.param_groups, _lrs(optimizer, lr), strict=True):

@@ -81,13 +81,6 @@ class WarmupArguments:
         default=1.0,
         metadata={"help": "Highest learning rate of warmup=guided, in terms of the smallest critical one it met."},
     )
-    guide_unseen: int | None = field(
-        default=None,
-        metadata={
-            "help": "Every so-manieth trial of warmup=guided is of the momentum alone, a step that has not seen the "
-            "batch: 2 is more careful, 0 is none. By default 3 where the optimizer has a momentum, else 0."
-        },
-    )
     max_init_fraction: float = field(
         default=0.1,
         metadata={
@@ -174,9 +167,8 @@ class WarmupArguments:
             raise ValueError(f"warmup_growth must be above 1 and finite, got {self.warmup_growth}")
         if self.guide_every < 1:
             raise ValueError(f"guide_every must be at least 1, got {self.guide_every}")
-        for name in ("guide_micro_batches", "guide_unseen"):
-            if (number := cast(int, getattr(self, name) or 0)) < 0:
-                raise ValueError(f"{name} must be at least 0, got {number}")
+        if self.guide_micro_batches < 0:
+            raise ValueError(f"guide_micro_batches must be at least 0, got {self.guide_micro_batches}")
         if not 0 < self.guide_rate <= 1:
             raise ValueError(f"guide_rate must be above 0 and at most 1, got {self.guide_rate}")
         if self.critical_lr_method not in ("secant", "paper"):

@@ -24,8 +24,8 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.gi_adam import GIAdamW
-from hf_warmup.guided import UNSEEN, GuidedWarmup, PersistentCatapult
-from hf_warmup.probe import Shards, has_momentum, innermost, loss_after_step
+from hf_warmup.guided import GuidedWarmup, PersistentCatapult
+from hf_warmup.probe import Shards, has_momentum, innermost, loss_after_step, momentum_slope
 from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, steps_saved
 from hf_warmup.trainer.arguments import TRYING, WarmupArguments
 from hf_warmup.trainer.backends import Backend, backend_of, check_processes, prepare_optimizer, why_not_try
@@ -267,14 +267,6 @@ class WarmupCallback(TrainerCallback):
         init_lr = arguments.fixed_init_lr
         guide: GuidedWarmup | PersistentCatapult
         if arguments.warmup == "guided":
-            optimizer, unseen = innermost(self.trainer.optimizer), arguments.guide_unseen
-            if unseen is None:
-                unseen = UNSEEN if has_momentum(optimizer) else 0
-            elif unseen and not has_momentum(optimizer):
-                raise ValueError(
-                    f"guide_unseen must be 0 with {type(optimizer).__name__} here, which has no momentum to make a "
-                    f"step of alone, got {unseen}"
-                )
             guide = GuidedWarmup(
                 target,
                 schedule.num_training_steps,
@@ -284,7 +276,6 @@ class WarmupCallback(TrainerCallback):
                 kappa=arguments.guide_kappa,
                 every=arguments.guide_every,
                 until=arguments.guide_until,
-                unseen=unseen,
             )
         else:
             guide = PersistentCatapult(
@@ -306,7 +297,8 @@ class WarmupCallback(TrainerCallback):
         schedule, target = self._schedule, self.trainer.args.learning_rate
         assert isinstance(schedule, SteeredSchedule)
         optimizer, own_warmup = innermost(self.trainer.optimizer), 1.0
-        loss_at: Callable[..., float] = _not_asked
+        loss_at: Callable[[float], float] = _not_asked
+        slope_at: Callable[[float], float] | None = None
         if guide.needs_trial:
             shards = backend.shards()
             if not backend.can_step(shards):
@@ -314,8 +306,10 @@ class WarmupCallback(TrainerCallback):
             if isinstance(optimizer, GIAdamW):
                 own_warmup = optimizer.own_warmup  # asked for now only: the count of steps may be on the device
             loss_at = self._loss_at(shards, backend, replay)
+            if has_momentum(optimizer):
+                slope_at = functools.partial(self._momentum_slope, shards, backend)
         ramping, passes = guide.ramp_end is None, guide.num_trials
-        lr = guide.step(loss_at, own_warmup)
+        lr = guide.step(loss_at, own_warmup, slope_at)
         if guide.handed_over:
             # The schedule counts its own steps, of which a resumed or a waiting run may have had more.
             ramp_end = schedule.scheduler.last_epoch
@@ -337,9 +331,7 @@ class WarmupCallback(TrainerCallback):
         if guide.handed_over:
             self._stop_watching()
 
-    def _losses_after(
-        self, shards: Shards, backend: Backend, replay: StepReplay, lr: float, unseen: bool = False
-    ) -> list[float]:
+    def _losses_after(self, shards: Shards, backend: Backend, replay: StepReplay, lr: float) -> list[float]:
         """The losses of the batches of `replay` after the step that the optimizer would make with `lr`."""
         return backend.together(
             lambda: loss_after_step(
@@ -349,17 +341,31 @@ class WarmupCallback(TrainerCallback):
                 module=self.trainer.model_wrapped,
                 copy_on_cpu=self.arguments.search_copy_on_cpu,
                 shards=shards,
-                unseen=unseen,
             )
         )
 
-    def _loss_at(self, shards: Shards, backend: Backend, replay: StepReplay) -> Callable[..., float]:
+    def _momentum_slope(self, shards: Shards, backend: Backend, lr: float) -> float:
+        """The slope along the momentum, but for a factor: the mean of the parts of all processes."""
+        (slope,) = backend.together(
+            lambda: [
+                momentum_slope(
+                    shards.optimizer,
+                    lr,
+                    module=self.trainer.model_wrapped,
+                    copy_on_cpu=self.arguments.search_copy_on_cpu,
+                    shards=shards,
+                )
+            ]
+        )
+        return slope
+
+    def _loss_at(self, shards: Shards, backend: Backend, replay: StepReplay) -> Callable[[float], float]:
         """The loss of the present step's batches after a step of some learning rate."""
 
         @functools.cache
-        def loss_at(lr: float, unseen: bool = False) -> float:
+        def loss_at(lr: float) -> float:
             known = loss_before(backend, replay) if lr == 0 else None
-            return self._losses_after(shards, backend, replay, lr, unseen)[0] if known is None else known
+            return self._losses_after(shards, backend, replay, lr)[0] if known is None else known
 
         return loss_at
 

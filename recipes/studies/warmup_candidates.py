@@ -3,10 +3,11 @@
     python recipes/studies/warmup_candidates.py
 
 Every run is in results/warmup_candidates.csv, the bad ones too; a run that is there is not repeated. All of them
-spend trials of the loss after the step that is about to be made; `kappa`, `every` and `rate` mean what they mean in
-`hf_warmup.guided`. Rows of `guided` with `every` are of the rule as it is; those without were made when there was a
-trial every 5 steps up to step 100, and the peak was the smallest mean of four. Seeds 200 to 202 and 300 to 303: the
-study has others.
+spend trials of the loss after the step that is about to be made; `kappa`, `every` and `rate` mean what they mean
+in `hf_warmup.guided`. `unseen` is what commit d96b61c had in place of the momentum's turn: trials of the step that
+the momentum would make alone, all of them or every so-manieth of `guided`. Rows of `guided` with `turn` are of the
+rule as it is; those without were made when there was a trial every 5 steps up to step 100, and the peak was the
+smallest mean of four. Seeds 200 to 202 and 300 to 303: the study has others.
 """
 
 import csv
@@ -23,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from warmup_cases import DEVELOPMENT, LossAt, Setting, train
-from warmup_rules import cosine, guided, linear, ramp
+from warmup_rules import Guided, cosine, linear, ramp
 
 PATH = Path(__file__).parent / "results" / "warmup_candidates.csv"
 KEYS = ("setting", "changed", "optimizer", "rule", "options", "target", "seed")
@@ -42,18 +43,14 @@ class Candidate(ABC):
         stair: float = 1.5,
         rate: float = 0.015,
         settled: float = math.inf,
-        unseen: bool = False,
         own: float = 0.0,
         init: float = 0.0,
         first_trial: int = 5,
     ) -> None:
-        """`unseen`: trials of the momentum's step, in which the batch had no part. `own`: power of GI-Adam's factor.
-
-        `init`: where the ramp starts; a thousandth of the critical learning rate if 0.
-        """
+        """`own`: power of GI-Adam's factor. `init`: where the ramp starts; a thousandth of the critical one if 0."""
         self.setting, self.target = setting, target
         self.kappa, self.every, self.stair, self.rate, self.settled = kappa, every, stair, rate, settled
-        self.unseen, self.own = unseen, own if optimizer == "GIAdamW" else 0.0
+        self.own = own if optimizer == "GIAdamW" else 0.0
         self.critical, self.level, self.peak, self.next = math.nan, init, math.inf, first_trial
         self.estimates: list[float] = []
 
@@ -65,7 +62,7 @@ class Candidate(ABC):
         if step >= self.next:
             self.next = step + max(self.every, int(step * self.every / self.settled))
             self.estimates.append(self.critical)
-            rises = loss_at(self.critical / own, self.unseen) > loss_at(0.0)
+            rises = loss_at(self.critical / own) > loss_at(0.0)
             self.critical *= 1 / self.stair if rises else self.stair
             if len(self.estimates) >= 4:
                 mean = math.exp(sum(map(math.log, self.estimates[-4:])) / 4)
@@ -138,7 +135,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "stop": Stop,
     "track": Track,
     "ratchet": Ratchet,
-    "guided": guided,  # as it is now: relax, and a decay that begins when the ramp has ended
+    "guided": Guided,  # as it is now: relax, and a decay that begins when the ramp has ended
     "linear": linear,
     "ramp": ramp,
 }

@@ -216,7 +216,7 @@ def unigram_entropy(setting: Setting) -> float:
     return float(-(frequencies * frequencies.log()).sum())
 
 
-LossAt = Callable[..., float]  # of η: the batch's loss after the step; of 0: before it
+LossAt = Callable[[float], float]  # of η: the batch's loss after the step; of 0: before it
 
 
 class Rule(Protocol):
@@ -283,7 +283,6 @@ def train(setting: Setting, optimizer_name: str, rule: Rule, seed: int) -> dict[
 
         def loss_at(
             lr: float,
-            unseen: bool = False,
             loss_fn: Callable = loss_fn,
             state: Tensor = state,
             value: float = value,
@@ -293,7 +292,7 @@ def train(setting: Setting, optimizer_name: str, rule: Rule, seed: int) -> dict[
                 return value
             probes += 1
             torch.set_rng_state(state)  # the same dropout as the step's own forward pass
-            return loss_after_step(optimizer, loss_fn, lr, unseen=unseen)
+            return loss_after_step(optimizer, loss_fn, lr)
 
         if step == 0 and hasattr(rule, "begin"):
             torch.set_rng_state(state)

@@ -4,10 +4,12 @@ All decay by a cosine to a tenth, from the end of warmup to the end of the run; 
 that only β2 decides), from step 0.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
+from hf_warmup import has_momentum, momentum_slope
 from hf_warmup.guided import GuidedWarmup, PersistentCatapult
 
 from warmup_cases import LossAt, Rule, Setting
@@ -47,15 +49,30 @@ def factor(f: Callable[[float, int], float]) -> Callable[..., Rule]:
     return make
 
 
-def guided(setting: Setting, optimizer: str, target: float, **options: Any) -> Rule:
-    """Ours; without momentum all trials are of steps that have seen the batch."""
-    options = ({"unseen": 0} if optimizer == "SGD" else {}) | options
-    guide = GuidedWarmup(target, setting.steps, lambda step: cosine(step, setting.steps), **options)
+class Guided:
+    """Ours.
 
-    def rule(step: int, loss_at: LossAt) -> float:
-        return guide.step(loss_at, math.sqrt(1 - setting.beta2 ** (step + 1)) if optimizer == "GIAdamW" else 1.0)
+    Args:
+        setting: What is trained.
+        optimizer: Its name.
+        target: η_trgt.
+        turn: Whether it looks for the turn of the momentum.
+        **options: Of `GuidedWarmup`.
+    """
 
-    return rule
+    def __init__(self, setting: Setting, optimizer: str, target: float, turn: bool = True, **options: Any) -> None:
+        self.guide = GuidedWarmup(target, setting.steps, lambda step: cosine(step, setting.steps), **options)
+        self.beta2 = setting.beta2 if optimizer == "GIAdamW" else 0.0
+        self.turn, self.slope_at = turn, None
+
+    def begin(self, optimizer: Any, model: Any, loss_fn: Any) -> None:
+        """Remember whose momentum it is."""
+        if self.turn and has_momentum(optimizer):
+            self.slope_at = functools.partial(momentum_slope, optimizer)
+
+    def __call__(self, step: int, loss_at: LossAt) -> float:
+        """η of the step."""
+        return self.guide.step(loss_at, math.sqrt(1 - self.beta2 ** (step + 1)), self.slope_at)
 
 
 def persistent(setting: Setting, optimizer: str, target: float, delta: float = 0.01) -> Rule:
@@ -67,7 +84,7 @@ def persistent(setting: Setting, optimizer: str, target: float, delta: float = 0
 RULES: dict[str, Callable[..., Rule]] = {
     "linear": linear,
     "ramp": ramp,
-    "guided": guided,
+    "guided": Guided,
     "persistent": persistent,
     "sqrt(1-b2^t)": factor(lambda beta2, t: math.sqrt(1 - beta2**t)),
     "untuned linear": factor(lambda beta2, t: min(1.0, t * (1 - beta2) / 2)),

@@ -39,7 +39,7 @@ RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 NEAR = 0.05  # nats
-OWN_BATCH = {"unseen": 0}  # no trial of a step that has not seen the batch
+NO_TURN = {"turn": False}  # the momentum's turn is not looked for
 UNTUNED = ("sqrt(1-b2^t)", "untuned linear", "untuned exponential", "ramp", "guided")
 
 GPT = Setting("GPT", text="code", width=48, depth=2, beta2=0.95, weight_decay=0.1, clip=1.0)
@@ -103,7 +103,7 @@ def jobs(part: str) -> Iterator[Job]:
     if part == "gpt":
         lrs = targets(1.25e-3, 8)
         yield from grid(GPT, "AdamW", tuned | {rule: [{}] for rule in UNTUNED}, lrs)
-        yield from grid(GPT, "AdamW", {"guided": [{"until": "end"}, OWN_BATCH], "persistent": [{}]}, lrs)
+        yield from grid(GPT, "AdamW", {"guided": [{"until": "end"}, NO_TURN], "persistent": [{}]}, lrs)
         yield from grid(GPT, "AdamW", {"ramp": [{"growth": g} for g in (1.03, 1.1)]}, lrs)
         yield from grid(GPT, "RAdam", {"linear": [{}]}, lrs)
         # Far beyond what anybody would ask for.
@@ -113,16 +113,16 @@ def jobs(part: str) -> Iterator[Job]:
         # How often to try, at a sensible target and at one that is too high.
         yield from grid(GPT, "AdamW", {"guided": [{"every": k} for k in (1, 2, 5, 10, 20)]}, [1e-2, 8e-2])
     if part == "gi":
-        yield from grid(GPT, "GIAdamW", {"guided": [{}, OWN_BATCH], "ramp": [{}], **tuned}, targets(1.25e-3, 8))
+        yield from grid(GPT, "GIAdamW", {"guided": [{}, NO_TURN], "ramp": [{}], **tuned}, targets(1.25e-3, 8))
     if part == "bert":
         tuned = {"linear": [{"fraction": f} for f in (0.0, 0.1, 0.3)]}
         lrs = targets(1e-3, 6)
-        yield from grid(BERT, "AdamW", {"guided": [{}, OWN_BATCH], "ramp": [{}], **tuned}, lrs)
+        yield from grid(BERT, "AdamW", {"guided": [{}, NO_TURN], "ramp": [{}], **tuned}, lrs)
         yield from grid(BERT, "RAdam", {"linear": [{}]}, lrs)
     if part == "modernbert":
         tuned = {"linear": [{"fraction": f} for f in (0.0, 0.1, 0.3)]}
         lrs = targets(1e-3, 8)
-        yield from grid(MODERN, "AdamW", {"guided": [{}, {"every": 5}, OWN_BATCH], "ramp": [{}], **tuned}, lrs)
+        yield from grid(MODERN, "AdamW", {"guided": [{}, NO_TURN], "ramp": [{}], **tuned}, lrs)
         yield from grid(MODERN, "RAdam", {"linear": [{}]}, lrs)
         yield from grid(MODERN, "AdamW", {"guided": [{}], "linear": [{"fraction": 0.3}]}, [0.256])
     if part == "long":
@@ -252,7 +252,7 @@ def words(values: list[float]) -> str:
 
 
 def name(curve: Curve) -> str:
-    options = ", ".join(f"{k} {v}" for k, v in curve.options.items() if k != "fraction")
+    options = ", ".join("without the turn" if k == "turn" else f"{k} {v}" for k, v in curve.options.items())
     if curve.rule == "linear":
         fraction = curve.options.get("fraction", 0.0)
         return f"linear over {fraction:.0%}" if fraction else "no warmup"
@@ -267,7 +267,7 @@ def window(made: list[Curve]) -> list[float]:
 
 def part_table(part: str) -> str:
     """A line per method; the best loss, and how it stands against the target."""
-    made = [curve for curve in curves(read(part)) if part != "gpt" or "every" not in curve.options]
+    made = [curve for curve in curves(read(part)) if "every" not in curve.options]
     reference, over = tuned(made), window(made)
     lines = []
     for curve in sorted(made, key=lambda c: (c.optimizer, c.rule, str(c.options))):
