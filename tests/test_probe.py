@@ -1,4 +1,5 @@
 import copy
+import math
 import random
 from itertools import accumulate
 
@@ -8,8 +9,15 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from hf_warmup import GIAdamW, along_step, find_critical_lr, loss_after_step, update_slope
-from hf_warmup.probe import has_momentum
+from hf_warmup import (
+    GIAdamW,
+    along_step,
+    find_critical_lr,
+    has_momentum,
+    loss_after_step,
+    momentum_slope,
+    update_slope,
+)
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1),
@@ -86,19 +94,17 @@ def assert_same(a, b):
 
 @every_optimizer
 @after
-@pytest.mark.parametrize("unseen", [False, True])
-def test_the_loss_is_that_after_a_real_step_bit_for_bit(make, num_steps, unseen):
-    """`unseen`: a real step with zero gradients."""
+def test_the_loss_is_that_after_a_real_step_bit_for_bit(make, num_steps):
     model, optimizer, loss_fn = training(make)
     train(model, optimizer, loss_fn, num_steps)
     optimizer.zero_grad()
     loss_fn().backward()
-    probed = [loss_after_step(optimizer, loss_fn, lr, module=model, unseen=unseen) for lr in (0.0, 1e-3, 0.7)]
+    probed = [loss_after_step(optimizer, loss_fn, lr, module=model) for lr in (0.0, 1e-3, 0.7)]
 
     for lr, loss in zip((0.0, 1e-3, 0.7), probed, strict=True):
         twin_model, twin = copy.deepcopy((model, optimizer))  # one copy: the optimizer's parameters are the model's
         for p, q in zip(model.parameters(), twin_model.parameters(), strict=True):
-            q.grad = torch.zeros_like(p.grad) if unseen else p.grad.clone()
+            q.grad = p.grad.clone()
         rng = torch.get_rng_state()
         twin.param_groups[0]["lr"] = lr
         if lr > 0:
@@ -106,6 +112,26 @@ def test_the_loss_is_that_after_a_real_step_bit_for_bit(make, num_steps, unseen)
         x, y = [cell.cell_contents for cell in loss_fn.__closure__ if isinstance(cell.cell_contents, torch.Tensor)]
         assert nn.functional.cross_entropy(twin_model(x), y).item() == loss
         torch.set_rng_state(rng)
+
+
+@every_optimizer
+@after
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_the_momentums_slope_is_that_along_a_real_step_with_zero_gradients(make, num_steps, on_cpu):
+    model, optimizer, loss_fn = training(make)
+    train(model, optimizer, loss_fn, num_steps)
+    optimizer.zero_grad()
+    loss_fn().backward()
+    slope = momentum_slope(optimizer, 0.1, module=model, copy_on_cpu=on_cpu)
+
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    for q in twin_model.parameters():
+        q.grad = torch.zeros_like(q)
+    twin.param_groups[0]["lr"] = 0.1
+    twin.step()
+    pairs = zip(model.parameters(), twin_model.parameters(), strict=True)
+    expected = sum(float(((p - q).detach().double() * p.grad).sum()) for p, q in pairs) / 0.1
+    assert slope == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
 def test_momentum_is_what_a_step_without_gradient_goes_along():
@@ -117,19 +143,19 @@ def test_momentum_is_what_a_step_without_gradient_goes_along():
     optimizer = torch.optim.SGD([theta], 0.1, momentum=0.5)
     theta.grad = torch.tensor([3.0, 5.0])
     optimizer.step()
-    theta.grad = torch.tensor([7.0, 7.0])
-    # m = .5 (3, 5) + 0, so θ - η m.
-    moved = theta.detach() - 0.2 * torch.tensor([1.5, 2.5])
-    loss = loss_after_step(optimizer, lambda: theta.square().sum(), 0.2, unseen=True)
-    assert loss == pytest.approx(float(moved.square().sum()))
-    assert theta.grad.tolist() == [7.0, 7.0]
+    theta.grad = torch.tensor([7.0, -1.0])
+    # u = .5 (3, 5) + 0
+    assert momentum_slope(optimizer, 0.2) == pytest.approx(7 * 1.5 - 1 * 2.5)
+    assert theta.grad.tolist() == [7.0, -1.0]
+    for lr in (0.0, math.inf):
+        with pytest.raises(ValueError, match=f"lr must be positive and finite, got {lr}"):
+            momentum_slope(optimizer, lr)
 
 
 @every_optimizer
 @after
 @pytest.mark.parametrize("outcome", ["returns", "raises"])
-@pytest.mark.parametrize("unseen", [False, True])
-def test_a_probe_leaves_no_trace(make, num_steps, outcome, unseen):
+def test_a_probe_leaves_no_trace(make, num_steps, outcome):
     model, optimizer, loss_fn = training(make)
     train(model, optimizer, loss_fn, num_steps)
     optimizer.zero_grad()
@@ -149,10 +175,12 @@ def test_a_probe_leaves_no_trace(make, num_steps, outcome, unseen):
     for lr in (0.0, 0.5):
         if outcome == "raises":
             with pytest.raises(RuntimeError, match="out of memory"):
-                loss_after_step(optimizer, loss, lr, module=model, unseen=unseen)
+                loss_after_step(optimizer, loss, lr, module=model)
         else:
-            loss_after_step(optimizer, loss, lr, module=model, unseen=unseen)
+            loss_after_step(optimizer, loss, lr, module=model)
         assert_same(everything(model, optimizer), before)
+    momentum_slope(optimizer, 0.5, module=model)
+    assert_same(everything(model, optimizer), before)
     assert [id(t) for p in optimizer.state.values() for t in p.values()] == objects
     assert vars(optimizer).keys() == attributes.keys()
 

@@ -308,7 +308,7 @@ class WarmupCallback(TrainerCallback):
             loss_at = self._loss_at(shards, backend, replay)
             if has_momentum(optimizer):
                 slope_at = functools.partial(self._momentum_slope, shards, backend)
-        ramping, passes = guide.ramp_end is None, guide.num_trials
+        ramping, passes, turned = guide.ramp_end is None, guide.num_trials, _turn_lr(guide)
         lr = guide.step(loss_at, own_warmup, slope_at)
         if guide.handed_over:
             # The schedule counts its own steps, of which a resumed or a waiting run may have had more.
@@ -321,6 +321,8 @@ class WarmupCallback(TrainerCallback):
             logs |= {"warmup/init_lr": lr, "warmup/target_lr": target}
         if guide.num_trials > passes:
             logs |= {"warmup/critical_lr": guide.critical_lr, "warmup/forward_passes": guide.num_trials}
+        if turned is None and (turn_lr := _turn_lr(guide)) is not None:
+            logs["warmup/turn_lr"] = turn_lr
         record: dict[str, Any] = {}
         if ramping and guide.ramp_end is not None:
             logs["warmup/peak_lr"] = guide.level
@@ -377,6 +379,11 @@ class WarmupCallback(TrainerCallback):
             self._backend.unwatch_step()
             self._backend = None
         self._guide = None
+
+
+def _turn_lr(guide: GuidedWarmup | PersistentCatapult) -> float | None:
+    """The learning rate at which the momentum turned, if it has."""
+    return guide.turn_lr if isinstance(guide, GuidedWarmup) and not math.isnan(guide.turn_lr) else None
 
 
 def _not_asked(lr: float) -> float:

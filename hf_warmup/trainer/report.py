@@ -60,6 +60,7 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         "smallest_critical_lr": min(
             (e["warmup/critical_lr"] for e in entries if "warmup/critical_lr" in e), default=None
         ),
+        "turn_lr": last.get("warmup/turn_lr"),
         "search_status": start.get("warmup/status"),
         "search_evals": start.get("warmup/evals"),
         "capped": bool(start.get("warmup/capped", False)),
@@ -194,8 +195,23 @@ def peak_words(report: dict[str, Any]) -> str:
     """
     if report["peak_lr"] is None:
         return "not reached: the run ended before its warmup"
-    limited = report["peak_lr"] < 0.999 * report["target_lr"]
-    return f"{report['peak_lr']:.3g} ({'the smallest η_c met' if limited else 'η_trgt'})"
+    if report["peak_lr"] >= 0.999 * report["target_lr"]:
+        reason = "η_trgt"
+    elif _is_beyond_the_turn(report):
+        reason = "twice where the momentum turned"
+    else:
+        reason = "at half of the run" if _is_late(report) else "the smallest η_c met"
+    return f"{report['peak_lr']:.3g} ({reason})"
+
+
+def _is_beyond_the_turn(report: dict[str, Any]) -> bool:
+    """Whether the momentum's turn decided the peak."""
+    return report["turn_lr"] is not None and report["peak_lr"] >= 0.999 * 2 * report["turn_lr"]
+
+
+def _is_late(report: dict[str, Any]) -> bool:
+    """Whether the ramp was still going at half of the run, and gave way to the decay."""
+    return 2 * report["warmup_steps_taken"] >= report["train_steps"]
 
 
 def optimizer_words(report: dict[str, Any]) -> str:
@@ -294,6 +310,13 @@ def verdict(report: dict[str, Any]) -> str:
         peak = report["peak_lr"]
         if peak is None:
             return "The run ended before its warmup had found where to stop."
+        if peak < 0.999 * target and _is_beyond_the_turn(report):
+            return (
+                f"η_trgt was more than training would bear: from {report['turn_lr']:.3g} on the momentum pointed "
+                f"uphill on new batches, and the learning rate was held at {peak:.3g}."
+            )
+        if peak < 0.999 * target and _is_late(report):
+            return f"The ramp had come to {peak:.3g} at half of the run, and gave way to the decay."
         if peak < 0.999 * target:
             return (
                 f"η_trgt was more than training would bear: on the way up η_c came down to "

@@ -485,7 +485,7 @@ def test_a_plan_says_what_a_run_would_be_and_does_nothing(tmp_path, capsys):
 def test_the_plan_counts_the_trials_that_guided_warmup_makes():
     for every in (1, 5, 7):
         guide = GuidedWarmup(1e3, 1000, every=every, until="end")
-        first = guide.step(lambda lr, unseen=False: (lr - 1.0) ** 2) and guide.num_trials
+        first = guide.step(lambda lr: (lr - 1.0) ** 2) and guide.num_trials
         for _ in range(999):
-            guide.step(lambda lr, unseen=False: (lr - 1.0) ** 2)
+            guide.step(lambda lr: (lr - 1.0) ** 2)
         assert trials(1000, every) == guide.num_trials - first

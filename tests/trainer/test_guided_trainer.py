@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, set_seed
 
-from hf_warmup import GIAdamW, loss_after_step
+from hf_warmup import GIAdamW, loss_after_step, momentum_slope
 from hf_warmup.trainer import WarmupArguments, WarmupCallback, warmup_report
 
 from tiny import start_of
@@ -106,8 +106,8 @@ def test_guided_warmup_is_the_controllers_rule_in_the_trainer(make_trainer, name
     assert warmup_report(trainer)["warmup_steps_taken"] == end + 1
 
 
-@pytest.mark.parametrize(("num", "unseen"), [(0, 0), (1, 0), (2, 0), (0, 2)])
-def test_a_trial_is_of_the_steps_own_batch_and_exact_loss(make_trainer, num, unseen):
+@pytest.mark.parametrize("num", [0, 1, 2])
+def test_a_trial_is_of_the_steps_own_batch_and_exact_loss(make_trainer, num):
     class Watched(Trainer):
         """Tries the logged learning rates again by hand, with the loss as it is written down here."""
 
@@ -116,12 +116,12 @@ def test_a_trial_is_of_the_steps_own_batch_and_exact_loss(make_trainer, num, uns
             self.num_items = num_items_in_batch
             return super().training_step(model, inputs, num_items_in_batch)
 
-    options = {"guide_micro_batches": num, "guide_unseen": unseen, "gradient_accumulation_steps": 4}
+    options = {"guide_micro_batches": num, "gradient_accumulation_steps": 4}
     trainer = make_trainer(Watched, gi_adam=False, learning_rate=1e3, **options, **GUIDED)
     trainer.model.config.attention_dropout = 0.0
     for layer in trainer.model.model.layers:
         layer.self_attn.attention_dropout = 0.0
-    trainer.batches, directions = [], []
+    trainer.batches, directions, slopes = [], [], []
 
     class Judge(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -134,20 +134,23 @@ def test_a_trial_is_of_the_steps_own_batch_and_exact_loss(make_trainer, num, uns
                 return sum(trainer.compute_loss(trainer.model, dict(b), num_items_in_batch=items) for b in batches)
 
             assert len(trainer.batches) == 4
+            if state.global_step == 9:
+                (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, WarmupCallback)]
+                trainer.seen = list(callback._guide.slopes)
             if state.global_step in (2, 4, 6, 8):
                 tried = critical_lrs(trainer)[-1][1]
-                passes = [e["warmup/forward_passes"] for e in state.log_history if "warmup/forward_passes" in e][-1]
-                alone = bool(unseen) and (passes + 1) % unseen == 0
-                before, after = (loss_after_step(optimizer, loss, lr, unseen=alone) for lr in (0.0, tried))
+                before, after = (loss_after_step(optimizer, loss, lr) for lr in (0.0, tried))
                 directions.append(after <= before)
+                slopes.append(momentum_slope(optimizer, tried))
 
     trainer.add_callback(Judge())  # before ours, so that what it reads of the log is what the trial will try
     train(trainer)
     estimates = [lr for _, lr in critical_lrs(trainer)]
     assert [b > a for a, b in zip(estimates[:4], estimates[1:5], strict=True)] == directions
+    assert trainer.seen == pytest.approx(slopes)
 
 
-@pytest.mark.parametrize("mode", [{}, {"guide_until": "end", "guide_unseen": 2}, {"warmup": "persistent"}], ids=str)
+@pytest.mark.parametrize("mode", [{}, {"guide_until": "end"}, {"warmup": "persistent"}], ids=str)
 @pytest.mark.parametrize("stop", [3, 16])
 def test_a_resumed_run_is_bitwise_the_same(make_trainer, tmp_path, mode, stop):
     options = GUIDED | mode | {"save_strategy": "steps", "save_steps": stop}
@@ -269,12 +272,6 @@ REFUSED = [
 def test_what_cannot_work_is_refused(make_trainer, options, message):
     with pytest.raises(ValueError, match=message):
         WarmupCallback.attach(make_trainer(**options))
-
-
-def test_a_step_of_the_momentum_alone_needs_a_momentum(make_trainer):
-    trainer = make_trainer(gi_adam=False, optim="sgd", guide_unseen=2, **GUIDED)
-    with pytest.raises(ValueError, match="guide_unseen must be 0 with SGD here, which has no momentum .* got 2"):
-        train(trainer)
 
 
 def test_a_trainer_that_generates_its_batches_is_refused(make_trainer):

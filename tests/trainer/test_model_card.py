@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, Trainer
 
 import __main__
 from hf_warmup.trainer import WarmupCallback, compare_runs, warmup_report
+from hf_warmup.trainer.report import peak_words, verdict
 
 from tiny import make_model
 
@@ -274,3 +275,22 @@ def test_several_runs_are_compared(make_trainer, folder, tmp_path):
         compare_runs([tmp_path / "nothing"])
     with pytest.raises(ValueError, match="dirs must name at least one run's folder"):
         compare_runs([])
+
+
+@pytest.mark.parametrize(
+    ("taken", "turn_lr", "peak", "words", "told"),
+    [
+        (60, None, 0.1, "0.1 (η_trgt)", "this run would have borne a larger one"),
+        (60, 0.02, 0.04, "0.04 (twice where the momentum turned)", "from 0.02 on the momentum pointed uphill on new"),
+        (60, 0.02, 0.03, "0.03 (the smallest η_c met)", "on the way up η_c came down to 0.03"),
+        (60, None, 0.03, "0.03 (the smallest η_c met)", "on the way up η_c came down to 0.03"),
+        (150, 0.02, 0.03, "0.03 (at half of the run)", "had come to 0.03 at half of the run"),
+    ],
+)
+def test_the_card_says_what_decided_the_peak(taken, turn_lr, peak, words, told):
+    report = {
+        **{"warmup": "guided", "target_lr": 0.1, "peak_lr": peak, "turn_lr": turn_lr, "warmup_steps_taken": taken},
+        **{"train_steps": 300, "critical_lr": 0.2, "smallest_critical_lr": 0.03},
+    }
+    assert peak_words(report) == words
+    assert told in verdict(report)
