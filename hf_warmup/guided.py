@@ -7,7 +7,7 @@ to rise, and where to stop. With c_t the present estimate of η_c,
 
     start    η_0 = c_0 / 1000
     rise     η_t = η_{t-1} max(1, c_t / η_{t-1})^ρ: fast far below η_c, slowly near it
-    stop     at p_t = min(η_trgt, 2 η_turn, κ c̄_s for all s <= t), c̄ the geometric mean of the last six estimates
+    stop     at p_t = min(η_trgt, 5/2 η_turn, κ c̄_s for all s <= t), c̄ the geometric mean of the last six estimates
     decay    η_t = p f((t - t_r) N / (N - t_r)) from the step t_r on that reached p, half of the run at the latest,
 
 with N the steps of the run and f the user's schedule without warmup. If c stood still, ln(c / η) would fall as
@@ -27,7 +27,7 @@ a batch tells of the next one (few labels, dropout). The momentum has not: gᵀu
 alone, the slope at which a new batch's loss starts down along it, says whether training still descends. It is
 positive at first, and turns once η is so large that training swings from side to side of a valley, within a few
 steps and hardly different from seed to seed. η_turn is the learning rate at which half of the last six slopes are
-not positive. From there the ramp rises by half of ρ, and to twice η_turn at most. A slope costs an optimizer's
+not positive. From there the ramp rises by half of ρ, and to 5/2 η_turn at most. A slope costs an optimizer's
 step and no forward pass.
 
 An optimizer may have a warmup of its own, a factor w_t that tends to 1: GI-Adam's is √(1-β2^t). What its steps
@@ -60,7 +60,7 @@ _STAIR = 1.5  # factor of a stair
 _MEAN = 6  # estimates in the mean that may lower the peak, and slopes of which half must have turned
 _SETTLED = 100  # step after which trials become rarer, in proportion to t
 EVERY = 3  # steps between trials, before that
-_BEYOND = 2.0  # times the learning rate at which the momentum turns: the most that the peak may be
+BEYOND = 2.5  # times the learning rate at which the momentum turns: the most that the peak may be
 _SLOWER = 0.5  # of ρ, from there on
 _LATEST = 0.5  # of the run: when a ramp that has not ended gives way to the decay
 
@@ -177,7 +177,7 @@ class GuidedWarmup(_Controller):
         num_training_steps: N.
         decay: f.
         critical_lr: c, the present estimate of η_c; NaN before the first step.
-        peak: The smallest κ c̄ / f so far, and 2 η_turn; infinite before the first six trials.
+        peak: The smallest κ c̄ / f so far, and 5/2 η_turn; infinite before the first six trials.
         turn_lr: η_turn; NaN before the momentum turned.
         level: η / f: the ramp, then its peak.
         num_steps: Steps decided so far.
@@ -256,7 +256,7 @@ class GuidedWarmup(_Controller):
         self.slopes = [*self.slopes, slope_at(self.critical_lr / own_warmup)][-_MEAN:]
         if len(self.slopes) == _MEAN and 2 * sum(slope > 0 for slope in self.slopes) <= _MEAN:
             self.turn_lr = own_warmup * self.level
-            self.peak = min(self.peak, _BEYOND * self.turn_lr)
+            self.peak = min(self.peak, BEYOND * self.turn_lr)
 
     def _trial(self, loss_at: LossAt, factor: float, own_warmup: float) -> None:
         self.next_trial = self.num_steps + trial_interval(self.num_steps, self.every)
