@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from hf_warmup.diagnosis import explain, regime_of
 from hf_warmup.gi_adam import GIAdamW
+from hf_warmup.guided import BEYOND
 from hf_warmup.probe import innermost
 from hf_warmup.trainer.arguments import TRYING, SharpnessKind
 
@@ -198,7 +199,7 @@ def peak_words(report: dict[str, Any]) -> str:
     if report["peak_lr"] >= 0.999 * report["target_lr"]:
         reason = "η_trgt"
     elif _is_beyond_the_turn(report):
-        reason = "twice where the momentum turned"
+        reason = f"{BEYOND:g} times where the momentum turned"
     else:
         reason = "at half of the run" if _is_late(report) else "the smallest η_c met"
     return f"{report['peak_lr']:.3g} ({reason})"
@@ -206,7 +207,7 @@ def peak_words(report: dict[str, Any]) -> str:
 
 def _is_beyond_the_turn(report: dict[str, Any]) -> bool:
     """Whether the momentum's turn decided the peak."""
-    return report["turn_lr"] is not None and report["peak_lr"] >= 0.999 * 2 * report["turn_lr"]
+    return report["turn_lr"] is not None and report["peak_lr"] >= 0.999 * BEYOND * report["turn_lr"]
 
 
 def _is_late(report: dict[str, Any]) -> bool:

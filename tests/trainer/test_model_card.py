@@ -281,7 +281,13 @@ def test_several_runs_are_compared(make_trainer, folder, tmp_path):
     ("taken", "turn_lr", "peak", "words", "told"),
     [
         (60, None, 0.1, "0.1 (η_trgt)", "this run would have borne a larger one"),
-        (60, 0.02, 0.04, "0.04 (twice where the momentum turned)", "from 0.02 on the momentum pointed uphill on new"),
+        (
+            60,
+            0.02,
+            0.05,
+            "0.05 (2.5 times where the momentum turned)",
+            "from 0.02 on the momentum pointed uphill on new",
+        ),
         (60, 0.02, 0.03, "0.03 (the smallest η_c met)", "on the way up η_c came down to 0.03"),
         (60, None, 0.03, "0.03 (the smallest η_c met)", "on the way up η_c came down to 0.03"),
         (150, 0.02, 0.03, "0.03 (at half of the run)", "had come to 0.03 at half of the run"),
