@@ -258,11 +258,16 @@ def momentum_slope(
         ValueError: If `lr` is not positive and finite, or the parameters are DTensors and `module` is None.
         RuntimeError: As for `loss_after_step`.
     """
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"lr must be positive and finite, got {lr}")
-    shards = Shards(optimizer, module) if shards is None else shards
+    shards = _moving(optimizer, lr, module, shards)
     with _moved(shards, lr, copy_on_cpu, momentum_alone=True) as starts:
         return _slope((value.to(shard.tensor.device) - shard.tensor, shard) for shard, value in starts) / lr
+
+
+def _moving(optimizer: Optimizer, lr: float, module: nn.Module | None, shards: Shards | None) -> Shards:
+    """What a step of `lr`, which must be one, moves."""
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"lr must be positive and finite, got {lr}")
+    return Shards(optimizer, module) if shards is None else shards
 
 
 def _slope(updates: Iterable[tuple[Tensor, Shard]]) -> float:
@@ -299,9 +304,7 @@ def along_step(
         ValueError: If `lr` is not positive and finite, or the parameters are DTensors and `module` is None.
         RuntimeError: As for `loss_after_step`.
     """
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"lr must be positive and finite, got {lr}")
-    shards = Shards(optimizer, module) if shards is None else shards
+    shards = _moving(optimizer, lr, module, shards)
     with torch.no_grad(), _moved(shards, lr, copy_on_cpu=False) as starts:
         updates = [(value - shard.tensor).div_(lr) for shard, value in starts]
     slope = _slope((u, shard) for u, (shard, _) in zip(updates, starts, strict=True))

@@ -11,13 +11,14 @@ import csv
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
 from hf_warmup import GuidedWarmup
 
-from warmup_cases import LossAt, train
+from warmup_cases import LossAt, Rule, train
 from warmup_rules import RULES
 from warmup_study import GPT, SEEDS
 
@@ -25,25 +26,34 @@ RESULTS = Path(__file__).parent / "results"
 RUNS = (("guided", 0.16, {}), ("linear", 0.02, {"fraction": 0.3}), ("linear", 0.02, {"fraction": 0.05}))
 
 
-def trace(rule: str, target: float, options: dict, seed: int) -> list[dict]:
-    """One run, a row per step."""
-    chosen = RULES[rule](GPT, "AdamW", target, **options)
-    meter = GuidedWarmup(1e9, GPT.steps, every=3, until="end")
-    rows: list[dict] = []
+class Observed:
+    """A rule, with the critical learning rate of every step beside it."""
 
-    def observed(step: int, loss_at: LossAt) -> float:
+    def __init__(self, rule: Rule) -> None:
+        self.rule, self.rows = rule, []
+        self.meter = GuidedWarmup(1e9, GPT.steps, every=3, until="end")
+
+    def begin(self, *begun: Any) -> None:
+        """What the rule wants to know."""
+        if hasattr(self.rule, "begin"):
+            self.rule.begin(*begun)
+
+    def __call__(self, step: int, loss_at: LossAt) -> float | None:
+        """η of the rule."""
         # From step 100 on the meter would try ever more rarely.
-        meter.next_trial = min(meter.next_trial, step + 2 - (step - 1) % 3)
-        meter.step(loss_at)
-        lr = chosen(step, loss_at)
-        rows.append({"step": step, "lr": lr, "critical_lr": meter.critical_lr, "loss": loss_at(0.0)})
+        self.meter.next_trial = min(self.meter.next_trial, step + 2 - (step - 1) % 3)
+        self.meter.step(loss_at)
+        lr = self.rule(step, loss_at)
+        self.rows.append({"step": step, "lr": lr, "critical_lr": self.meter.critical_lr, "loss": loss_at(0.0)})
         return lr
 
-    if rule == "guided":
-        observed.begin = chosen.begin  # type: ignore[attr-defined]
+
+def trace(rule: str, target: float, options: dict, seed: int) -> list[dict]:
+    """One run, a row per step."""
+    observed = Observed(RULES[rule](GPT, "AdamW", target, **options))
     train(GPT, "AdamW", observed, seed)
     name = "guided" if rule == "guided" else f"linear over {options['fraction']:.0%}"
-    return [{"warmup": name, "target": target, "seed": seed, **row} for row in rows]
+    return [{"warmup": name, "target": target, "seed": seed, **row} for row in observed.rows]
 
 
 def plot(rows: list[dict]) -> None:
