@@ -7,7 +7,8 @@ to rise, and where to stop. With c_t the present estimate of η_c,
 
     start    η_0 = c_0 / 1000
     rise     η_t = η_{t-1} max(1, c_t / η_{t-1})^ρ: fast far below η_c, slowly near it
-    stop     at p_t = min(η_trgt, 5/2 η_turn, κ c̄_s for all s <= t), c̄ the geometric mean of the last six estimates
+    turn     from η_turn on it rises by min(c_t / η_{t-1}, B)^ρ, B = 9/4
+    stop     at p_t = min(η_trgt, B η_turn, κ c̄_s for all s <= t), c̄ the geometric mean of the last six estimates
     decay    η_t = p f((t - t_r) N / (N - t_r)) from the step t_r on that reached p, half of the run at the latest,
 
 with N the steps of the run and f the user's schedule without warmup. If c stood still, ln(c / η) would fall as
@@ -17,18 +18,18 @@ shown to be enough: how far above it the target was then hardly matters.
 
 The estimate is a staircase (an up-and-down test, as in psychophysics [2]): one trial at c itself, then c times
 1.5 if the loss did not rise and c / 1.5 if it did, which settles where half of the batches rise. A trial costs
-one forward pass, as the loss before the step is known. There is one every `every` = 3 steps while η_c falls (by
-twenty times in the first fifty: a slower staircase lags behind it), and after step 100 one every 3/100 t steps, as
-training changes with the logarithm of time: about 50 forward passes until the ramp has ended, or 200 in 10,000 steps
-if they go on to the end.
+one forward pass, as the loss before the step is known. There is one every `every` = 5 steps, and after step 100 one
+every t/20 steps, as training changes with the logarithm of time: about 30 forward passes until the ramp has ended,
+or 120 in 10,000 steps if they go on to the end.
 
 A step has seen the batch that it is tried on, and lowers its loss more than that of others: the more so, the less
 a batch tells of the next one (few labels, dropout). The momentum has not: gᵀu of the step that it would make
 alone, the slope at which a new batch's loss starts down along it, says whether training still descends. It is
-positive at first, and turns once η is so large that training swings from side to side of a valley, within a few
-steps and hardly different from seed to seed. η_turn is the learning rate at which half of the last six slopes are
-not positive. From there the ramp rises by half of ρ, and to 5/2 η_turn at most. A slope costs an optimizer's
-step and no forward pass.
+positive in every step at first, until training has found its valley and swings from side to side of it, and
+turns within a few steps and at nearly the same learning rate on every seed. η_turn is the learning rate at which
+half of the last six steps' slopes are not positive. From there the ramp rises no faster than if c were B η, which
+takes it to its end, B η_turn, in 1/ρ steps. A slope costs an optimizer's step and no forward pass; it is asked for
+in every step, as each step that a turn is seen late takes the ramp further than the model will bear.
 
 An optimizer may have a warmup of its own, a factor w_t that tends to 1: GI-Adam's is √(1-β2^t). What its steps
 bear now they will not bear once the factor is gone, so c_t is w_t times the η that was tried.
@@ -57,11 +58,11 @@ SlopeAt = Callable[[float], float]
 # Chosen on the development settings of recipes/studies/guided.md.
 _START = 1e-3  # of η_c: where the ramp starts
 _STAIR = 1.5  # factor of a stair
-_MEAN = 6  # estimates in the mean that may lower the peak, and slopes of which half must have turned
+_MEAN = 6  # estimates in the mean that may lower the peak
+_SLOPES = 6  # steps' slopes of which half must have turned
 _SETTLED = 100  # step after which trials become rarer, in proportion to t
-EVERY = 3  # steps between trials, before that
-BEYOND = 2.5  # times the learning rate at which the momentum turns: the most that the peak may be
-_SLOWER = 0.5  # of ρ, from there on
+EVERY = 5  # steps between trials, before that
+BEYOND = 2.25  # B: times the learning rate at which the momentum turns, the most that the peak may be
 _LATEST = 0.5  # of the run: when a ramp that has not ended gives way to the decay
 
 
@@ -102,7 +103,7 @@ class _Controller(ABC):
                 `find_critical_lr`; at 0, the loss before it. Asked only if `needs_trial`.
             own_warmup: w_t, the factor of the optimizer's own warmup, above 0 and at most 1.
             slope_at: gᵀu of the step of that learning rate which the momentum alone would make: `momentum_slope`.
-                None for an optimizer without momentum. Only `GuidedWarmup` asks, where it asks for losses.
+                None for an optimizer without momentum. Asked only if `needs_slope`.
 
         Returns:
             η_t.
@@ -177,7 +178,7 @@ class GuidedWarmup(_Controller):
         num_training_steps: N.
         decay: f.
         critical_lr: c, the present estimate of η_c; NaN before the first step.
-        peak: The smallest κ c̄ / f so far, and 5/2 η_turn; infinite before the first six trials.
+        peak: The smallest κ c̄ / f so far, and B η_turn; infinite before the turn and the first six trials.
         turn_lr: η_turn; NaN before the momentum turned.
         level: η / f: the ramp, then its peak.
         num_steps: Steps decided so far.
@@ -227,17 +228,22 @@ class GuidedWarmup(_Controller):
         """Whether the next `step` will ask for losses."""
         return self.num_steps >= self.next_trial and not self.handed_over
 
+    @property
+    def needs_slope(self) -> bool:
+        """Whether the next `step` will ask for a slope, if it is given any."""
+        return self.num_steps > 0 and self.ramp_end is None and math.isnan(self.turn_lr)
+
     def _decide(self, loss_at: LossAt, factor: float, own_warmup: float, slope_at: SlopeAt | None) -> bool:
         if self.num_steps == 0:
             self._start(loss_at, own_warmup)
         else:
+            if self.needs_slope and slope_at is not None:
+                self._look_for_the_turn(slope_at, own_warmup)
             if self.needs_trial and factor > 0:  # at 0 the run is over
-                if slope_at is not None and self.ramp_end is None and math.isnan(self.turn_lr):
-                    self._look_for_the_turn(slope_at, own_warmup)
                 self._trial(loss_at, factor, own_warmup)
             if self.ramp_end is None:
-                rate = self.rate if math.isnan(self.turn_lr) else _SLOWER * self.rate
-                self.level *= max(1.0, self.critical_lr / self.level) ** rate
+                most = math.inf if math.isnan(self.turn_lr) else BEYOND
+                self.level *= min(max(1.0, self.critical_lr / self.level), most) ** self.rate
         most = min(self.target_lr, self.peak)
         at_end = self.level >= most
         self.level = min(self.level, most)
@@ -253,8 +259,8 @@ class GuidedWarmup(_Controller):
         self.next_trial = self.every
 
     def _look_for_the_turn(self, slope_at: SlopeAt, own_warmup: float) -> None:
-        self.slopes = [*self.slopes, slope_at(self.critical_lr / own_warmup)][-_MEAN:]
-        if len(self.slopes) == _MEAN and 2 * sum(slope > 0 for slope in self.slopes) <= _MEAN:
+        self.slopes = [*self.slopes, slope_at(self.critical_lr / own_warmup)][-_SLOPES:]
+        if len(self.slopes) == _SLOPES and 2 * sum(slope > 0 for slope in self.slopes) <= _SLOPES:
             self.turn_lr = own_warmup * self.level
             self.peak = min(self.peak, BEYOND * self.turn_lr)
 
@@ -330,6 +336,11 @@ class PersistentCatapult(_Controller):
     def needs_trial(self) -> bool:
         """Whether the next `step` will ask for losses, at least for the one at 0."""
         return not self.handed_over
+
+    @property
+    def needs_slope(self) -> bool:
+        """No."""
+        return False
 
     def _decide(self, loss_at: LossAt, factor: float, own_warmup: float, slope_at: SlopeAt | None) -> bool:
         if not self.handed_over and (self.num_steps == 0 or loss_at(0.0) < self.loss):

@@ -100,20 +100,27 @@ def turning(turn_lr):
 
 
 @pytest.mark.parametrize("target", [1.0, 100.0])
-def test_no_ramp_goes_beyond_five_halves_of_where_the_momentum_turns(target):
+def test_from_where_the_momentum_turns_the_ramp_goes_on_to_nine_quarters_of_it_in_1_over_rho_steps(target):
     guide = GuidedWarmup(target, 2000, rate=RATE)
     made = []
     for _ in range(900):
         made.append(guide.step(fixed_critical_lr(5.0), 1.0, turning(0.02)(guide)))
-    # It is seen when three of the last six slopes have turned: in the third trial after it.
-    assert 0.02 < guide.turn_lr < 0.02 * (5 / 0.02) ** (9 * RATE)
-    assert guide.ramp_end is not None
-    assert max(made) == guide.peak == 2.5 * guide.turn_lr
-    turned = made.index(guide.turn_lr) + 1
-    rises = [math.log(b / a) / math.log(guide.critical_lr / a) for a, b in zip(made, made[1:], strict=False)]
-    before, after = rises[turned - 2], rises[turned]
-    assert before == pytest.approx(RATE, rel=0.2)  # c moves by a stair beside it
-    assert after == pytest.approx(RATE / 2, rel=0.2)
+    # It is seen when three of the last six slopes have turned: in the third step that begins above it.
+    turned = made.index(guide.turn_lr)
+    assert made[turned - 3] <= 0.02 < made[turned - 2]
+    assert max(made) == guide.peak == 2.25 * guide.turn_lr
+    assert guide.ramp_end == turned + 1 / RATE
+    rises = [math.log(b / a) for a, b in zip(made, made[1:], strict=False)]
+    assert rises[turned - 2] > RATE * math.log(5 / 0.02 / 1.5)  # c is a stair below 5 at times
+    assert rises[turned : guide.ramp_end] == pytest.approx([RATE * math.log(2.25)] * 100)
+
+
+def test_a_ramp_near_the_critical_lr_is_no_faster_behind_the_turn():
+    guide = GuidedWarmup(100.0, 2000, rate=RATE, init_lr=0.3)
+    made = [guide.step(fixed_critical_lr(0.5), 1.0, lambda lr: -1.0) for _ in range(40)]
+    assert guide.turn_lr == made[5]  # with the sixth slope
+    for t in range(8, 39):
+        assert 0 <= math.log(made[t] / made[t - 1]) <= RATE * math.log(1.5 * 0.5 / made[t - 1]) + 1e-9
 
 
 def test_a_momentum_that_turns_at_times_has_not_turned():
@@ -128,12 +135,12 @@ def test_where_an_own_warmup_hides_a_part_of_the_learning_rate_the_turn_counts_t
     guide = GuidedWarmup(100.0, 2000, rate=RATE)
     for _ in range(300):
         guide.step(fixed_critical_lr(5.0), 0.5, turning(0.02)(guide))
-    assert 0.01 < guide.turn_lr < 0.01 * (5 / 0.02) ** (9 * RATE)
-    assert guide.peak == 2.5 * guide.turn_lr
+    assert 0.01 < guide.turn_lr < 0.01 * (5 / 0.02) ** (3 * RATE)
+    assert guide.peak == 2.25 * guide.turn_lr
 
 
-def test_slopes_are_asked_for_with_trials_until_the_turn_and_along_what_is_tried():
-    guide, asked, tried = GuidedWarmup(100.0, 2000, every=5, until="end"), [], []
+def test_slopes_are_asked_for_in_every_step_until_the_turn_and_along_what_is_tried():
+    guide, asked, needed, tried = GuidedWarmup(100.0, 2000, until="end"), [], [], []
 
     def loss_at(lr):
         tried.append((guide.num_steps, lr))
@@ -143,10 +150,13 @@ def test_slopes_are_asked_for_with_trials_until_the_turn_and_along_what_is_tried
         asked.append((guide.num_steps, lr))
         return 1.0 if guide.num_steps < 50 else -1.0
 
-    for _ in range(150):
+    for step in range(150):
+        if guide.needs_slope:
+            needed.append(step)
         guide.step(loss_at, 1.0, slope_at)
-    trials = [(step, lr) for step, lr in tried if lr > 0 and step > 0]
-    assert asked == [trial for trial in trials if trial[0] <= 60]  # the third that has turned is of step 60
+    assert [step for step, _ in asked] == needed == list(range(1, 53))  # step 52 is the third that has turned
+    trials = [(step, lr) for step, lr in tried if lr > 0 and 0 < step <= 52]
+    assert [at for at in asked if at[0] % 5 == 0] == trials
     assert guide.num_trials == len([lr for _, lr in tried if lr > 0])
 
 
@@ -162,12 +172,12 @@ def test_a_trial_costs_one_forward_pass_and_they_become_rarer():
     tried = [(t, lr) for t, lr in calls if lr > 0]
     assert len(tried) == guide.num_trials
     at = sorted({t for t, _ in tried})
-    assert at[:34] == list(range(0, 102, 3))
-    assert all(b - a == max(3, 3 * a // 100) for a, b in zip(at[1:], at[2:], strict=False))
+    assert at[:21] == list(range(0, 105, 5))
+    assert all(b - a == max(5, 5 * a // 100) for a, b in zip(at[1:], at[2:], strict=False))
     assert len(tried) / 3 < 0.01 * 10_000  # three forward passes are a training step: below 1% of it
     # Of 300 steps half may be a ramp, which is all that is tried unless it goes on to the end.
     assert sum(t < 150 for t, _ in tried) / 3 < 0.08 * 300
-    assert sum(3 <= t < 150 for t, _ in tried) <= 150 / 3
+    assert sum(5 <= t < 150 for t, _ in tried) <= 0.2 * 150
 
 
 def test_after_the_target_nothing_is_tried_unless_asked_to_the_end():

@@ -299,14 +299,16 @@ class WarmupCallback(TrainerCallback):
         optimizer, own_warmup = innermost(self.trainer.optimizer), 1.0
         loss_at: Callable[[float], float] = _not_asked
         slope_at: Callable[[float], float] | None = None
-        if guide.needs_trial:
+        has_slope = guide.needs_slope and has_momentum(optimizer)
+        if guide.needs_trial or has_slope:
             shards = backend.shards()
             if not backend.can_step(shards):
                 return  # an overflow that the gradient scaler will skip, or nothing to learn from yet: next step
             if isinstance(optimizer, GIAdamW):
                 own_warmup = optimizer.own_warmup  # asked for now only: the count of steps may be on the device
-            loss_at = self._loss_at(shards, backend, replay)
-            if has_momentum(optimizer):
+            if guide.needs_trial:
+                loss_at = self._loss_at(shards, backend, replay)
+            if has_slope:
                 slope_at = functools.partial(self._momentum_slope, shards, backend)
         ramping, passes, turned = guide.ramp_end is None, guide.num_trials, _turn_lr(guide)
         lr = guide.step(loss_at, own_warmup, slope_at)

@@ -6,7 +6,7 @@ import pytest
 import warmup_study
 from warmup_cases import CNN, Setting, make_model, train, unigram_entropy
 from warmup_rules import RULES, cosine, linear, ramp
-from warmup_study import GPT, Curve, Job, curves, run, tuned, window
+from warmup_study import GPT, SEEDS, TUNING, Curve, Job, curves, run, tuned, window
 
 TINY = Setting("tiny", width=16, depth=1, context=16, batch=4, steps=6, dropout=0.1)
 
@@ -77,19 +77,25 @@ def test_a_finished_run_is_not_repeated_and_an_unfinished_study_goes_on(tmp_path
     assert warmup_study.read("tiny") == second
 
 
-def test_the_table_takes_the_best_of_the_grid_and_the_range_around_it():
-    def row(rule, options, target, loss):
-        names = {"optimizer": "AdamW", "rule": rule, "options": options, "seed": "0"}
+def test_one_set_of_seeds_chooses_length_and_target_and_the_other_is_reported():
+    assert not set(TUNING) & set(SEEDS)
+
+    def row(seed, rule, options, target, loss):
+        names = {"optimizer": "AdamW", "rule": rule, "options": options, "seed": str(seed)}
         return {**names, "target": str(target), "loss": str(loss), "first": "5", "probes": "0"}
 
+    # On the seeds that are reported the other length and the next target are the better ones.
     rows = [
-        row("linear", f'{{"fraction": {f}}}', 2.0**k * 1e-3, 2 + (k - 3) ** 2 + f)
+        row(seed, "linear", f'{{"fraction": {f}}}', 2.0**k * 1e-3, 2 + (k - best) ** 2 + abs(f - length))
+        for seeds, best, length in ((TUNING, 3, 0.0), (SEEDS, 4, 0.1))
+        for seed in seeds
         for f in (0.0, 0.1)
         for k in range(9)
-    ] + [row("guided", "{}", 2.0**k * 1e-3, 1.0) for k in range(9)]
+    ] + [row(seed, "guided", "{}", 2.0**k * 1e-3, 1.0) for seed in (*TUNING, *SEEDS) for k in range(9)]
     made = curves(rows)
     assert tuned(made).options == {"fraction": 0.0}
-    assert tuned(made).best == 8e-3
+    assert tuned(made).chosen == 8e-3
+    assert tuned(made).losses[8e-3] == pytest.approx([3.1] * len(SEEDS))
     assert window(made) == [2.0**k * 1e-3 for k in range(1, 7)]
 
 
@@ -104,7 +110,7 @@ def test_the_table_takes_the_best_of_the_grid_and_the_range_around_it():
 )
 def test_a_method_is_near_its_best_from_one_target_to_another_without_a_gap(losses, near):
     by_target = {2.0**k: [loss] for k, loss in enumerate(losses)}
-    assert Curve("AdamW", "guided", {}, by_target, 5.0, 0.0).near == near
+    assert Curve("AdamW", "guided", {}, by_target, 5.0, 0.0, by_target).near == near
 
 
 @pytest.mark.slow

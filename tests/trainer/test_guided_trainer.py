@@ -42,8 +42,12 @@ def same(left, right):
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+def logged(trainer, name):
+    return [(e["step"], e[name]) for e in trainer.state.log_history if name in e]
+
+
 def critical_lrs(trainer):
-    return [(e["step"], e["warmup/critical_lr"]) for e in trainer.state.log_history if "warmup/critical_lr" in e]
+    return logged(trainer, "warmup/critical_lr")
 
 
 SCHEDULES = {
@@ -87,21 +91,26 @@ def test_the_exponential_ramp_starts_at_the_critical_lr_or_the_cap(make_trainer)
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_guided_warmup_is_the_controllers_rule_in_the_trainer(make_trainer, name):
-    """The rule replayed from the estimates of η_c that were logged, and the factor of the Trainer's own schedule."""
+    """The rule replayed from the logged estimates of η_c and turn, and the factor of the Trainer's own schedule."""
     options = {"lr_scheduler_type": name, "lr_scheduler_kwargs": SCHEDULES[name] or None}
     trainer = make_trainer(gi_adam=False, **GUIDED, **options)
     rates = train(trainer)
     found, decay = dict(critical_lrs(trainer)), own_factor(trainer)
     assert list(found)[:3] == [0, 2, 4]
+    ((turn, turn_lr),) = logged(trainer, "warmup/turn_lr")
     critical, end, expected = found[0], None, [found[0] * 1e-3]
     for t in range(1, 24):
         critical = found.get(t, critical)
         if end is None:
-            expected.append(min(3e-3, expected[-1] * (critical / expected[-1]) ** 0.1))
-            end = t if expected[-1] == 3e-3 or t + 1 >= 12 else None
+            rise, most = critical / expected[-1], 3e-3
+            if t >= turn:
+                rise, most = min(rise, 2.25), min(most, 2.25 * turn_lr)
+            expected.append(min(most, expected[-1] * rise**0.1))
+            end = t if expected[-1] == most or t + 1 >= 12 else None
         else:
             expected.append(expected[end] * decay((t - end) * 24 / (24 - end)))
     assert end is not None
+    assert turn_lr == pytest.approx(expected[turn - 1])
     assert rates == pytest.approx(expected)
     assert warmup_report(trainer)["warmup_steps_taken"] == end + 1
 
@@ -137,17 +146,18 @@ def test_a_trial_is_of_the_steps_own_batch_and_exact_loss(make_trainer, num):
             if state.global_step == 9:
                 (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, WarmupCallback)]
                 trainer.seen = list(callback._guide.slopes)
-            if state.global_step in (2, 4, 6, 8):
+            if 1 <= state.global_step <= 8:
                 tried = critical_lrs(trainer)[-1][1]
+                slopes.append(momentum_slope(optimizer, tried))
+            if state.global_step in (2, 4, 6, 8):
                 before, after = (loss_after_step(optimizer, loss, lr) for lr in (0.0, tried))
                 directions.append(after <= before)
-                slopes.append(momentum_slope(optimizer, tried))
 
     trainer.add_callback(Judge())  # before ours, so that what it reads of the log is what the trial will try
     train(trainer)
     estimates = [lr for _, lr in critical_lrs(trainer)]
     assert [b > a for a, b in zip(estimates[:4], estimates[1:5], strict=True)] == directions
-    assert trainer.seen == pytest.approx(slopes)
+    assert trainer.seen == pytest.approx(slopes[-6:])  # of every step, whether it is tried or not
 
 
 @pytest.mark.parametrize("mode", [{}, {"guide_until": "end"}, {"warmup": "persistent"}], ids=str)

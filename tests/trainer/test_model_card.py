@@ -284,8 +284,8 @@ def test_several_runs_are_compared(make_trainer, folder, tmp_path):
         (
             60,
             0.02,
-            0.05,
-            "0.05 (2.5 times where the momentum turned)",
+            0.045,
+            "0.045 (2.25 times where the momentum turned)",
             "from 0.02 on the momentum pointed uphill on new",
         ),
         (60, 0.02, 0.03, "0.03 (the smallest η_c met)", "on the way up η_c came down to 0.03"),
