@@ -16,6 +16,10 @@ e^(-ρt), so a ramp takes about 2/ρ steps whatever the model's scale of learnin
 factor of 2.5 in 160 steps at ρ = 0.0125. The peak is the target or, where the target is too high, what the run has
 shown to be enough: how far above it the target was then hardly matters.
 
+A ramp of T steps costs a run of N about T/N of its way, and is the safer the longer it is: if the harm of a short
+one falls as 1/T, the best T grows as √N. So 2/ρ = max(160, 6.5 √N): 160 steps of up to 600, 320 of 2400, 2000 of
+100,000.
+
 The estimate is a staircase (an up-and-down test, as in psychophysics [2]): one trial at c itself, then c times
 1.5 if the loss did not rise and c / 1.5 if it did, which settles where half of the batches rise. A trial costs
 one forward pass, as the loss before the step is known. There is one every `every` = 5 steps, and after step 100 one
@@ -61,6 +65,7 @@ _STAIR = 1.5  # factor of a stair
 _MEAN = 6  # estimates in the mean that may lower the peak
 _SLOPES = 6  # steps' slopes of which half must have turned
 _SETTLED = 100  # step after which trials become rarer, in proportion to t
+_LEAST, _ROOT = 160, 6.5  # 2/ρ is the larger of the first and of the second times √N
 EVERY = 5  # steps between trials, before that
 BEYOND = 2.25  # B: times the learning rate at which the momentum turns, the most that the peak may be
 _LATEST = 0.5  # of the run: when a ramp that has not ended gives way to the decay
@@ -74,6 +79,11 @@ def decay_step(step: int, ramp_end: int, num_training_steps: int) -> float:
 def trial_interval(step: int, every: int) -> int:
     """Steps from the trial of guided warmup in `step` to the next one."""
     return max(every, every * step // _SETTLED)
+
+
+def ramp_rate(num_training_steps: int) -> float:
+    """The ρ of guided warmup in a run of N steps: 2/ρ = max(160, 6.5 √N)."""
+    return 2 / max(_LEAST, _ROOT * math.sqrt(num_training_steps))
 
 
 class _Controller(ABC):
@@ -167,7 +177,7 @@ class GuidedWarmup(_Controller):
         decay: f, of a fractional step between 0 and N: the user's schedule without warmup, as a factor that is 1
             at 0.
         init_lr: η_0; c_0 / 1000 if None.
-        rate: ρ, the part of the way to η_c, in ln η, that a step goes.
+        rate: ρ, the part of the way to η_c, in ln η, that a step goes; `ramp_rate` of N if None.
         kappa: κ, what part of the smallest η_c met the peak may be.
         every: Steps between trials, at first.
         until: `"target"`: no more trials once the ramp has ended. `"end"`: trials go on, and the peak may still be
@@ -198,7 +208,7 @@ class GuidedWarmup(_Controller):
         decay: Callable[[float], float] = lambda step: 1.0,
         *,
         init_lr: float | None = None,
-        rate: float = 0.0125,
+        rate: float | None = None,
         kappa: float = 1.0,
         every: int = EVERY,
         until: str = "target",
@@ -211,7 +221,8 @@ class GuidedWarmup(_Controller):
             raise ValueError(f"every must be at least 1, got {every}")
         if until not in ("target", "end"):
             raise ValueError(f'until must be "target" or "end", got {until!r}')
-        self.init_lr, self.rate, self.kappa, self.every, self.until = init_lr, rate, kappa, every, until
+        self.init_lr, self.kappa, self.every, self.until = init_lr, kappa, every, until
+        self.rate = ramp_rate(num_training_steps) if rate is None else rate
         self.peak = math.inf
         self.turn_lr = math.nan
         self.next_trial = 0

@@ -6,7 +6,7 @@ import torch
 from tabulate import tabulate
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from hf_warmup.guided import trial_interval
+from hf_warmup.guided import ramp_rate, trial_interval
 from hf_warmup.trainer import WarmupTrainingArguments
 from hf_warmup.trainer.arguments import TRYING
 
@@ -25,6 +25,11 @@ def trials(steps: int, every: int) -> int:
     return count
 
 
+def guided_ramp(args: WarmupTrainingArguments) -> int:
+    """About how many steps a ramp of guided warmup takes; without `max_steps` that of a short run."""
+    return round(2 / (args.guide_rate or ramp_rate(max(1, args.max_steps))))
+
+
 def search_cost(args: WarmupTrainingArguments) -> str:
     """Forward passes of the search, and what part of the run they are."""
     steps = args.max_steps
@@ -34,7 +39,7 @@ def search_cost(args: WarmupTrainingArguments) -> str:
         return f" ({passes / 3 / steps:.2%} of the run)" if steps > 0 else ""
 
     if args.warmup == "guided":
-        ramp = round(2 / args.guide_rate)
+        ramp = guided_ramp(args)
         most = trials(steps if args.guide_until == "end" else steps // 2, args.guide_every) if steps > 0 else None
         usual = trials(ramp, args.guide_every) + 5
         if most is None:
@@ -50,7 +55,7 @@ def search_cost(args: WarmupTrainingArguments) -> str:
 
 def warmup_words(args: WarmupTrainingArguments) -> str:
     if args.warmup == "guided":
-        return f"guided: about {round(2 / args.guide_rate)} steps, at most half of the run"
+        return f"guided: about {guided_ramp(args)} steps, at most half of the run"
     if args.warmup != "linear":
         return f"{args.warmup}: as long as it takes"
     steps = args.get_warmup_steps(args.max_steps) if args.max_steps > 0 else args.warmup_steps

@@ -70,11 +70,12 @@ class WarmupArguments:
             "warmup is made on: fewer are cheaper and noisier; 0 is all."
         },
     )
-    guide_rate: float = field(
-        default=0.0125,
+    guide_rate: float | None = field(
+        default=None,
         metadata={
             "help": "What part of the way to the critical learning rate, in its logarithm, warmup=guided goes in a "
-            "step: a ramp takes about two times its inverse."
+            "step: a ramp takes about two times its inverse. By default that is 160 steps, or 6.5 times the root of "
+            "the run's steps where that is more."
         },
     )
     guide_kappa: float = field(
@@ -169,7 +170,7 @@ class WarmupArguments:
             raise ValueError(f"guide_every must be at least 1, got {self.guide_every}")
         if self.guide_micro_batches < 0:
             raise ValueError(f"guide_micro_batches must be at least 0, got {self.guide_micro_batches}")
-        if not 0 < self.guide_rate <= 1:
+        if self.guide_rate is not None and not 0 < self.guide_rate <= 1:
             raise ValueError(f"guide_rate must be above 0 and at most 1, got {self.guide_rate}")
         if self.critical_lr_method not in ("secant", "paper"):
             raise ValueError(f"critical_lr_method must be secant or paper, got {self.critical_lr_method!r}")

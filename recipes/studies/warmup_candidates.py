@@ -5,9 +5,10 @@
 Every run is in results/warmup_candidates.csv, the bad ones too; a run that is there is not repeated. All of them
 spend trials of the loss after the step that is about to be made; `kappa`, `every` and `rate` mean what they mean
 in `hf_warmup.guided`. `unseen` is what commit d96b61c had in place of the momentum's turn: trials of the step that
-the momentum would make alone, all of them or every so-manieth of `guided`. Rows of `guided` with `turn` are of commit
-307b851, whose slopes were taken with its trials, every 3 steps; those without were made when there was a trial every 5
-steps up to step 100, and the peak was the smallest mean of four. Seeds 200 to 202 and 300 to 303: the study has others.
+the momentum would make alone, all of them or every so-manieth of `guided`. Rows of `guided` with `turn` are of
+commit 307b851, whose slopes were taken with its trials, every 3 steps; those without were made when there was a trial
+every 5 steps up to step 100, and the peak was the smallest mean of four. Seeds 200 to 202 and 300 to 303: the study
+has others.
 """
 
 import csv

@@ -47,9 +47,10 @@ NO_TURN = {"turn": False}  # the momentum's turn is not looked for
 UNTUNED = ("sqrt(1-b2^t)", "untuned linear", "untuned exponential", "ramp", "guided")
 
 GPT = Setting("GPT", text="code", width=48, depth=2, beta2=0.95, weight_decay=0.1, clip=1.0)
-BERT = replace(DEVELOPMENT["BERT"], width=48, depth=3)
+# LayerNorm behind the residual: in 600 steps it hardly leaves the unigram entropy, whatever its warmup.
+BERT = replace(DEVELOPMENT["BERT"], width=48, depth=3, steps=2400)
 # LayerNorm before the blocks, rotary positions: one that learns in 600 steps.
-MODERN = replace(BERT, name="modernbert", family="modernbert")
+MODERN = replace(BERT, name="modernbert", family="modernbert", steps=600)
 LONG = replace(GPT, name="long", steps=5 * GPT.steps)
 
 
@@ -126,9 +127,9 @@ def jobs(part: str) -> Iterator[Job]:
     if part == "gi":
         yield from grid(GPT, "GIAdamW", {"guided": [{}, NO_TURN], "ramp": [{}], **tuned}, targets(1.25e-3, 8))
     if part == "bert":
-        tuned = {"linear": [{"fraction": f} for f in (0.0, 0.1, 0.3)]}
+        tuned = {"linear": [{"fraction": f} for f in (0.1, 0.3)]}
         lrs = targets(1e-3, 6)
-        yield from grid(BERT, "AdamW", {"guided": [{}, NO_TURN], "ramp": [{}], **tuned}, lrs)
+        yield from grid(BERT, "AdamW", {"guided": [{}], **tuned}, lrs)
         yield from grid(BERT, "RAdam", {"linear": [{}]}, lrs)
     if part == "modernbert":
         tuned = {"linear": [{"fraction": f} for f in (0.0, 0.1, 0.3)]}
@@ -454,11 +455,12 @@ def plot(path: Path) -> None:
     for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         made = curves(read(part))
         reference = tuned(made)
+        none = [c for c in made if c.options == {"fraction": 0.0} and c.optimizer != "RAdam"]
         shown = [
             ("guided", next(c for c in made if c.rule == "guided" and not c.options), "o-"),
             (f"{name(reference)} (tuned)", reference, "s--"),
-            ("exponential ramp", next(c for c in made if c.rule == "ramp" and not c.options), "^:"),
-            ("no warmup", next(c for c in made if c.options == {"fraction": 0.0} and c.optimizer != "RAdam"), "v:"),
+            ("exponential ramp", next((c for c in made if c.rule == "ramp" and not c.options), None), "^:"),
+            ("no warmup", next(iter(none), None), "v:"),
             ("RAdam", next((c for c in made if c.optimizer == "RAdam"), None), "x-."),
         ]
         for label, curve, style in shown:
