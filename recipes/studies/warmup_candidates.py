@@ -6,12 +6,15 @@ Every run is in results/warmup_candidates.csv, the bad ones too; a run that is t
 spend trials of the loss after the step that is about to be made; `kappa`, `every` and `rate` mean what they mean
 in `hf_warmup.guided`. `unseen` is what commit d96b61c had in place of the momentum's turn: trials of the step that
 the momentum would make alone, all of them or every so-manieth of `guided`. Rows of `guided` with `turn` are of
-commit 307b851, whose slopes were taken with its trials, every 3 steps; those without were made when there was a trial
-every 5 steps up to step 100, and the peak was the smallest mean of four. Seeds 200 to 202 and 300 to 303: the study
+commit 307b851, whose slopes were taken with its trials, every 3 steps; those without were made when there was a
+trial every 5 steps up to step 100, and the peak was the smallest mean of four. `paced` are variants of that commit's rule:
+when slopes are taken, and how the ramp goes on behind the turn. `path` is a learning rate by line segments, to see
+what it is that a linear ramp has and a guided one has not. Seeds 200 to 202, 300 to 303 and 400 to 407: the study
 has others.
 """
 
 import csv
+import itertools
 import json
 import math
 from abc import ABC, abstractmethod
@@ -24,7 +27,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from warmup_cases import DEVELOPMENT, LossAt, Setting, train
+from hf_warmup.guided import GuidedWarmup
+
+from warmup_cases import DEVELOPMENT, LossAt, Rule, Setting, train
 from warmup_rules import Guided, cosine, linear, ramp
 
 PATH = Path(__file__).parent / "results" / "warmup_candidates.csv"
@@ -130,6 +135,103 @@ class Ratchet(Track):
         return decay * self.level
 
 
+class PacedWarmup(GuidedWarmup):
+    """Guided warmup as of commit 307b851, with more to choose.
+
+    Args:
+        target: η_trgt.
+        num_steps: N.
+        mode: Behind the turn the ramp rises by `pace` times ρ ("rho"), by e^`pace` a step ("growth"), or by `pace`
+            times as much per step as it did on average up to there ("linear").
+        pace: See `mode`.
+        beyond: Times the turn's learning rate: the most that the peak may be.
+        slope_every: Steps between slopes; those of the trials if None.
+        slope_n: So many slopes, of which half must have turned.
+        accel: Power of the staircase's factor where two trials in a row agree.
+        start: Of η_c: where the ramp starts.
+        **options: Of `GuidedWarmup`.
+    """
+
+    def __init__(
+        self,
+        target: float,
+        num_steps: int,
+        mode: str = "rho",
+        pace: float = 0.5,
+        beyond: float = 2.5,
+        slope_every: int | None = None,
+        slope_n: int = 6,
+        accel: float = 1.0,
+        start: float = 1e-3,
+        **options: Any,
+    ) -> None:
+        options = {"every": 3, "rate": 0.0125} | options
+        super().__init__(target, num_steps, lambda step: cosine(step, num_steps), **options)
+        self.mode, self.pace, self.beyond, self.start = mode, pace, beyond, start
+        self.slope_every, self.slope_n, self.accel = slope_every, slope_n, accel
+        self.turn_step = 0
+        self.rose: bool | None = None
+
+    def _decide(self, loss_at: LossAt, factor: float, own_warmup: float, slope_at: LossAt | None) -> bool:
+        if self.num_steps == 0:
+            self._start(loss_at, own_warmup)
+            self.level = self.start * self.critical_lr
+        else:
+            looks = self.needs_trial if self.slope_every is None else self.num_steps % self.slope_every == 0
+            if looks and self.needs_slope and slope_at is not None:
+                self._look_for_the_turn(slope_at, own_warmup)
+            if self.needs_trial:
+                self._trial(loss_at, factor, own_warmup)
+            if self.ramp_end is None:
+                self.level *= math.exp(max(0.0, self._growth(own_warmup)))
+        most = min(self.target_lr, self.peak)
+        at_end = self.level >= most
+        self.level = min(self.level, most)
+        return at_end
+
+    def _growth(self, own_warmup: float) -> float:
+        growth = self.rate * math.log(max(1.0, self.critical_lr / self.level))
+        if math.isnan(self.turn_lr):
+            return growth
+        if self.mode == "linear":
+            return math.log(1 + self.pace * self.turn_lr / own_warmup / self.turn_step / self.level)
+        return self.pace * growth if self.mode == "rho" else self.pace
+
+    def _look_for_the_turn(self, slope_at: LossAt, own_warmup: float) -> None:
+        self.slopes = [*self.slopes, slope_at(self.critical_lr / own_warmup)][-self.slope_n :]
+        if len(self.slopes) == self.slope_n and 2 * sum(slope > 0 for slope in self.slopes) <= self.slope_n:
+            self.turn_lr, self.turn_step = own_warmup * self.level, self.num_steps
+            self.peak = min(self.peak, self.beyond * self.turn_lr)
+
+    def _trial(self, loss_at: LossAt, factor: float, own_warmup: float) -> None:
+        before = self.critical_lr
+        super()._trial(loss_at, factor, own_warmup)
+        rises = self.critical_lr < before
+        if rises == self.rose:
+            self.critical_lr = before * (self.critical_lr / before) ** self.accel
+        self.rose = rises
+
+
+def paced(setting: Setting, optimizer: str, target: float, turn: bool = True, **options: Any) -> Guided:
+    """`PacedWarmup` as a rule."""
+    rule = Guided(setting, optimizer, target, turn)
+    rule.guide = PacedWarmup(target, setting.steps, **options)
+    return rule
+
+
+def path(setting: Setting, optimizer: str, target: float, pts: list[tuple[int, float]]) -> Rule:
+    """From 1e-4 through `pts`, of a step and its learning rate, then the decay."""
+    steps, lrs = zip((0, 1e-4), *pts, strict=True)
+
+    def rule(step: int, loss_at: LossAt) -> float:
+        for (first, low), (last, high) in itertools.pairwise(zip(steps, lrs, strict=True)):
+            if first <= step < last:
+                return low + (high - low) * (step - first) / (last - first)
+        return lrs[-1] * cosine(step - steps[-1], setting.steps - steps[-1])
+
+    return rule
+
+
 RULES: dict[str, Callable[..., Any]] = {
     "peak": Peak,
     "relax": Relax,
@@ -137,6 +239,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "track": Track,
     "ratchet": Ratchet,
     "guided": Guided,  # as it is now: relax, and a decay that begins when the ramp has ended
+    "paced": paced,
+    "path": path,
     "linear": linear,
     "ramp": ramp,
 }
