@@ -7,10 +7,10 @@ spend trials of the loss after the step that is about to be made; `kappa`, `ever
 in `hf_warmup.guided`. `unseen` is what commit d96b61c had in place of the momentum's turn: trials of the step that
 the momentum would make alone, all of them or every so-manieth of `guided`. Rows of `guided` with `turn` are of
 commit 307b851, whose slopes were taken with its trials, every 3 steps; those without were made when there was a
-trial every 5 steps up to step 100, and the peak was the smallest mean of four. `paced` are variants of that commit's rule:
-when slopes are taken, and how the ramp goes on behind the turn. `path` is a learning rate by line segments, to see
-what it is that a linear ramp has and a guided one has not. Seeds 200 to 202, 300 to 303 and 400 to 407: the study
-has others.
+trial every 5 steps up to step 100, and the peak was the smallest mean of four. `paced` are variants of that
+commit's rule: when slopes are taken, and how the ramp goes on behind the turn. `path` is a learning rate by line
+segments, to see what it is that a linear ramp has and a guided one has not. Seeds 200 to 202, 300 to 303 and 400 to
+407: the study has others.
 """
 
 import csv
