@@ -17,8 +17,7 @@ factor of 2.5 in 160 steps at ρ = 0.0125. The peak is the target or, where the 
 shown to be enough: how far above it the target was then hardly matters.
 
 A ramp of T steps costs a run of N about T/N of its way, and is the safer the longer it is: if the harm of a short
-one falls as 1/T, the best T grows as √N. So 2/ρ = max(160, 6.5 √N): 160 steps of up to 600, 320 of 2400, 2000 of
-100,000.
+one falls as 1/T, the best T grows as √N. So 2/ρ = max(160, 9 √N): 160 steps of 300, 440 of 2400, 2800 of 100,000.
 
 The estimate is a staircase (an up-and-down test, as in psychophysics [2]): one trial at c itself, then c times
 1.5 if the loss did not rise and c / 1.5 if it did, which settles where half of the batches rise. A trial costs
@@ -65,7 +64,7 @@ _STAIR = 1.5  # factor of a stair
 _MEAN = 6  # estimates in the mean that may lower the peak
 _SLOPES = 6  # steps' slopes of which half must have turned
 _SETTLED = 100  # step after which trials become rarer, in proportion to t
-_LEAST, _ROOT = 160, 6.5  # 2/ρ is the larger of the first and of the second times √N
+_LEAST, _ROOT = 160, 9  # 2/ρ is the larger of the first and of the second times √N
 EVERY = 5  # steps between trials, before that
 BEYOND = 2.25  # B: times the learning rate at which the momentum turns, the most that the peak may be
 _LATEST = 0.5  # of the run: when a ramp that has not ended gives way to the decay
@@ -82,7 +81,7 @@ def trial_interval(step: int, every: int) -> int:
 
 
 def ramp_rate(num_training_steps: int) -> float:
-    """The ρ of guided warmup in a run of N steps: 2/ρ = max(160, 6.5 √N)."""
+    """The ρ of guided warmup in a run of N steps: 2/ρ = max(160, 9 √N)."""
     return 2 / max(_LEAST, _ROOT * math.sqrt(num_training_steps))
 
 
@@ -253,8 +252,8 @@ class GuidedWarmup(_Controller):
             if self.needs_trial and factor > 0:  # at 0 the run is over
                 self._trial(loss_at, factor, own_warmup)
             if self.ramp_end is None:
-                most = math.inf if math.isnan(self.turn_lr) else BEYOND
-                self.level *= min(max(1.0, self.critical_lr / self.level), most) ** self.rate
+                way = max(1.0, self.critical_lr / self.level)
+                self.level *= (way if math.isnan(self.turn_lr) else min(way, BEYOND)) ** self.rate
         most = min(self.target_lr, self.peak)
         at_end = self.level >= most
         self.level = min(self.level, most)

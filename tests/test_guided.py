@@ -28,9 +28,9 @@ def test_the_distance_to_a_critical_lr_that_stands_still_decays_exponentially():
         assert math.log(0.5 / made[t]) == pytest.approx(expected, abs=math.log(1.5) * (1 - (1 - RATE) ** t) + 0.1)
 
 
-def test_a_ramp_takes_160_steps_or_six_and_a_half_times_the_root_of_the_runs():
-    assert [2 / ramp_rate(n) for n in (1, 300, 600)] == pytest.approx([160] * 3)
-    assert [2 / ramp_rate(n) for n in (2500, 10_000, 1_000_000)] == pytest.approx([325, 650, 6500])
+def test_a_ramp_takes_160_steps_or_nine_times_the_root_of_the_runs():
+    assert [2 / ramp_rate(n) for n in (1, 150, 300)] == pytest.approx([160] * 3)
+    assert [2 / ramp_rate(n) for n in (2500, 10_000, 1_000_000)] == pytest.approx([450, 900, 9000])
     for n in (300, 10_000):
         by_default, given = (GuidedWarmup(1.0, n, **options) for options in ({}, {"rate": ramp_rate(n)}))
         assert lrs(by_default, lambda t: fixed_critical_lr(0.5), 100) == lrs(

@@ -74,7 +74,7 @@ class WarmupArguments:
         default=None,
         metadata={
             "help": "What part of the way to the critical learning rate, in its logarithm, warmup=guided goes in a "
-            "step: a ramp takes about two times its inverse. By default that is 160 steps, or 6.5 times the root of "
+            "step: a ramp takes about two times its inverse. By default that is 160 steps, or 9 times the root of "
             "the run's steps where that is more."
         },
     )
