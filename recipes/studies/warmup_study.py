@@ -126,9 +126,8 @@ def jobs(part: str) -> Iterator[Job]:
         yield from grid(GPT, "AdamW", often, [1e-2, 8e-2], SEEDS)
     if part == "gi":
         lrs = targets(1.25e-3, 8)
-        yield from grid(GPT, "GIAdamW", tuned, lrs, TUNING)
-        shown = {"linear": [{"fraction": f} for f in (0.0, 0.1, 0.2, 0.3)]}
-        yield from grid(GPT, "GIAdamW", {"guided": [{}], "ramp": [{}], **shown}, lrs)
+        yield from grid(GPT, "GIAdamW", {"ramp": [{}], **tuned}, lrs, TUNING)
+        yield from grid(GPT, "GIAdamW", {"guided": [{}], "linear": [{"fraction": f} for f in (0.0, 0.3)]}, lrs)
     if part == "bert":
         lrs = targets(1e-3, 6)
         yield from grid(BERT, "AdamW", {"linear": [{"fraction": 0.1}]}, lrs, TUNING)
