@@ -288,6 +288,11 @@ def part_table(part: str) -> str:
     """A line per method; the best loss, and how it stands against the target."""
     made = [curve for curve in curves(read(part)) if "every" not in curve.options]
     reference, over = tuned(made), window(made)
+    linear = [curve for curve in made if curve.rule == "linear" and curve.optimizer == reference.optimizer]
+    tried = ", ".join(
+        f"{name(curve)} {statistics.mean(curve.tuning[curve.chosen]):.3f} at {curve.chosen:g}"
+        for curve in sorted(linear, key=lambda curve: curve.options.get("fraction", 0.0))
+    )
     made = [curve for curve in made if curve.losses]  # others were run on the seeds that choose, and not chosen
     lines = []
     for curve in sorted(made, key=lambda c: (c.optimizer, c.rule, str(c.options))):
@@ -309,7 +314,8 @@ def part_table(part: str) -> str:
                 "forward passes": f"{curve.probes:.0f}" if curve.probes else "",
             }
         )
-    note = f"Range: η_trgt from {min(over):g} to {max(over):g} ({max(over) / min(over):.0f} times)."
+    note = f"Range: η_trgt from {min(over):g} to {max(over):g} ({max(over) / min(over):.0f} times). On the seeds that "
+    note += f"choose: {tried}."
     return f"{tabulate(lines, headers='keys', tablefmt='github', disable_numparse=True)}\n\n{note}"
 
 
@@ -467,7 +473,7 @@ def plot(path: Path) -> None:
             ("RAdam", next((c for c in made if c.optimizer == "RAdam"), None), "x-."),
         ]
         for label, curve, style in shown:
-            if curve is not None:
+            if curve is not None and curve.losses:
                 axes.plot(list(curve.losses), [curve.mean(t) for t in curve.losses], style, label=label, markersize=4)
         title, _, _ = TITLES[part].partition(" (")
         axes.set(xscale="log", xlabel="target learning rate", ylabel="validation loss", title=title)
