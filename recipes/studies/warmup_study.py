@@ -135,7 +135,8 @@ def jobs(part: str) -> Iterator[Job]:
     if part == "modernbert":
         tuned = {"linear": [{"fraction": f} for f in (0.0, 0.1, 0.3)]}
         lrs = targets(1e-3, 8)
-        yield from grid(MODERN, "AdamW", {"guided": [{}], "ramp": [{}], **tuned}, lrs)
+        yield from grid(MODERN, "AdamW", {"ramp": [{}]}, lrs, TUNING)
+        yield from grid(MODERN, "AdamW", {"guided": [{}], **tuned}, lrs)
         yield from grid(MODERN, "RAdam", {"linear": [{}]}, lrs)
         yield from grid(MODERN, "AdamW", {"guided": [{}], "linear": [{"fraction": 0.3}]}, [0.256])
     if part == "long":
