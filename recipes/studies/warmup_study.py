@@ -129,7 +129,7 @@ def jobs(part: str) -> Iterator[Job]:
         yield from grid(GPT, "GIAdamW", {"ramp": [{}], **tuned}, lrs, TUNING)
         yield from grid(GPT, "GIAdamW", {"guided": [{}], "linear": [{"fraction": f} for f in (0.0, 0.3)]}, lrs)
     if part == "bert":
-        lrs = targets(1e-3, 6)
+        lrs = targets(2e-3, 5)
         yield from grid(BERT, "AdamW", {"linear": [{"fraction": 0.1}]}, lrs, TUNING)
         yield from grid(BERT, "AdamW", {"guided": [{}], "linear": [{"fraction": 0.3}]}, lrs)
     if part == "modernbert":
@@ -140,7 +140,7 @@ def jobs(part: str) -> Iterator[Job]:
         yield from grid(MODERN, "RAdam", {"linear": [{}]}, lrs)
         yield from grid(MODERN, "AdamW", {"guided": [{}], "linear": [{"fraction": 0.3}]}, [0.256])
     if part == "long":
-        lrs = [2.5e-3, 5e-3, 1e-2, 4e-2]
+        lrs = [5e-3, 1e-2, 4e-2]
         yield from grid(LONG, "AdamW", {"ramp": [{}], "linear": [{"fraction": 0.02}]}, lrs, TUNING)
         yield from grid(LONG, "AdamW", {"guided": [{}], "linear": [{"fraction": f} for f in (0.1, 0.3)]}, lrs)
     if part == "short":
