@@ -7,7 +7,7 @@ to rise, and where to stop. With c_t the present estimate of η_c,
 
     start    η_0 = c_0 / 1000
     rise     η_t = η_{t-1} max(1, c_t / η_{t-1})^ρ: fast far below η_c, slowly near it
-    turn     from η_turn on it rises by min(c_t / η_{t-1}, B)^ρ, B = 9/4
+    turn     from η_turn on it rises by min(c_t / η_{t-1}, 9/4)^ρ
     stop     at p_t = min(η_trgt, B η_turn, κ c̄_s for all s <= t), c̄ the geometric mean of the last six estimates
     decay    η_t = p f((t - t_r) N / (N - t_r)) from the step t_r on that reached p, half of the run at the latest,
 
@@ -30,9 +30,10 @@ a batch tells of the next one (few labels, dropout). The momentum has not: gᵀu
 alone, the slope at which a new batch's loss starts down along it, says whether training still descends. It is
 positive in every step at first, until training has found its valley and swings from side to side of it, and
 turns within a few steps and at nearly the same learning rate on every seed. η_turn is the learning rate at which
-half of the last six steps' slopes are not positive. From there the ramp rises no faster than if c were B η, which
-takes it to its end, B η_turn, in 1/ρ steps. A slope costs an optimizer's step and no forward pass; it is asked for
-in every step, as each step that a turn is seen late takes the ramp further than the model will bear.
+half of the last six steps' slopes are not positive. From there the ramp rises no faster than if c were 9/4 η, and to
+B η_turn. The way to the valley is made in steps of a given sum, so that a ramp of twice the length turns at half of
+the learning rate: B = 9/4 · (2/ρ)/160, at least 9/4. A slope costs an optimizer's step and no forward pass; it is
+asked for in every step, as each step that a turn is seen late takes the ramp further than the model will bear.
 
 An optimizer may have a warmup of its own, a factor w_t that tends to 1: GI-Adam's is √(1-β2^t). What its steps
 bear now they will not bear once the factor is gone, so c_t is w_t times the η that was tried.
@@ -66,7 +67,7 @@ _SLOPES = 6  # steps' slopes of which half must have turned
 _SETTLED = 100  # step after which trials become rarer, in proportion to t
 _LEAST, _ROOT = 160, 9  # 2/ρ is the larger of the first and of the second times √N
 EVERY = 5  # steps between trials, before that
-BEYOND = 2.25  # B: times the learning rate at which the momentum turns, the most that the peak may be
+_BEYOND = 2.25  # times the learning rate at which the momentum turns: the most that the peak of a short run may be
 _LATEST = 0.5  # of the run: when a ramp that has not ended gives way to the decay
 
 
@@ -83,6 +84,11 @@ def trial_interval(step: int, every: int) -> int:
 def ramp_rate(num_training_steps: int) -> float:
     """The ρ of guided warmup in a run of N steps: 2/ρ = max(160, 9 √N)."""
     return 2 / max(_LEAST, _ROOT * math.sqrt(num_training_steps))
+
+
+def beyond_turn(rate: float) -> float:
+    """B, how many times η_turn the peak of a ramp of rate ρ may be: 9/4 · (2/ρ)/160, at least 9/4."""
+    return _BEYOND * max(1.0, 2 / rate / _LEAST)
 
 
 class _Controller(ABC):
@@ -253,7 +259,7 @@ class GuidedWarmup(_Controller):
                 self._trial(loss_at, factor, own_warmup)
             if self.ramp_end is None:
                 way = max(1.0, self.critical_lr / self.level)
-                self.level *= (way if math.isnan(self.turn_lr) else min(way, BEYOND)) ** self.rate
+                self.level *= (way if math.isnan(self.turn_lr) else min(way, _BEYOND)) ** self.rate
         most = min(self.target_lr, self.peak)
         at_end = self.level >= most
         self.level = min(self.level, most)
@@ -272,7 +278,7 @@ class GuidedWarmup(_Controller):
         self.slopes = [*self.slopes, slope_at(self.critical_lr / own_warmup)][-_SLOPES:]
         if len(self.slopes) == _SLOPES and 2 * sum(slope > 0 for slope in self.slopes) <= _SLOPES:
             self.turn_lr = own_warmup * self.level
-            self.peak = min(self.peak, BEYOND * self.turn_lr)
+            self.peak = min(self.peak, beyond_turn(self.rate) * self.turn_lr)
 
     def _trial(self, loss_at: LossAt, factor: float, own_warmup: float) -> None:
         self.next_trial = self.num_steps + trial_interval(self.num_steps, self.every)

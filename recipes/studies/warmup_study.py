@@ -130,8 +130,9 @@ def jobs(part: str) -> Iterator[Job]:
         yield from grid(GPT, "GIAdamW", {"guided": [{}], "linear": [{"fraction": f} for f in (0.0, 0.3)]}, lrs)
     if part == "bert":
         lrs = targets(2e-3, 5)
-        yield from grid(BERT, "AdamW", {"linear": [{"fraction": 0.1}]}, lrs, TUNING)
-        yield from grid(BERT, "AdamW", {"guided": [{}], "linear": [{"fraction": 0.3}]}, lrs)
+        yield from grid(BERT, "AdamW", {"linear": [{"fraction": f} for f in (0.1, 0.3)]}, lrs[:3], TUNING)
+        yield from grid(BERT, "AdamW", {"guided": [{}]}, lrs[1:4], TUNING)
+        yield from grid(BERT, "AdamW", {"guided": [{}], "linear": [{"fraction": 0.3}]}, lrs, SEEDS)
     if part == "modernbert":
         tuned = {"linear": [{"fraction": f} for f in (0.0, 0.1, 0.3)]}
         lrs = targets(1e-3, 8)
@@ -141,8 +142,8 @@ def jobs(part: str) -> Iterator[Job]:
         yield from grid(MODERN, "AdamW", {"guided": [{}], "linear": [{"fraction": 0.3}]}, [0.256])
     if part == "long":
         lrs = [5e-3, 1e-2, 4e-2]
-        yield from grid(LONG, "AdamW", {"ramp": [{}], "linear": [{"fraction": 0.02}]}, lrs, TUNING)
-        yield from grid(LONG, "AdamW", {"guided": [{}], "linear": [{"fraction": f} for f in (0.1, 0.3)]}, lrs)
+        yield from grid(LONG, "AdamW", {"ramp": [{}], "linear": [{"fraction": f} for f in (0.02, 0.3)]}, lrs, TUNING)
+        yield from grid(LONG, "AdamW", {"guided": [{}], "linear": [{"fraction": 0.1}]}, lrs)
     if part == "short":
         for steps in (180, 210, 240, 270):
             yield from grid(replace(GPT, name="short", steps=steps), "AdamW", {"guided": [{}]}, [1e-2, 2e-2], SEEDS)
