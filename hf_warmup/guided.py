@@ -86,11 +86,6 @@ def ramp_rate(num_training_steps: int) -> float:
     return 2 / max(_LEAST, _ROOT * math.sqrt(num_training_steps))
 
 
-def beyond_turn(rate: float) -> float:
-    """B, how many times η_turn the peak of a ramp of rate ρ may be: 9/4 · (2/ρ)/160, at least 9/4."""
-    return _BEYOND * max(1.0, 2 / rate / _LEAST)
-
-
 class _Controller(ABC):
     """What both have in common: the decay after the ramp, the state as plain numbers, the search."""
 
@@ -195,6 +190,7 @@ class GuidedWarmup(_Controller):
         critical_lr: c, the present estimate of η_c; NaN before the first step.
         peak: The smallest κ c̄ / f so far, and B η_turn; infinite before the turn and the first six trials.
         turn_lr: η_turn; NaN before the momentum turned.
+        beyond: B.
         level: η / f: the ramp, then its peak.
         num_steps: Steps decided so far.
         num_trials: Forward passes spent so far.
@@ -228,6 +224,7 @@ class GuidedWarmup(_Controller):
             raise ValueError(f'until must be "target" or "end", got {until!r}')
         self.init_lr, self.kappa, self.every, self.until = init_lr, kappa, every, until
         self.rate = ramp_rate(num_training_steps) if rate is None else rate
+        self.beyond = _BEYOND * max(1.0, 2 / self.rate / _LEAST)
         self.peak = math.inf
         self.turn_lr = math.nan
         self.next_trial = 0
@@ -278,7 +275,7 @@ class GuidedWarmup(_Controller):
         self.slopes = [*self.slopes, slope_at(self.critical_lr / own_warmup)][-_SLOPES:]
         if len(self.slopes) == _SLOPES and 2 * sum(slope > 0 for slope in self.slopes) <= _SLOPES:
             self.turn_lr = own_warmup * self.level
-            self.peak = min(self.peak, beyond_turn(self.rate) * self.turn_lr)
+            self.peak = min(self.peak, self.beyond * self.turn_lr)
 
     def _trial(self, loss_at: LossAt, factor: float, own_warmup: float) -> None:
         self.next_trial = self.num_steps + trial_interval(self.num_steps, self.every)

@@ -109,20 +109,24 @@ def turning(turn_lr):
     return lambda guide: lambda lr: 1.0 if math.isnan(guide.level) or guide.level <= turn_lr else -1.0
 
 
+@pytest.mark.parametrize(("rate", "beyond"), [(RATE, 2.8125), (RATE / 2, 5.625), (0.0125, 2.25), (0.02, 2.25)])
 @pytest.mark.parametrize("target", [1.0, 100.0])
-def test_from_where_the_momentum_turns_the_ramp_goes_on_to_nine_quarters_of_it_in_1_over_rho_steps(target):
-    guide = GuidedWarmup(target, 2000, rate=RATE)
+def test_from_where_the_momentum_turns_the_ramp_goes_on_to_a_multiple_of_it_that_grows_with_its_length(
+    target, rate, beyond
+):
+    guide = GuidedWarmup(target, 2000, rate=rate)
     made = []
     for _ in range(900):
         made.append(guide.step(fixed_critical_lr(5.0), 1.0, turning(0.02)(guide)))
     # It is seen when three of the last six slopes have turned: in the third step that begins above it.
     turned = made.index(guide.turn_lr)
     assert made[turned - 3] <= 0.02 < made[turned - 2]
-    assert max(made) == guide.peak == 2.25 * guide.turn_lr
-    assert guide.ramp_end == turned + 1 / RATE
+    assert guide.beyond == pytest.approx(beyond)
+    assert max(made) == guide.peak == pytest.approx(beyond * guide.turn_lr)
+    assert guide.ramp_end - turned == pytest.approx(math.log(beyond) / math.log(2.25) / rate, abs=1.01)
     rises = [math.log(b / a) for a, b in zip(made, made[1:], strict=False)]
-    assert rises[turned - 2] > RATE * math.log(5 / 0.02 / 1.5)  # c is a stair below 5 at times
-    assert rises[turned : guide.ramp_end] == pytest.approx([RATE * math.log(2.25)] * 100)
+    assert rises[turned - 2] > rate * math.log(5 / 0.02 / 1.5)  # c is a stair below 5 at times
+    assert rises[turned : guide.ramp_end - 1] == pytest.approx([rate * math.log(2.25)] * (guide.ramp_end - 1 - turned))
 
 
 def test_a_ramp_near_the_critical_lr_is_no_faster_behind_the_turn():
@@ -146,7 +150,7 @@ def test_where_an_own_warmup_hides_a_part_of_the_learning_rate_the_turn_counts_t
     for _ in range(300):
         guide.step(fixed_critical_lr(5.0), 0.5, turning(0.02)(guide))
     assert 0.01 < guide.turn_lr < 0.01 * (5 / 0.02) ** (3 * RATE)
-    assert guide.peak == 2.25 * guide.turn_lr
+    assert guide.peak == guide.beyond * guide.turn_lr
 
 
 def test_slopes_are_asked_for_in_every_step_until_the_turn_and_along_what_is_tried():

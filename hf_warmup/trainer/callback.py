@@ -319,13 +319,14 @@ class WarmupCallback(TrainerCallback):
         else:
             schedule.steer(lr / target, guide.state_dict())
         logs: dict[str, Any] = {}
+        record: dict[str, Any] = {}
         if guide.num_steps == 1:
             logs |= {"warmup/init_lr": lr, "warmup/target_lr": target}
         if guide.num_trials > passes:
             logs |= {"warmup/critical_lr": guide.critical_lr, "warmup/forward_passes": guide.num_trials}
         if turned is None and (turn_lr := _turn_lr(guide)) is not None:
             logs["warmup/turn_lr"] = turn_lr
-        record: dict[str, Any] = {}
+            record["warmup/beyond_turn"] = guide.beyond
         if ramping and guide.ramp_end is not None:
             logs["warmup/peak_lr"] = guide.level
             record["warmup/warmup_steps"] = guide.num_steps

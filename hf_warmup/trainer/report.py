@@ -13,7 +13,6 @@ from transformers import Trainer
 
 from hf_warmup.diagnosis import explain, regime_of
 from hf_warmup.gi_adam import GIAdamW
-from hf_warmup.guided import BEYOND
 from hf_warmup.probe import innermost
 from hf_warmup.trainer.arguments import TRYING, SharpnessKind
 
@@ -62,6 +61,7 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
             (e["warmup/critical_lr"] for e in entries if "warmup/critical_lr" in e), default=None
         ),
         "turn_lr": last.get("warmup/turn_lr"),
+        "beyond_turn": last.get("warmup/beyond_turn"),
         "search_status": start.get("warmup/status"),
         "search_evals": start.get("warmup/evals"),
         "capped": bool(start.get("warmup/capped", False)),
@@ -199,7 +199,7 @@ def peak_words(report: dict[str, Any]) -> str:
     if report["peak_lr"] >= 0.999 * report["target_lr"]:
         reason = "η_trgt"
     elif _is_beyond_the_turn(report):
-        reason = f"{BEYOND:g} times where the momentum turned"
+        reason = f"{report['beyond_turn']:.3g} times where the momentum turned"
     else:
         reason = "at half of the run" if _is_late(report) else "the smallest η_c met"
     return f"{report['peak_lr']:.3g} ({reason})"
@@ -207,7 +207,7 @@ def peak_words(report: dict[str, Any]) -> str:
 
 def _is_beyond_the_turn(report: dict[str, Any]) -> bool:
     """Whether the momentum's turn decided the peak."""
-    return report["turn_lr"] is not None and report["peak_lr"] >= 0.999 * BEYOND * report["turn_lr"]
+    return report["turn_lr"] is not None and report["peak_lr"] >= 0.999 * report["beyond_turn"] * report["turn_lr"]
 
 
 def _is_late(report: dict[str, Any]) -> bool:

@@ -284,8 +284,8 @@ def test_several_runs_are_compared(make_trainer, folder, tmp_path):
         (
             60,
             0.02,
-            0.045,
-            "0.045 (2.25 times where the momentum turned)",
+            0.062,
+            "0.062 (3.1 times where the momentum turned)",
             "from 0.02 on the momentum pointed uphill on new",
         ),
         (60, 0.02, 0.03, "0.03 (the smallest η_c met)", "on the way up η_c came down to 0.03"),
@@ -296,7 +296,7 @@ def test_several_runs_are_compared(make_trainer, folder, tmp_path):
 def test_the_card_says_what_decided_the_peak(taken, turn_lr, peak, words, told):
     report = {
         **{"warmup": "guided", "target_lr": 0.1, "peak_lr": peak, "turn_lr": turn_lr, "warmup_steps_taken": taken},
-        **{"train_steps": 300, "critical_lr": 0.2, "smallest_critical_lr": 0.03},
+        **{"beyond_turn": 3.1, "train_steps": 300, "critical_lr": 0.2, "smallest_critical_lr": 0.03},
     }
     assert peak_words(report) == words
     assert told in verdict(report)
