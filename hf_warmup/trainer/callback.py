@@ -324,8 +324,8 @@ class WarmupCallback(TrainerCallback):
             logs |= {"warmup/init_lr": lr, "warmup/target_lr": target}
         if guide.num_trials > passes:
             logs |= {"warmup/critical_lr": guide.critical_lr, "warmup/forward_passes": guide.num_trials}
-        if turned is None and (turn_lr := _turn_lr(guide)) is not None:
-            logs["warmup/turn_lr"] = turn_lr
+        if isinstance(guide, GuidedWarmup) and turned is None and _turn_lr(guide) is not None:
+            logs["warmup/turn_lr"] = guide.turn_lr
             record["warmup/beyond_turn"] = guide.beyond
         if ramping and guide.ramp_end is not None:
             logs["warmup/peak_lr"] = guide.level
