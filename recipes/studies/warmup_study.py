@@ -130,7 +130,7 @@ def jobs(part: str) -> Iterator[Job]:
         yield from grid(GPT, "GIAdamW", {"guided": [{}], "linear": [{"fraction": f} for f in (0.0, 0.3)]}, lrs)
     if part == "bert":
         lrs = targets(2e-3, 5)
-        yield from grid(BERT, "AdamW", {"linear": [{"fraction": f} for f in (0.1, 0.3)]}, lrs[:3], TUNING)
+        yield from grid(BERT, "AdamW", {"linear": [{"fraction": f} for f in (0.1, 0.3)]}, lrs[:3], TUNING[:2])
         yield from grid(BERT, "AdamW", {"guided": [{}]}, lrs[1:4], TUNING)
         yield from grid(BERT, "AdamW", {"guided": [{}], "linear": [{"fraction": 0.3}]}, lrs, SEEDS)
     if part == "modernbert":
@@ -233,10 +233,10 @@ class Curve(NamedTuple):
 
     @property
     def near(self) -> list[float]:
-        """The targets about the chosen one with a mean loss within `NEAR` of its, without a gap."""
+        """The targets about the best with a mean loss within `NEAR` of it, without a gap."""
         targets = list(self.losses)
-        far = [i for i, t in enumerate(targets) if not self.mean(t) <= self.mean(self.chosen) + NEAR]
-        best = targets.index(self.chosen)
+        best = min(range(len(targets)), key=lambda i: self.mean(targets[i]))
+        far = [i for i, t in enumerate(targets) if not self.mean(t) <= self.mean(targets[best]) + NEAR]
         below, above = [i for i in far if i < best], [i for i in far if i > best]
         return targets[max(below, default=-1) + 1 : min(above, default=len(targets))]
 
