@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -479,6 +480,7 @@ def plot(path: Path) -> None:
                 axes.plot(list(curve.losses), [curve.mean(t) for t in curve.losses], style, label=label, markersize=4)
         title, _, _ = TITLES[part].partition(" (")
         axes.set(xscale="log", xlabel="target learning rate", ylabel="validation loss", title=title)
+        axes.xaxis.set_minor_formatter(NullFormatter())  # of a short range they overlap
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
