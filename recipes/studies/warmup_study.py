@@ -288,7 +288,7 @@ def window(made: list[Curve]) -> list[float]:
 
 
 def part_table(part: str) -> str:
-    """A line per method; the best loss, and how it stands against the target."""
+    """A line per method; its loss at the target that was chosen, and how it stands against the target."""
     made = [curve for curve in curves(read(part)) if "every" not in curve.options]
     reference, over = tuned(made), window(made)
     linear = [curve for curve in made if curve.rule == "linear" and curve.optimizer == reference.optimizer]
@@ -421,8 +421,8 @@ def _is_complete(part: str) -> bool:
 
 def _part_claims(part: str, tail: str) -> list[Claim]:
     rows = [row for row in read(part) if row["optimizer"] != "RAdam"]  # whose rule is that of no warmup
-    made_curves, over = curves(rows), window(curves(rows))
-    reference = tuned(made_curves)
+    made_curves = curves(rows)
+    reference, over = tuned(made_curves), window(made_curves)
     ours = next(curve for curve in made_curves if curve.rule == "guided" and not curve.options)
 
     def losses(of: Curve) -> evidence.Curve:
