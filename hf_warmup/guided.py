@@ -8,6 +8,7 @@ to rise, and where to stop. With c_t the present estimate of η_c,
     start    η_0 = c_0 / 1000
     rise     η_t = η_{t-1} max(1, c_t / η_{t-1})^ρ: fast far below η_c, slowly near it
     turn     from η_turn on it rises by min(c_t / η_{t-1}, 9/4)^ρ
+    wait     at 9/4 η_turn until L_t <= L_turn - (L_0 - L_turn) / 10
     stop     at p_t = min(η_trgt, B η_turn, κ c̄_s for all s <= t), c̄ the geometric mean of the last six estimates
     decay    η_t = p f((t - t_r) N / (N - t_r)) from the step t_r on that reached p, half of the run at the latest,
 
@@ -34,6 +35,14 @@ half of the last six steps' slopes are not positive. From there the ramp rises n
 B η_turn. The way to the valley is made in steps of a given sum, so that a ramp of twice the length turns at half of
 the learning rate: B = 9/4 · (2/ρ)/160, at least 9/4. A slope costs an optimizer's step and no forward pass; it is
 asked for in every step, as each step that a turn is seen late takes the ramp further than the model will bear.
+
+At the turn a transformer has learned how often each token comes. What it learns next it may learn at once, or only
+after some hundred steps on a plateau; those take their number of steps at any learning rate, and too large a one
+scrambles the layers before they have learned anything to be held by, for good. A BERT with LayerNorm behind the
+residual is lost in this way. So a ramp that may go further than 9/4 η_turn waits there until the loss has fallen
+again by a tenth of its first descent: L_0 is the first step's loss, L_turn the mean of those of the steps t_turn to
+1.5 t_turn, and L_t the mean of all since the turn with weights that grow as s^7 in the step s, about the last
+quarter of them. Losses of steps that are made anyway cost nothing.
 
 An optimizer may have a warmup of its own, a factor w_t that tends to 1: GI-Adam's is √(1-β2^t). What its steps
 bear now they will not bear once the factor is gone, so c_t is w_t times the η that was tried.
@@ -67,7 +76,10 @@ _SLOPES = 6  # steps' slopes of which half must have turned
 _SETTLED = 100  # step after which trials become rarer, in proportion to t
 _LEAST, _ROOT = 160, 9  # 2/ρ is the larger of the first and of the second times √N
 EVERY = 5  # steps between trials, before that
-_BEYOND = 2.25  # times the learning rate at which the momentum turns: the most that the peak of a short run may be
+_BEYOND = 2.25  # times the learning rate at which the momentum turns: the peak of a short run, where a long one waits
+_FALL = 0.1  # of the first descent: how far the loss falls again before a ramp goes further than that
+_AFTER = 1.5  # times the step of the turn: until then the loss that it has to fall from is measured
+_RECENT = 8  # the mean of the recent losses is that of about the last 2/8 of the steps
 _LATEST = 0.5  # of the run: when a ramp that has not ended gives way to the decay
 
 
@@ -110,7 +122,7 @@ class _Controller(ABC):
 
         Args:
             loss_at: The loss of the step's own batch after a step of that learning rate, as for
-                `find_critical_lr`; at 0, the loss before it. Asked only if `needs_trial`.
+                `find_critical_lr`; at 0, the loss before it. Asked only if `needs_trial`, at 0 also if `needs_loss`.
             own_warmup: w_t, the factor of the optimizer's own warmup, above 0 and at most 1.
             slope_at: gᵀu of the step of that learning rate which the momentum alone would make: `momentum_slope`.
                 None for an optimizer without momentum. Asked only if `needs_slope`.
@@ -190,6 +202,8 @@ class GuidedWarmup(_Controller):
         critical_lr: c, the present estimate of η_c; NaN before the first step.
         peak: The smallest κ c̄ / f so far, and B η_turn; infinite before the turn and the first six trials.
         turn_lr: η_turn; NaN before the momentum turned.
+        turn_step: t_turn, the step that saw it; None before.
+        waited: Steps made at 9/4 η_turn because the loss had not fallen yet.
         beyond: B.
         level: η / f: the ramp, then its peak.
         num_steps: Steps decided so far.
@@ -200,7 +214,11 @@ class GuidedWarmup(_Controller):
         ValueError: If an argument is out of range.
     """
 
-    _saved = (*_Controller._saved, "peak", "next_trial", "estimates", "turn_lr", "slopes")
+    _saved = (
+        *_Controller._saved,
+        *("peak", "next_trial", "estimates", "turn_lr", "turn_step", "slopes"),
+        *("first_loss", "turn_loss", "recent_loss", "waits", "waited"),
+    )
 
     def __init__(
         self,
@@ -227,6 +245,10 @@ class GuidedWarmup(_Controller):
         self.beyond = _BEYOND * max(1.0, 2 / self.rate / _LEAST)
         self.peak = math.inf
         self.turn_lr = math.nan
+        self.turn_step: int | None = None
+        self.first_loss = self.turn_loss = self.recent_loss = math.nan
+        self.waits = self.beyond > _BEYOND  # until the loss has fallen; a peak of 9/4 η_turn has nothing to wait for
+        self.waited = 0
         self.next_trial = 0
         self.estimates: list[float] = []
         self.slopes: list[float] = []
@@ -246,20 +268,33 @@ class GuidedWarmup(_Controller):
         """Whether the next `step` will ask for a slope, if it is given any."""
         return self.num_steps > 0 and self.ramp_end is None and math.isnan(self.turn_lr)
 
+    @property
+    def needs_loss(self) -> bool:
+        """Whether the next `step` will ask for the loss before it."""
+        return self.needs_trial or self._looks_at_the_loss
+
+    @property
+    def _looks_at_the_loss(self) -> bool:
+        return self.waits and self.turn_step is not None and self.ramp_end is None
+
     def _decide(self, loss_at: LossAt, factor: float, own_warmup: float, slope_at: SlopeAt | None) -> bool:
         if self.num_steps == 0:
             self._start(loss_at, own_warmup)
         else:
             if self.needs_slope and slope_at is not None:
                 self._look_for_the_turn(slope_at, own_warmup)
+            elif self._looks_at_the_loss:
+                self._look_at_the_loss(loss_at(0.0))
             if self.needs_trial and factor > 0:  # at 0 the run is over
                 self._trial(loss_at, factor, own_warmup)
             if self.ramp_end is None:
                 way = max(1.0, self.critical_lr / self.level)
                 self.level *= (way if math.isnan(self.turn_lr) else min(way, _BEYOND)) ** self.rate
         most = min(self.target_lr, self.peak)
-        at_end = self.level >= most
-        self.level = min(self.level, most)
+        wait = _BEYOND * self.turn_lr if self.waits and self.turn_step is not None else math.inf
+        at_end = self.level >= most and most <= wait
+        self.waited += self.ramp_end is None and self.level >= wait < most
+        self.level = min(self.level, most, wait)
         return at_end
 
     def _start(self, loss_at: LossAt, own_warmup: float) -> None:
@@ -269,13 +304,29 @@ class GuidedWarmup(_Controller):
         critical_lr = found.value if 0 < found.value < math.inf else found.lower or found.evals[-1][0]
         self.critical_lr = own_warmup * critical_lr
         self.level = self.critical_lr * _START if self.init_lr is None else self.init_lr
+        self.first_loss = loss_at(0.0)
         self.next_trial = self.every
 
     def _look_for_the_turn(self, slope_at: SlopeAt, own_warmup: float) -> None:
         self.slopes = [*self.slopes, slope_at(self.critical_lr / own_warmup)][-_SLOPES:]
         if len(self.slopes) == _SLOPES and 2 * sum(slope > 0 for slope in self.slopes) <= _SLOPES:
             self.turn_lr = own_warmup * self.level
+            self.turn_step = self.num_steps
             self.peak = min(self.peak, self.beyond * self.turn_lr)
+
+    def _look_at_the_loss(self, loss: float) -> None:
+        assert self.turn_step is not None
+        early = self.num_steps <= _AFTER * self.turn_step
+        if not math.isfinite(loss):
+            return  # one such loss would make both means so
+        if math.isnan(self.recent_loss):
+            self.turn_loss = self.recent_loss = loss
+        elif early:
+            self.turn_loss += (loss - self.turn_loss) / (self.num_steps - self.turn_step)
+        self.recent_loss += min(1.0, _RECENT / self.num_steps) * (loss - self.recent_loss)
+        if not early:
+            fall = _FALL * max(0.0, self.first_loss - self.turn_loss)
+            self.waits = self.recent_loss > self.turn_loss - fall
 
     def _trial(self, loss_at: LossAt, factor: float, own_warmup: float) -> None:
         self.next_trial = self.num_steps + trial_interval(self.num_steps, self.every)
@@ -349,6 +400,11 @@ class PersistentCatapult(_Controller):
     def needs_trial(self) -> bool:
         """Whether the next `step` will ask for losses, at least for the one at 0."""
         return not self.handed_over
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether the next `step` will ask for the loss before it."""
+        return self.needs_trial
 
     @property
     def needs_slope(self) -> bool:

@@ -116,8 +116,9 @@ def test_from_where_the_momentum_turns_the_ramp_goes_on_to_a_multiple_of_it_that
 ):
     guide = GuidedWarmup(target, 2000, rate=rate)
     made = []
-    for _ in range(900):
-        made.append(guide.step(fixed_critical_lr(5.0), 1.0, turning(0.02)(guide)))
+    for t in range(900):
+        # A loss that goes on falling: there is nothing to wait for.
+        made.append(guide.step(fixed_critical_lr(5.0, start=10 - 0.01 * t), 1.0, turning(0.02)(guide)))
     # It is seen when three of the last six slopes have turned: in the third step that begins above it.
     turned = made.index(guide.turn_lr)
     assert made[turned - 3] <= 0.02 < made[turned - 2]
@@ -127,6 +128,86 @@ def test_from_where_the_momentum_turns_the_ramp_goes_on_to_a_multiple_of_it_that
     rises = [math.log(b / a) for a, b in zip(made, made[1:], strict=False)]
     assert rises[turned - 2] > rate * math.log(5 / 0.02 / 1.5)  # c is a stair below 5 at times
     assert rises[turned : guide.ramp_end - 1] == pytest.approx([rate * math.log(2.25)] * (guide.ramp_end - 1 - turned))
+
+
+def plateau(t):
+    """From 5 to 3 in 50 steps, with a scatter; from step 600 on down again."""
+    return 5 - 0.04 * min(t, 50) - 0.001 * max(0, t - 600) + 0.05 * (-1) ** t
+
+
+def waiting(num_steps, loss, target=100.0, **options):
+    """A run whose momentum turns at step 52; its learning rates."""
+    guide, made = GuidedWarmup(target, 4000, **options), []
+    for t in range(num_steps):
+        slope = 1.0 if t < 50 else -1.0
+        made.append(guide.step(fixed_critical_lr(5.0, start=loss(t)), 1.0, lambda lr, slope=slope: slope))
+    return guide, made
+
+
+def test_a_long_ramp_waits_at_nine_quarters_of_the_turn_until_the_loss_falls_again():
+    guide, made = waiting(1900, plateau)
+    hold = 2.25 * guide.turn_lr
+    assert guide.turn_step == 52
+    assert not guide.waits
+    waits = [t for t, lr in enumerate(made) if lr == hold]
+    # The ramp comes there 1/ρ steps after the turn. The means written out: of the steps 53 to 78, and with s^7.
+    assert waits[0] - 52 == pytest.approx(1 / guide.rate, abs=1.01)
+    assert guide.turn_loss == pytest.approx(sum(map(plateau, range(53, 79))) / 26)
+    least = guide.turn_loss - 0.1 * (plateau(0) - guide.turn_loss)
+
+    def recent(t):
+        return sum(s**7 * plateau(s) for s in range(53, t + 1)) / sum(s**7 for s in range(53, t + 1))
+
+    # A mean in closed form to a part in T of the steps; it falls by .001 a step.
+    assert recent(waits[-1] - 4) > least > recent(waits[-1] + 6)
+    assert waits == list(range(waits[0], waits[-1] + 1))
+    assert guide.waited == pytest.approx(len(waits), abs=1)
+    assert made[waits[-1] + 1] == pytest.approx(hold * 2.25**guide.rate)
+    assert max(made) == pytest.approx(guide.beyond * guide.turn_lr)
+
+
+def test_a_loss_that_never_falls_again_is_waited_for_until_half_of_the_run():
+    guide, made = waiting(4000, lambda t: plateau(min(t, 600)))
+    assert guide.waits
+    assert guide.ramp_end == 1999
+    assert made[2000:] == [max(made)] * 2000 == [2.25 * guide.turn_lr] * 2000
+    assert not guide.needs_loss
+
+
+def test_a_short_ramp_and_a_low_target_wait_for_nothing():
+    guide, made = waiting(4000, lambda t: plateau(min(t, 600)), rate=2 / 160)
+    assert (guide.waited, guide.ramp_end - 52) == (0, pytest.approx(80, abs=1.01))
+    assert max(made) == guide.beyond * guide.turn_lr == 2.25 * guide.turn_lr
+    low = 0.03
+    guide, made = waiting(4000, lambda t: plateau(min(t, 600)), target=low)
+    assert guide.turn_lr < low < 2.25 * guide.turn_lr
+    assert guide.waited == 0
+    assert guide.ramp_end < 1000
+    assert made[-1] == max(made) == low
+
+
+def test_the_loss_is_asked_for_between_the_turn_and_the_end_of_the_wait():
+    guide, asked, needed = GuidedWarmup(100.0, 4000), [], []
+    for t in range(1500):
+        if guide.needs_loss:
+            needed.append(t)
+
+        def loss_at(lr, t=t):
+            asked.append(t)
+            return fixed_critical_lr(5.0, start=plateau(t))(lr)
+
+        guide.step(loss_at, 1.0, lambda lr, t=t: 1.0 if t < 50 else -1.0)
+    assert sorted(set(asked)) == needed
+    waited = max(t for t in needed if t - 1 in needed and t - 2 in needed)
+    assert waited > 600
+    assert set(range(53, waited + 1)) <= set(needed)
+    assert all(t == 0 or t % 5 == 0 for t in needed if t <= 52)
+
+
+def test_a_loss_that_is_not_finite_is_no_part_of_what_is_waited_for():
+    guide, _ = waiting(1900, lambda t: math.nan if t in (53, 300) else plateau(t))
+    assert math.isfinite(guide.recent_loss)
+    assert not guide.waits
 
 
 def test_a_ramp_near_the_critical_lr_is_no_faster_behind_the_turn():
@@ -265,6 +346,7 @@ def test_a_first_batch_without_a_critical_lr_still_gives_a_learning_rate(curve):
     [
         lambda: GuidedWarmup(0.02, 120, lambda x: 1 - x / 240, until="end"),
         lambda: GuidedWarmup(1.0, 120, lambda x: 1 - x / 240),
+        lambda: GuidedWarmup(1.0, 120, lambda x: 1 - x / 240, rate=0.01, init_lr=0.05),
         lambda: PersistentCatapult(1.0, 120),
     ],
 )

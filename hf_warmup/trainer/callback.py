@@ -300,7 +300,7 @@ class WarmupCallback(TrainerCallback):
         loss_at: Callable[[float], float] = _not_asked
         slope_at: Callable[[float], float] | None = None
         has_slope = guide.needs_slope and has_momentum(optimizer)
-        if guide.needs_trial or has_slope:
+        if guide.needs_trial or guide.needs_loss or has_slope:
             shards = backend.shards()
             if not backend.can_step(shards):
                 return  # an overflow that the gradient scaler will skip, or nothing to learn from yet: next step
@@ -308,6 +308,8 @@ class WarmupCallback(TrainerCallback):
                 own_warmup = optimizer.own_warmup  # asked for now only: the count of steps may be on the device
             if guide.needs_trial:
                 loss_at = self._loss_at(shards, backend, replay)
+            elif guide.needs_loss:
+                loss_at = functools.partial(_own_loss, backend, replay)
             if has_slope:
                 slope_at = functools.partial(self._momentum_slope, shards, backend)
         ramping, passes, turned = guide.ramp_end is None, guide.num_trials, _turn_lr(guide)
@@ -330,6 +332,8 @@ class WarmupCallback(TrainerCallback):
         if ramping and guide.ramp_end is not None:
             logs["warmup/peak_lr"] = guide.level
             record["warmup/warmup_steps"] = guide.num_steps
+            if isinstance(guide, GuidedWarmup):
+                record |= {"warmup/waited_steps": guide.waited, "warmup/still_waits": guide.waited > 0 and guide.waits}
         if logs:
             record |= {"warmup/mode": self.arguments.warmup, "warmup/asked": self.arguments.init_lr}
             log(self.trainer, logs, record)
@@ -387,6 +391,14 @@ class WarmupCallback(TrainerCallback):
 def _turn_lr(guide: GuidedWarmup | PersistentCatapult) -> float | None:
     """The learning rate at which the momentum turned, if it has."""
     return guide.turn_lr if isinstance(guide, GuidedWarmup) and not math.isnan(guide.turn_lr) else None
+
+
+def _own_loss(backend: Backend, replay: StepReplay, lr: float) -> float:
+    """The loss that the step had, averaged over the processes; all that is known where nothing can be tried."""
+    loss = replay.own_loss()
+    if lr != 0 or loss is None:
+        return _not_asked(lr)
+    return backend.together(lambda: [loss])[0]
 
 
 def _not_asked(lr: float) -> float:

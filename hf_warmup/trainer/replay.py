@@ -30,7 +30,7 @@ class StepReplay:
 
     Args:
         trainer: The trainer; its `get_batch_samples` and `training_step` are watched until `stop`.
-        keeps: Whether the next step is wanted at all. One that is not costs nothing.
+        keeps: Whether the next step is wanted at all. Of one that is not only `own_loss` is known.
         num_batches: How many of the step's micro-batches the loss is made of, the first ones; all if None.
         steps_in_backward: Whether the optimizer's step is made before `training_step` has given its loss.
     """
@@ -62,10 +62,9 @@ class StepReplay:
     def _keep(self, get_batch_samples: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         batches, num_items = get_batch_samples(*args, **kwargs)
         # Copies: a training step may take things out of its batch, put things in, and write into its tensors.
-        self._steps, self._total, self._left = [], None, 0
+        kept = batches[: self._num_batches]
+        self._steps, self._total, self._left = [], None, len(kept)
         if self.keeps():
-            kept = batches[: self._num_batches]
-            self._left = len(kept)
             self._steps.append(([_copy_of_batch(batch) for batch in kept], num_items))
         return batches, num_items
 
@@ -129,9 +128,11 @@ class StepReplay:
             None where it has to be measured: if batches were drawn beyond the step's own, or under `torch_compile`,
             whose graphs with and without gradients may round differently.
         """
-        if self._total is None or self.num_steps > 1 or self.trainer.args.torch_compile:
-            return None
-        return float(self._total)
+        return None if self.num_steps > 1 or self.trainer.args.torch_compile else self.own_loss()
+
+    def own_loss(self) -> float | None:
+        """The loss that the step itself had; None before it has one."""
+        return None if self._total is None else float(self._total)
 
     @torch.no_grad()
     def losses(self) -> list[Tensor]:

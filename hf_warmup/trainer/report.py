@@ -62,6 +62,8 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         ),
         "turn_lr": last.get("warmup/turn_lr"),
         "beyond_turn": last.get("warmup/beyond_turn"),
+        "waited_steps": last.get("warmup/waited_steps"),
+        "still_waits": last.get("warmup/still_waits", False),
         "search_status": start.get("warmup/status"),
         "search_evals": start.get("warmup/evals"),
         "capped": bool(start.get("warmup/capped", False)),
@@ -200,6 +202,8 @@ def peak_words(report: dict[str, Any]) -> str:
         reason = "η_trgt"
     elif _is_beyond_the_turn(report):
         reason = f"{report['beyond_turn']:.3g} times where the momentum turned"
+    elif report["still_waits"]:
+        reason = "9/4 times where the momentum turned: the loss fell no further in half of the run"
     else:
         reason = "at half of the run" if _is_late(report) else "the smallest η_c met"
     return f"{report['peak_lr']:.3g} ({reason})"
@@ -315,6 +319,12 @@ def verdict(report: dict[str, Any]) -> str:
             return (
                 f"η_trgt was more than training would bear: from {report['turn_lr']:.3g} on the momentum pointed "
                 f"uphill on new batches, and the learning rate was held at {peak:.3g}."
+            )
+        if report["still_waits"]:
+            return (
+                f"From {report['turn_lr']:.3g} on the momentum pointed uphill on new batches, and in half of the run "
+                f"the loss did not fall by another tenth of its first descent: the learning rate waited at {peak:.3g} "
+                "and gave way to the decay. Such a model wants more steps."
             )
         if peak < 0.999 * target and _is_late(report):
             return f"The ramp had come to {peak:.3g} at half of the run, and gave way to the decay."

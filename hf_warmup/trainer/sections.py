@@ -93,7 +93,9 @@ def warmup_section(report: dict[str, Any]) -> str:
         ("Initial learning rate η_init", f"{report['init_lr']:.3g} ({init_words(report)})"),
         ("Target learning rate η_trgt", f"{report['target_lr']:.3g}"),
     ]
-    taken = ("Warmup steps taken", "not finished" if (steps := report["warmup_steps_taken"]) is None else str(steps))
+    steps = "not finished" if report["warmup_steps_taken"] is None else str(report["warmup_steps_taken"])
+    waited = f", {report['waited_steps']} of them waiting for the loss to fall" if report["waited_steps"] else ""
+    taken = ("Warmup steps taken", steps + waited)
     passes = f"{report['forward_passes']} forward passes"
     if report["warmup"] == "linear":
         rows += [

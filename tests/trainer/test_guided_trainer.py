@@ -173,6 +173,54 @@ def test_a_resumed_run_is_bitwise_the_same(make_trainer, tmp_path, mode, stop):
     assert critical_lrs(resumed) == critical_lrs(whole)
 
 
+WAITS = {"gi_adam": False, "guide_rate": 0.012, "init_lr": "0.03", "learning_rate": 1.0, "max_steps": 220}
+
+
+class OnAPlateau(Trainer):
+    """Has a loss with a first descent of 50 nats, which what it learns later is nothing against; keeps it."""
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs) + max(0, 50 - 10 * self.state.global_step)
+        if torch.is_grad_enabled():
+            self.__dict__.setdefault("losses", []).append(float(loss))
+        return loss
+
+
+@pytest.mark.parametrize("num", [0, 1])
+def test_what_a_long_ramp_waits_for_is_the_loss_of_the_steps_themselves(make_trainer, tmp_path, num):
+    options = GUIDED | WAITS | {"gradient_accumulation_steps": 2, "guide_micro_batches": num, "guide_every": 7}
+    trainer = make_trainer(OnAPlateau, **options)
+    rates = train(trainer)
+    ((turned, turn_lr),) = logged(trainer, "warmup/turn_lr")
+    hold, report = 2.25 * turn_lr, warmup_report(trainer)
+    assert report["still_waits"]
+    assert rates[report["warmup_steps_taken"] - 1] == max(rates) == pytest.approx(hold)
+    assert report["waited_steps"] == sum(rate == max(rates) for rate in rates[:110]) > 3
+    state = trainer.lr_scheduler.lr_lambdas[0].controller
+    made = [(a + b) if num == 0 else a for a, b in zip(trainer.losses[::2], trainer.losses[1::2], strict=True)]
+    assert state["turn_step"] == turned
+    assert state["first_loss"] == pytest.approx(made[0])
+    assert state["turn_loss"] == pytest.approx(sum(made[turned + 1 : turned * 3 // 2 + 1]) / (turned // 2))
+    recent = made[turned + 1]
+    for t in range(turned + 2, 110):
+        recent += min(1, 8 / t) * (made[t] - recent)
+    assert state["recent_loss"] == pytest.approx(recent)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"110, {report['waited_steps']} of them waiting for the loss to fall" in card
+    assert "Such a model wants more steps." in card
+
+
+def test_a_run_that_waits_is_resumed_bitwise(make_trainer, tmp_path):
+    options = GUIDED | WAITS | {"save_strategy": "steps", "save_steps": 60}
+    whole = make_trainer(OnAPlateau, **options)
+    rates = train(whole)
+    assert warmup_report(whole)["waited_steps"] > 3
+    resumed = make_trainer(OnAPlateau, **options)
+    assert train(resumed, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-60")) == rates[60:]
+    assert same(weights(resumed), weights(whole))
+    assert warmup_report(resumed)["waited_steps"] == warmup_report(whole)["waited_steps"]
+
+
 def test_trials_leave_no_trace_but_the_learning_rate(make_trainer):
     """The same learning rates without any trial give the same weights, bit for bit; dropout is on."""
     guided = make_trainer(**GUIDED)

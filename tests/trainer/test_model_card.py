@@ -278,25 +278,28 @@ def test_several_runs_are_compared(make_trainer, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("taken", "turn_lr", "peak", "words", "told"),
+    ("taken", "turn_lr", "peak", "waits", "words", "told"),
     [
-        (60, None, 0.1, "0.1 (η_trgt)", "this run would have borne a larger one"),
+        (60, None, 0.1, False, "η_trgt", "this run would have borne a larger one"),
+        (60, 0.02, 0.062, False, "3.1 times where the momentum turned", "from 0.02 on the momentum pointed uphill"),
+        (60, 0.02, 0.03, False, "the smallest η_c met", "on the way up η_c came down to 0.03"),
+        (60, None, 0.03, False, "the smallest η_c met", "on the way up η_c came down to 0.03"),
+        (150, 0.02, 0.03, False, "at half of the run", "had come to 0.03 at half of the run"),
         (
-            60,
+            150,
             0.02,
-            0.062,
-            "0.062 (3.1 times where the momentum turned)",
-            "from 0.02 on the momentum pointed uphill on new",
+            0.045,
+            True,
+            "9/4 times where the momentum turned: the loss fell no further in half of the run",
+            "waited at 0.045 and gave way to the decay. Such a model wants more steps.",
         ),
-        (60, 0.02, 0.03, "0.03 (the smallest η_c met)", "on the way up η_c came down to 0.03"),
-        (60, None, 0.03, "0.03 (the smallest η_c met)", "on the way up η_c came down to 0.03"),
-        (150, 0.02, 0.03, "0.03 (at half of the run)", "had come to 0.03 at half of the run"),
     ],
 )
-def test_the_card_says_what_decided_the_peak(taken, turn_lr, peak, words, told):
+def test_the_card_says_what_decided_the_peak(taken, turn_lr, peak, waits, words, told):
     report = {
         **{"warmup": "guided", "target_lr": 0.1, "peak_lr": peak, "turn_lr": turn_lr, "warmup_steps_taken": taken},
         **{"beyond_turn": 3.1, "train_steps": 300, "critical_lr": 0.2, "smallest_critical_lr": 0.03},
+        **{"still_waits": waits},
     }
-    assert peak_words(report) == words
+    assert peak_words(report) == f"{peak:.3g} ({words})"
     assert told in verdict(report)
