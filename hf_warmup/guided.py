@@ -42,10 +42,11 @@ scrambles the layers before they have learned anything to be held by, for good. 
 residual is lost in this way. So a ramp that may go further than 9/4 η_turn waits there until the loss has fallen
 again by a tenth of its first descent: L_0 is the first step's loss, L_turn the mean of those of the steps t_turn to
 1.5 t_turn, and L_t the mean of all since the turn with weights that grow as s^7 in the step s, about the last
-quarter of them. Losses of steps that are made anyway cost nothing.
+quarter of them. They are losses of steps that are made anyway, and cost no forward pass.
 
 An optimizer may have a warmup of its own, a factor w_t that tends to 1: GI-Adam's is √(1-β2^t). What its steps
-bear now they will not bear once the factor is gone, so c_t is w_t times the η that was tried.
+bear now they will not bear once the factor is gone, so c_t is w_t times the η that was tried, η_turn w_t times that
+of the turn, and the wait is at w_t η = 9/4 η_turn.
 
 `PersistentCatapult` is Algorithm 3 of [1]: search for η_c, train at the upper end of its bracket until the loss
 is below where it was, and search again, until η_trgt is reached. It needs the paper's δ.
@@ -78,8 +79,9 @@ _LEAST, _ROOT = 160, 9  # 2/ρ is the larger of the first and of the second time
 EVERY = 5  # steps between trials, before that
 _BEYOND = 2.25  # times the learning rate at which the momentum turns: the peak of a short run, where a long one waits
 _FALL = 0.1  # of the first descent: how far the loss falls again before a ramp goes further than that
-_AFTER = 1.5  # times the step of the turn: until then the loss that it has to fall from is measured
-_RECENT = 8  # the mean of the recent losses is that of about the last 2/8 of the steps
+_AFTER = 0.5  # of the turn's step: how many of the next steps give the loss that it has to fall from; at least
+_FEWEST = 6
+_RECENT = 8  # the mean of the recent losses is that of about the last 2/8 of the steps, or of 12 if those are more
 _LATEST = 0.5  # of the run: when a ramp that has not ended gives way to the decay
 
 
@@ -117,15 +119,23 @@ class _Controller(ABC):
         self.critical_lr = math.nan
         self.level = math.nan
 
-    def step(self, loss_at: LossAt, own_warmup: float = 1.0, slope_at: SlopeAt | None = None) -> float:
+    def step(
+        self,
+        loss_at: LossAt,
+        own_warmup: float = 1.0,
+        slope_at: SlopeAt | None = None,
+        loss_of_step: Callable[[], float] | None = None,
+    ) -> float:
         """Decide the learning rate of the step that is about to be made.
 
         Args:
             loss_at: The loss of the step's own batch after a step of that learning rate, as for
-                `find_critical_lr`; at 0, the loss before it. Asked only if `needs_trial`, at 0 also if `needs_loss`.
+                `find_critical_lr`; at 0, the loss before it. Asked only if `needs_trial`.
             own_warmup: w_t, the factor of the optimizer's own warmup, above 0 and at most 1.
             slope_at: gᵀu of the step of that learning rate which the momentum alone would make: `momentum_slope`.
                 None for an optimizer without momentum. Asked only if `needs_slope`.
+            loss_of_step: The loss of the whole of the step's batch, before the step; that of `loss_at`, which may be
+                of a part of it, if None. Asked only if `needs_loss`.
 
         Returns:
             η_t.
@@ -137,6 +147,8 @@ class _Controller(ABC):
         if not 0 < own_warmup <= 1:
             raise ValueError(f"own_warmup must be above 0 and at most 1, got {own_warmup}")
         factor = self._factor()
+        if self.needs_loss:
+            self._look_at_the_loss(loss_at(0.0) if loss_of_step is None else loss_of_step())
         at_end = self._decide(loss_at, factor, own_warmup, slope_at)
         if self.ramp_end is None and (at_end or self.num_steps + 1 >= _LATEST * self.num_training_steps):
             self.ramp_end = self.num_steps
@@ -148,6 +160,15 @@ class _Controller(ABC):
         if self.ramp_end is None:
             return 1.0
         return self.decay(decay_step(self.num_steps, self.ramp_end, self.num_training_steps))
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether the next `step` will ask for the step's own loss."""
+        return False
+
+    def _look_at_the_loss(self, loss: float) -> None:
+        """Take in the loss of the present step; of a controller that `needs_loss`."""
+        raise NotImplementedError
 
     @abstractmethod
     def _decide(self, loss_at: LossAt, factor: float, own_warmup: float, slope_at: SlopeAt | None) -> bool:
@@ -270,12 +291,20 @@ class GuidedWarmup(_Controller):
 
     @property
     def needs_loss(self) -> bool:
-        """Whether the next `step` will ask for the loss before it."""
-        return self.needs_trial or self._looks_at_the_loss
+        """Whether the next `step` will ask for the step's own loss."""
+        if not self.waits or self.ramp_end is not None:
+            return False
+        return self.num_steps == 0 or (self.turn_step is not None and self._hold < min(self.target_lr, self.peak))
 
     @property
-    def _looks_at_the_loss(self) -> bool:
-        return self.waits and self.turn_step is not None and self.ramp_end is None
+    def still_waits(self) -> bool:
+        """Whether the ramp waits for the loss to fall, or ended at half of the run while it did."""
+        return self.waits and self._hold < min(self.target_lr, self.peak) and self.level >= self._hold
+
+    @property
+    def _hold(self) -> float:
+        """Where a ramp waits; NaN before the turn, which is in nobody's way."""
+        return _BEYOND * self.turn_lr
 
     def _decide(self, loss_at: LossAt, factor: float, own_warmup: float, slope_at: SlopeAt | None) -> bool:
         if self.num_steps == 0:
@@ -283,18 +312,19 @@ class GuidedWarmup(_Controller):
         else:
             if self.needs_slope and slope_at is not None:
                 self._look_for_the_turn(slope_at, own_warmup)
-            elif self._looks_at_the_loss:
-                self._look_at_the_loss(loss_at(0.0))
             if self.needs_trial and factor > 0:  # at 0 the run is over
                 self._trial(loss_at, factor, own_warmup)
             if self.ramp_end is None:
                 way = max(1.0, self.critical_lr / self.level)
                 self.level *= (way if math.isnan(self.turn_lr) else min(way, _BEYOND)) ** self.rate
         most = min(self.target_lr, self.peak)
-        wait = _BEYOND * self.turn_lr if self.waits and self.turn_step is not None else math.inf
-        at_end = self.level >= most and most <= wait
-        self.waited += self.ramp_end is None and self.level >= wait < most
-        self.level = min(self.level, most, wait)
+        if self.waits and self._hold < most:
+            wait = self._hold / own_warmup
+            self.waited += self.ramp_end is None and self.level >= wait
+            self.level = min(self.level, most, wait)
+            return False
+        at_end = self.level >= most
+        self.level = min(self.level, most)
         return at_end
 
     def _start(self, loss_at: LossAt, own_warmup: float) -> None:
@@ -304,7 +334,6 @@ class GuidedWarmup(_Controller):
         critical_lr = found.value if 0 < found.value < math.inf else found.lower or found.evals[-1][0]
         self.critical_lr = own_warmup * critical_lr
         self.level = self.critical_lr * _START if self.init_lr is None else self.init_lr
-        self.first_loss = loss_at(0.0)
         self.next_trial = self.every
 
     def _look_for_the_turn(self, slope_at: SlopeAt, own_warmup: float) -> None:
@@ -315,16 +344,19 @@ class GuidedWarmup(_Controller):
             self.peak = min(self.peak, self.beyond * self.turn_lr)
 
     def _look_at_the_loss(self, loss: float) -> None:
-        assert self.turn_step is not None
-        early = self.num_steps <= _AFTER * self.turn_step
         if not math.isfinite(loss):
             return  # one such loss would make both means so
+        if self.turn_step is None:
+            self.first_loss = loss
+            return
         if math.isnan(self.recent_loss):
             self.turn_loss = self.recent_loss = loss
-        elif early:
-            self.turn_loss += (loss - self.turn_loss) / (self.num_steps - self.turn_step)
-        self.recent_loss += min(1.0, _RECENT / self.num_steps) * (loss - self.recent_loss)
-        if not early:
+        self.recent_loss += _RECENT / max(self.num_steps, _RECENT * _FEWEST) * (loss - self.recent_loss)
+        # The ramp comes to where it waits 1/ρ steps after the turn.
+        since, after = self.num_steps - self.turn_step, max(_FEWEST, min(_AFTER * self.turn_step, 1 / self.rate))
+        if since <= after:
+            self.turn_loss += (loss - self.turn_loss) / since
+        else:
             fall = _FALL * max(0.0, self.first_loss - self.turn_loss)
             self.waits = self.recent_loss > self.turn_loss - fall
 
@@ -400,11 +432,6 @@ class PersistentCatapult(_Controller):
     def needs_trial(self) -> bool:
         """Whether the next `step` will ask for losses, at least for the one at 0."""
         return not self.handed_over
-
-    @property
-    def needs_loss(self) -> bool:
-        """Whether the next `step` will ask for the loss before it."""
-        return self.needs_trial
 
     @property
     def needs_slope(self) -> bool:

@@ -308,12 +308,10 @@ class WarmupCallback(TrainerCallback):
                 own_warmup = optimizer.own_warmup  # asked for now only: the count of steps may be on the device
             if guide.needs_trial:
                 loss_at = self._loss_at(shards, backend, replay)
-            elif guide.needs_loss:
-                loss_at = functools.partial(_own_loss, backend, replay)
             if has_slope:
                 slope_at = functools.partial(self._momentum_slope, shards, backend)
         ramping, passes, turned = guide.ramp_end is None, guide.num_trials, _turn_lr(guide)
-        lr = guide.step(loss_at, own_warmup, slope_at)
+        lr = guide.step(loss_at, own_warmup, slope_at, lambda: backend.together(lambda: [replay.own_loss()])[0])
         if guide.handed_over:
             # The schedule counts its own steps, of which a resumed or a waiting run may have had more.
             ramp_end = schedule.scheduler.last_epoch
@@ -333,7 +331,7 @@ class WarmupCallback(TrainerCallback):
             logs["warmup/peak_lr"] = guide.level
             record["warmup/warmup_steps"] = guide.num_steps
             if isinstance(guide, GuidedWarmup):
-                record |= {"warmup/waited_steps": guide.waited, "warmup/still_waits": guide.waited > 0 and guide.waits}
+                record |= {"warmup/waited_steps": guide.waited, "warmup/still_waits": guide.still_waits}
         if logs:
             record |= {"warmup/mode": self.arguments.warmup, "warmup/asked": self.arguments.init_lr}
             log(self.trainer, logs, record)
@@ -391,14 +389,6 @@ class WarmupCallback(TrainerCallback):
 def _turn_lr(guide: GuidedWarmup | PersistentCatapult) -> float | None:
     """The learning rate at which the momentum turned, if it has."""
     return guide.turn_lr if isinstance(guide, GuidedWarmup) and not math.isnan(guide.turn_lr) else None
-
-
-def _own_loss(backend: Backend, replay: StepReplay, lr: float) -> float:
-    """The loss that the step had, averaged over the processes; all that is known where nothing can be tried."""
-    loss = replay.own_loss()
-    if lr != 0 or loss is None:
-        return _not_asked(lr)
-    return backend.together(lambda: [loss])[0]
 
 
 def _not_asked(lr: float) -> float:

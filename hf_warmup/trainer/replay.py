@@ -51,7 +51,8 @@ class StepReplay:
         self._steps: list[tuple[list[Any], Tensor | int | None]] = []
         self._random_numbers: RandomNumbers | None = None
         self._attributes: dict[str, Any] = {}
-        self._total: Tensor | None = None  # the step's own loss, as far as it has come
+        self._total: Tensor | None = None  # of those batches, as far as it has come
+        self._own: Tensor | None = None  # of all of the step's
         self._get_batch_samples, self._training_step = trainer.get_batch_samples, trainer.training_step
         self._ends = [wrap(trainer, "get_batch_samples", self._keep)]
         if steps_in_backward:
@@ -62,9 +63,10 @@ class StepReplay:
     def _keep(self, get_batch_samples: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         batches, num_items = get_batch_samples(*args, **kwargs)
         # Copies: a training step may take things out of its batch, put things in, and write into its tensors.
-        kept = batches[: self._num_batches]
-        self._steps, self._total, self._left = [], None, len(kept)
+        self._steps, self._total, self._own, self._left = [], None, None, 0
         if self.keeps():
+            kept = batches[: self._num_batches]
+            self._left = len(kept)
             self._steps.append(([_copy_of_batch(batch) for batch in kept], num_items))
         return batches, num_items
 
@@ -81,12 +83,13 @@ class StepReplay:
         if self._left > 0:
             self._left -= 1
             self._total = loss.clone() if self._total is None else self._total + loss
+        self._own = loss.clone() if self._own is None else self._own + loss
 
     def stop(self) -> None:
         """Let go of the batches and of the trainer."""
         for end in self._ends:
             end()
-        self._steps, self._random_numbers, self._attributes, self._total = [], None, {}, None
+        self._steps, self._random_numbers, self._attributes, self._total, self._own = [], None, {}, None, None
 
     def step_begins(self) -> None:
         """Note the random numbers, and what the trainer has counted, before the step's first micro-batch."""
@@ -128,11 +131,22 @@ class StepReplay:
             None where it has to be measured: if batches were drawn beyond the step's own, or under `torch_compile`,
             whose graphs with and without gradients may round differently.
         """
-        return None if self.num_steps > 1 or self.trainer.args.torch_compile else self.own_loss()
+        if self._total is None or self.num_steps > 1 or self.trainer.args.torch_compile:
+            return None
+        return float(self._total)
 
-    def own_loss(self) -> float | None:
-        """The loss that the step itself had; None before it has one."""
-        return None if self._total is None else float(self._total)
+    def own_loss(self) -> float:
+        """The loss that the step itself had.
+
+        Returns:
+            Of all of its micro-batches together.
+
+        Raises:
+            RuntimeError: If it has had none yet.
+        """
+        if self._own is None:
+            raise RuntimeError("the step has no loss yet: training_step was not called through the trainer")
+        return float(self._own)
 
     @torch.no_grad()
     def losses(self) -> list[Tensor]:

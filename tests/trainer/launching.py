@@ -6,10 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 SCRIPT = Path(__file__).parent / "processes.py"
 LINEAR = {"max_steps": 20, "warmup_steps": 8, "learning_rate": 3e-3, "save_strategy": "steps", "save_steps": 4}
+
+# From the turn of the momentum on the loss of every step is asked for, and a learning rate is tried in few of them.
+WAITING = {
+    **{"max_steps": 20, "warmup": "guided", "warmup_steps": 0, "gi_adam": False, "save_strategy": "no"},
+    **{"init_lr": "0.03", "learning_rate": 1.0, "guide_rate": 0.012, "guide_every": 9},
+}
 
 
 def launch(folder, num_processes, *runs, fails=False, **environment):
@@ -49,6 +56,15 @@ def assert_equal(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+def assert_same_losses_waited_for(seen, reference):
+    """The controller's means, on every process."""
+    alone = reference.processes[0]["controller"]
+    assert alone["turn_step"] < 9
+    for process in seen.processes:
+        for name in ("turn_step", "turn_loss", "recent_loss"):
+            assert process["controller"][name] == pytest.approx(alone[name], rel=1e-4)
 
 
 def assert_same_run(seen, reference):

@@ -83,6 +83,12 @@ def weights(trainer):
     return {name: whole(p.detach()).clone() for name, p in named.items()}
 
 
+def controller(scheduler):
+    """What the controller of guided warmup has come to."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    return getattr(scheduler.lr_lambdas[0], "controller", None)
+
+
 class Watcher(TrainerCallback):
     """Keeps v and the squared gradient of the first step, and kills where it is told to."""
 
@@ -203,6 +209,7 @@ def run(
         "wrapped": type(trainer.model_wrapped).__name__,
         "history": trainer.state.log_history,
         "memory": seen_memory,
+        "controller": controller(trainer.lr_scheduler),
         "counts": [float(state["step"]) for state in innermost(trainer.optimizer).state.values() if "step" in state],
         "buffers": [b.double().sum().item() for b in trainer.model.buffers()],
     }

@@ -11,9 +11,11 @@ import pytest
 
 from launching import (
     LINEAR,
+    WAITING,
     Seen,
     assert_equal,
     assert_one_copy,
+    assert_same_losses_waited_for,
     assert_same_run,
     assert_v0_is_squared_gradient,
     launch,
@@ -27,7 +29,7 @@ GIVEN = {**LINEAR, "init_lr": "3e-4", "save_strategy": "no", "max_grad_norm": 10
 GUIDED = {**LINEAR, "warmup": "guided", "warmup_steps": 0, "guide_every": 2, "guide_rate": 0.2, "learning_rate": 1e-2}
 ADAM = {"max_steps": 1, "warmup_steps": 1, "learning_rate": 30, "max_init_fraction": 1.0, "max_grad_norm": 0.3}
 WATCHED = {**GIVEN, "sharpness_every": 4}
-RUNS = {"linear": UNCLIPPED, "given": GIVEN, "guided": GUIDED, "adam": ADAM, "watched": WATCHED}
+RUNS = {"linear": UNCLIPPED, "given": GIVEN, "guided": GUIDED, "waiting": WAITING, "adam": ADAM, "watched": WATCHED}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,11 @@ def test_the_hessian_is_refused_under_deepspeed(one):
 @sharded
 def test_guided_warmup_is_that_of_one_process(backend, run, one):
     assert_same_run(run(backend, "guided"), Seen(one, "guided"))
+
+
+@sharded
+def test_the_losses_that_a_ramp_waits_for_are_those_of_one_process(backend, run, one):
+    assert_same_losses_waited_for(run(backend, "waiting"), Seen(one, "waiting"))
 
 
 @pytest.mark.parametrize("backend", ["zero2", "zero3", "zero2_bf16", "zero3_bf16"])

@@ -7,9 +7,11 @@ import pytest
 
 from launching import (
     LINEAR,
+    WAITING,
     Seen,
     assert_equal,
     assert_one_copy,
+    assert_same_losses_waited_for,
     assert_same_run,
     assert_v0_is_squared_gradient,
     launch,
@@ -19,8 +21,6 @@ pytestmark = pytest.mark.slow
 
 GIVEN = {**LINEAR, "init_lr": "3e-4", "save_strategy": "no"}  # what the search ends at: its cap
 GUIDED = {**LINEAR, "warmup": "guided", "warmup_steps": 0, "guide_every": 2, "guide_rate": 0.2, "learning_rate": 1e-2}
-# From the turn of the momentum on the loss of every step is asked for, and a learning rate is tried in few of them.
-WAITING = {**GUIDED, "gi_adam": False, "init_lr": "0.03", "learning_rate": 1.0, "guide_rate": 0.012, "guide_every": 9}
 SGD = {"learning_rate": 1e3, "optim": "sgd", "gi_adam": False, "max_init_fraction": 1.0}
 ADAM = {"learning_rate": 30, "max_init_fraction": 1.0, "max_grad_norm": 0.3}
 FOUND = {"max_steps": 1, "warmup_steps": 1}
@@ -29,7 +29,7 @@ RUNS = {
     "linear": {**LINEAR, "max_grad_norm": 100.0},  # so that v is the square of a gradient that is not clipped
     "given": {**GIVEN, "max_grad_norm": 100.0},
     "guided": GUIDED,
-    "waiting": {**WAITING, "save_strategy": "no"},
+    "waiting": WAITING,
     "sgd": {**SGD, **FOUND},
     "adam": {**ADAM, **FOUND},
     "random": {**RANDOM, "max_grad_norm": 100.0},
@@ -104,9 +104,8 @@ def test_the_run_is_that_of_one_process_with_the_same_global_batch(name, two, on
     assert seen.processes[0]["history"] == [*seen.processes[1]["history"][:-1], seen.history[-1]]  # but for times
 
 
-def test_the_run_that_is_to_wait_has_turned(two):
-    (turned,) = [e["step"] for e in Seen(two, "waiting").history if "warmup/turn_lr" in e]
-    assert turned < 9
+def test_the_losses_that_a_ramp_waits_for_are_averaged_over_the_processes(two, one):
+    assert_same_losses_waited_for(Seen(two, "waiting"), Seen(one, "waiting"))
 
 
 def test_accumulation_changes_nothing(one):
