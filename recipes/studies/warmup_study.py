@@ -9,8 +9,8 @@ Every method's target, the length of linear warmup and the growth of the exponen
 after a look at its runs on the former.
 
 A run that is in results/warmup_<part>.csv is not repeated. Parts: `gpt` and `gi` (AdamW and GI-Adam on a GPT),
-`bert` and `modernbert`, `long` (5 times the steps), `short` (fewer steps: how many reach the loss of tuned linear
-warmup), `random` (200 random settings: which runs fail).
+`bert` and `modernbert`, `long` (5 times the steps), `modernbert_long` (4 times), `short` (fewer steps: how many
+reach the loss of tuned linear warmup), `random` (200 random settings: which runs fail).
 """
 
 import argparse
@@ -56,6 +56,7 @@ BERT = replace(DEVELOPMENT["BERT"], width=48, depth=3, steps=2400)
 # LayerNorm before the blocks, rotary positions: one that learns in 600 steps.
 MODERN = replace(BERT, name="modernbert", family="modernbert", steps=600)
 LONG = replace(GPT, name="long", steps=5 * GPT.steps)
+MODERN_LONG = replace(MODERN, name="modernbert_long", steps=4 * MODERN.steps)
 
 
 TITLES = {
@@ -63,6 +64,7 @@ TITLES = {
     "gi": "GPT, GI-Adam (β2 = .95)",
     "bert": "BERT, AdamW (β2 = .98)",
     "modernbert": "ModernBERT, AdamW (β2 = .98)",
+    "modernbert_long": "ModernBERT, 4 times the steps",
     "long": "GPT, 5 times the steps",
 }
 
@@ -144,6 +146,11 @@ def jobs(part: str) -> Iterator[Job]:
         yield from grid(MODERN, "AdamW", {"guided": [{}], **tuned}, lrs)
         yield from grid(MODERN, "RAdam", {"linear": [{}]}, lrs)
         yield from grid(MODERN, "AdamW", {"guided": [{}], "linear": [{"fraction": 0.3}]}, [0.256])
+    if part == "modernbert_long":
+        lrs = targets(1e-3, 7)
+        short, middle = {"linear": [{"fraction": 0.1}]}, {"guided": [{}], "linear": [{"fraction": 0.3}]}
+        yield from grid(MODERN_LONG, "AdamW", short | middle, lrs[2:5], TUNING[:2])
+        yield from grid(MODERN_LONG, "AdamW", middle, lrs, SEEDS)
     if part == "long":
         lrs = [5e-3, 1e-2, 4e-2]
         yield from grid(LONG, "AdamW", {"ramp": [{}], "linear": [{"fraction": f} for f in (0.02, 0.3)]}, lrs, TUNING)
@@ -180,7 +187,7 @@ def jobs(part: str) -> Iterator[Job]:
                 yield Job(setting, optimizer, rule, options, target, seed)
 
 
-PARTS = ("gpt", "random", "gi", "long", "short", "bert", "modernbert")
+PARTS = ("gpt", "random", "gi", "long", "short", "bert", "modernbert", "modernbert_long")
 
 
 def run(job: Job) -> dict[str, Any]:
