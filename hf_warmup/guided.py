@@ -268,7 +268,7 @@ class GuidedWarmup(_Controller):
         self.turn_lr = math.nan
         self.turn_step: int | None = None
         self.first_loss = self.turn_loss = self.recent_loss = math.nan
-        self.waits = self.beyond > _BEYOND  # until the loss has fallen; a peak of 9/4 η_turn has nothing to wait for
+        self.waits = True  # until the loss has fallen; a peak of 9/4 η_turn is never in the way of that
         self.waited = 0
         self.next_trial = 0
         self.estimates: list[float] = []

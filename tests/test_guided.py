@@ -171,6 +171,7 @@ def test_a_loss_that_never_falls_again_is_waited_for_until_half_of_the_run():
     assert guide.waits
     assert guide.ramp_end == 1999
     assert made[2000:] == [max(made)] * 2000 == [2.25 * guide.turn_lr] * 2000
+    assert guide.waited == pytest.approx(made[:2000].count(max(made)), abs=1)
     assert not guide.needs_loss
 
 
@@ -179,6 +180,9 @@ def test_a_short_ramp_and_a_low_target_wait_for_nothing():
     assert (guide.waited, guide.ramp_end - 52) == (0, pytest.approx(80, abs=1.01))
     assert max(made) == guide.beyond * guide.turn_lr == 2.25 * guide.turn_lr
     low = 0.03
+    guide, _ = waiting(80, plateau, target=low)
+    assert guide.ramp_end is None
+    assert not guide.needs_loss
     guide, made = waiting(4000, lambda t: plateau(min(t, 600)), target=low)
     assert guide.turn_lr < low < 2.25 * guide.turn_lr
     assert guide.waited == 0
@@ -221,10 +225,11 @@ def test_a_late_turn_is_judged_by_the_time_that_its_ramp_comes_to_where_it_waits
     assert not guide.waits
 
 
-def test_one_loss_that_is_low_by_chance_does_not_end_the_wait_behind_an_early_turn():
+def test_three_losses_that_are_low_by_chance_do_not_end_the_wait_behind_an_early_turn():
     guide = GuidedWarmup(100.0, 4000, init_lr=0.05)
     for t in range(500):
-        guide.step(fixed_critical_lr(5.0, 5 - 2 * (t > 3) + 0.15 * (-1) ** t), 1.0, lambda lr: -1.0)
+        scatter = 0.6 if t % 6 < 3 else -0.6
+        guide.step(fixed_critical_lr(5.0, 5 - 2 * (t > 3) + scatter), 1.0, lambda lr: -1.0)
     assert guide.turn_step == 6
     assert guide.still_waits
 
@@ -376,32 +381,33 @@ def test_a_first_batch_without_a_critical_lr_still_gives_a_learning_rate(curve):
     assert all(0 < lr <= 1.0 for lr in made)
 
 
-@pytest.mark.parametrize("falls", [0.0, 0.02, 0.04])
+@pytest.mark.parametrize("falls", [0.0, 0.003])
 @pytest.mark.parametrize("turn", [30, 200])
-@pytest.mark.parametrize("stop", [1, 37, 42, 77])
+@pytest.mark.parametrize("stop", [1, 37, 42, 77, 118])
 @pytest.mark.parametrize(
     "make",
     [
         lambda: GuidedWarmup(0.02, 120, lambda x: 1 - x / 240, until="end"),
         lambda: GuidedWarmup(1.0, 120, lambda x: 1 - x / 240),
-        lambda: GuidedWarmup(1.0, 400, lambda x: 1 - x / 800, init_lr=0.02, rate=0.012),
+        lambda: GuidedWarmup(1.0, 400, lambda x: 1 - x / 800, init_lr=0.005, rate=0.012),
         lambda: PersistentCatapult(1.0, 120),
     ],
 )
 def test_a_saved_state_goes_on_exactly(make, stop, turn, falls):
-    critical = lambda t: 0.3 * math.exp(-t / 20) + 1e-4 * (t % 3)  # noqa: E731
+    critical = lambda t: 0.05 + 0.3 * math.exp(-t / 20) + 1e-4 * (t % 3)  # noqa: E731
 
     def step(guide, t):
         losses = fixed_critical_lr(critical(t), start=9 - 0.1 * min(t, turn) - falls * t)
         return guide.step(losses, 1.0, lambda lr: 1.0 if t < turn else -1.0)
 
     whole = make()
-    expected = [step(whole, t) for t in range(120)]
+    num_steps = whole.num_training_steps
+    expected = [step(whole, t) for t in range(num_steps)]
     first = make()
     made = [step(first, t) for t in range(stop)]
     again = make()
     again.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    made += [step(again, t) for t in range(stop, 120)]
+    made += [step(again, t) for t in range(stop, num_steps)]
     assert made == expected
     assert str(again.state_dict()) == str(whole.state_dict())  # a NaN is not equal to itself
 
