@@ -324,7 +324,7 @@ def verdict(report: dict[str, Any]) -> str:
             return (
                 f"From {report['turn_lr']:.3g} on the momentum pointed uphill on new batches, and in half of the run "
                 f"the loss did not fall by another tenth of its first descent: the learning rate waited at {peak:.3g} "
-                "and gave way to the decay. Such a model wants more steps."
+                "and gave way to the decay. Such a model wants more steps, or a slower ramp: a smaller guide_rate."
             )
         if peak < 0.999 * target and _is_late(report):
             return f"The ramp had come to {peak:.3g} at half of the run, and gave way to the decay."

@@ -291,7 +291,7 @@ def test_several_runs_are_compared(make_trainer, folder, tmp_path):
             0.045,
             True,
             "9/4 times where the momentum turned: the loss fell no further in half of the run",
-            "waited at 0.045 and gave way to the decay. Such a model wants more steps.",
+            "waited at 0.045 and gave way to the decay. Such a model wants more steps, or a slower ramp",
         ),
     ],
 )
