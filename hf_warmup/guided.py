@@ -147,9 +147,7 @@ class _Controller(ABC):
         if not 0 < own_warmup <= 1:
             raise ValueError(f"own_warmup must be above 0 and at most 1, got {own_warmup}")
         factor = self._factor()
-        if self.needs_loss:
-            self._look_at_the_loss(loss_at(0.0) if loss_of_step is None else loss_of_step())
-        at_end = self._decide(loss_at, factor, own_warmup, slope_at)
+        at_end = self._decide(loss_at, factor, own_warmup, slope_at, loss_of_step or (lambda: loss_at(0.0)))
         if self.ramp_end is None and (at_end or self.num_steps + 1 >= _LATEST * self.num_training_steps):
             self.ramp_end = self.num_steps
         self.num_steps += 1
@@ -161,17 +159,15 @@ class _Controller(ABC):
             return 1.0
         return self.decay(decay_step(self.num_steps, self.ramp_end, self.num_training_steps))
 
-    @property
-    def needs_loss(self) -> bool:
-        """Whether the next `step` will ask for the step's own loss."""
-        return False
-
-    def _look_at_the_loss(self, loss: float) -> None:
-        """Take in the loss of the present step; of a controller that `needs_loss`."""
-        raise NotImplementedError
-
     @abstractmethod
-    def _decide(self, loss_at: LossAt, factor: float, own_warmup: float, slope_at: SlopeAt | None) -> bool:
+    def _decide(
+        self,
+        loss_at: LossAt,
+        factor: float,
+        own_warmup: float,
+        slope_at: SlopeAt | None,
+        loss_of_step: Callable[[], float],
+    ) -> bool:
         """Set `level`; say whether the ramp has reached its end."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -292,21 +288,33 @@ class GuidedWarmup(_Controller):
     @property
     def needs_loss(self) -> bool:
         """Whether the next `step` will ask for the step's own loss."""
-        if not self.waits or self.ramp_end is not None:
-            return False
-        return self.num_steps == 0 or (self.turn_step is not None and self._hold < min(self.target_lr, self.peak))
+        return self.ramp_end is None and (self.num_steps == 0 or self._is_held)
 
     @property
     def still_waits(self) -> bool:
         """Whether the ramp waits for the loss to fall, or ended at half of the run while it did."""
-        return self.waits and self._hold < min(self.target_lr, self.peak) and self.level >= self._hold
+        return self._is_held and self.level >= self._hold
 
     @property
     def _hold(self) -> float:
-        """Where a ramp waits; NaN before the turn, which is in nobody's way."""
+        """Where a ramp waits; NaN before the turn."""
         return _BEYOND * self.turn_lr
 
-    def _decide(self, loss_at: LossAt, factor: float, own_warmup: float, slope_at: SlopeAt | None) -> bool:
+    @property
+    def _is_held(self) -> bool:
+        """Whether the ramp is to wait on its way; not before the turn, as nothing is more than NaN."""
+        return self.waits and self._hold < min(self.target_lr, self.peak)
+
+    def _decide(
+        self,
+        loss_at: LossAt,
+        factor: float,
+        own_warmup: float,
+        slope_at: SlopeAt | None,
+        loss_of_step: Callable[[], float],
+    ) -> bool:
+        if self.needs_loss:
+            self._look_at_the_loss(loss_of_step())
         if self.num_steps == 0:
             self._start(loss_at, own_warmup)
         else:
@@ -318,7 +326,7 @@ class GuidedWarmup(_Controller):
                 way = max(1.0, self.critical_lr / self.level)
                 self.level *= (way if math.isnan(self.turn_lr) else min(way, _BEYOND)) ** self.rate
         most = min(self.target_lr, self.peak)
-        if self.waits and self._hold < most:
+        if self._is_held:
             wait = self._hold / own_warmup
             self.waited += self.ramp_end is None and self.level >= wait
             self.level = min(self.level, most, wait)
@@ -438,7 +446,19 @@ class PersistentCatapult(_Controller):
         """No."""
         return False
 
-    def _decide(self, loss_at: LossAt, factor: float, own_warmup: float, slope_at: SlopeAt | None) -> bool:
+    @property
+    def needs_loss(self) -> bool:
+        """No."""
+        return False
+
+    def _decide(
+        self,
+        loss_at: LossAt,
+        factor: float,
+        own_warmup: float,
+        slope_at: SlopeAt | None,
+        loss_of_step: Callable[[], float],
+    ) -> bool:
         if not self.handed_over and (self.num_steps == 0 or loss_at(0.0) < self.loss):
             self.loss = loss_at(0.0)
             found = self._search(loss_at, guess=self.level, target=self.target_lr, method="paper", delta=self.delta)

@@ -394,10 +394,9 @@ def test_a_first_batch_without_a_critical_lr_still_gives_a_learning_rate(curve):
     ],
 )
 def test_a_saved_state_goes_on_exactly(make, stop, turn, falls):
-    critical = lambda t: 0.05 + 0.3 * math.exp(-t / 20) + 1e-4 * (t % 3)  # noqa: E731
-
     def step(guide, t):
-        losses = fixed_critical_lr(critical(t), start=9 - 0.1 * min(t, turn) - falls * t)
+        critical = 0.05 + 0.3 * math.exp(-t / 20) + 1e-4 * (t % 3)
+        losses = fixed_critical_lr(critical, start=9 - 0.1 * min(t, turn) - falls * t)
         return guide.step(losses, 1.0, lambda lr: 1.0 if t < turn else -1.0)
 
     whole = make()

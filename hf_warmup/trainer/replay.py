@@ -46,13 +46,11 @@ class StepReplay:
         self.trainer = trainer
         self.keeps = keeps
         self._num_batches = num_batches
-        self._left = 0  # micro-batches whose loss is still to come
         # Of each step its batches and their number of items: the step itself, then those that `draw` added.
         self._steps: list[tuple[list[Any], Tensor | int | None]] = []
         self._random_numbers: RandomNumbers | None = None
         self._attributes: dict[str, Any] = {}
-        self._total: Tensor | None = None  # of those batches, as far as it has come
-        self._own: Tensor | None = None  # of all of the step's
+        self._losses: list[Tensor] = []  # that the step's own micro-batches had so far
         self._get_batch_samples, self._training_step = trainer.get_batch_samples, trainer.training_step
         self._ends = [wrap(trainer, "get_batch_samples", self._keep)]
         if steps_in_backward:
@@ -63,11 +61,9 @@ class StepReplay:
     def _keep(self, get_batch_samples: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         batches, num_items = get_batch_samples(*args, **kwargs)
         # Copies: a training step may take things out of its batch, put things in, and write into its tensors.
-        self._steps, self._total, self._own, self._left = [], None, None, 0
+        self._steps, self._losses = [], []
         if self.keeps():
-            kept = batches[: self._num_batches]
-            self._left = len(kept)
-            self._steps.append(([_copy_of_batch(batch) for batch in kept], num_items))
+            self._steps.append(([_copy_of_batch(batch) for batch in batches[: self._num_batches]], num_items))
         return batches, num_items
 
     def _step_and_add(self, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -80,16 +76,13 @@ class StepReplay:
         return backward(loss, **kwargs)
 
     def _add(self, loss: Tensor) -> None:
-        if self._left > 0:
-            self._left -= 1
-            self._total = loss.clone() if self._total is None else self._total + loss
-        self._own = loss.clone() if self._own is None else self._own + loss
+        self._losses.append(loss.clone())
 
     def stop(self) -> None:
         """Let go of the batches and of the trainer."""
         for end in self._ends:
             end()
-        self._steps, self._random_numbers, self._attributes, self._total, self._own = [], None, {}, None, None
+        self._steps, self._random_numbers, self._attributes, self._losses = [], None, {}, []
 
     def step_begins(self) -> None:
         """Note the random numbers, and what the trainer has counted, before the step's first micro-batch."""
@@ -131,9 +124,9 @@ class StepReplay:
             None where it has to be measured: if batches were drawn beyond the step's own, or under `torch_compile`,
             whose graphs with and without gradients may round differently.
         """
-        if self._total is None or self.num_steps > 1 or self.trainer.args.torch_compile:
+        if self.num_steps != 1 or not self._losses or self.trainer.args.torch_compile:
             return None
-        return float(self._total)
+        return float(sum(self._losses[: self._num_batches]))
 
     def own_loss(self) -> float:
         """The loss that the step itself had.
@@ -144,9 +137,9 @@ class StepReplay:
         Raises:
             RuntimeError: If it has had none yet.
         """
-        if self._own is None:
+        if not self._losses:
             raise RuntimeError("the step has no loss yet: training_step was not called through the trainer")
-        return float(self._own)
+        return float(sum(self._losses))
 
     @torch.no_grad()
     def losses(self) -> list[Tensor]:

@@ -174,7 +174,14 @@ class PacedWarmup(GuidedWarmup):
         self.turn_step = 0
         self.rose: bool | None = None
 
-    def _decide(self, loss_at: LossAt, factor: float, own_warmup: float, slope_at: LossAt | None) -> bool:
+    def _decide(
+        self,
+        loss_at: LossAt,
+        factor: float,
+        own_warmup: float,
+        slope_at: LossAt | None,
+        loss_of_step: Callable[[], float],
+    ) -> bool:
         if self.num_steps == 0:
             self._start(loss_at, own_warmup)
             self.level = self.start * self.critical_lr
@@ -247,13 +254,20 @@ class WaitingWarmup(GuidedWarmup):
         self.losses: list[float] = []
         self.since: list[float] = []
 
-    def _decide(self, loss_at: LossAt, factor: float, own_warmup: float, slope_at: LossAt | None) -> bool:
+    def _decide(
+        self,
+        loss_at: LossAt,
+        factor: float,
+        own_warmup: float,
+        slope_at: LossAt | None,
+        loss_of_step: Callable[[], float],
+    ) -> bool:
         if self.ramp_end is None:
             self.losses.append(loss_at(0.0))
         before, rate = self.level, self.rate
         if self.fell:
             self.rate = max(rate, self.fast)
-        at_end = super()._decide(loss_at, factor, own_warmup, slope_at)
+        at_end = super()._decide(loss_at, factor, own_warmup, slope_at, loss_of_step)
         self.rate = rate
         if self.num_steps == 0:
             self.level = self.start * self.critical_lr
@@ -276,17 +290,14 @@ class WaitingWarmup(GuidedWarmup):
         return now <= self.turn_loss - self.fall * (self.losses[0] - self.turn_loss)
 
 
-def paced(setting: Setting, optimizer: str, target: float, turn: bool = True, **options: Any) -> Guided:
-    """`PacedWarmup` as a rule."""
-    rule = Guided(setting, optimizer, target, turn)
-    rule.guide = PacedWarmup(target, setting.steps, **options)
-    return rule
+def guided_by(controller: Callable[..., GuidedWarmup]) -> Callable[..., Guided]:
+    """A controller of our own as a rule."""
 
+    def rule(setting: Setting, optimizer: str, target: float, turn: bool = True, **options: Any) -> Guided:
+        made = Guided(setting, optimizer, target, turn)
+        made.guide = controller(target, setting.steps, **options)
+        return made
 
-def waits(setting: Setting, optimizer: str, target: float, **options: Any) -> Guided:
-    """`WaitingWarmup` as a rule."""
-    rule = Guided(setting, optimizer, target)
-    rule.guide = WaitingWarmup(target, setting.steps, **options)
     return rule
 
 
@@ -312,8 +323,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "track": Track,
     "ratchet": Ratchet,
     "guided": Guided,  # as it is now: relax, and a decay that begins when the ramp has ended
-    "paced": paced,
-    "waits": waits,
+    "paced": guided_by(PacedWarmup),
+    "waits": guided_by(WaitingWarmup),
     "path": path,
     "linear": linear,
     "ramp": ramp,

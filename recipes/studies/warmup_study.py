@@ -148,10 +148,9 @@ def jobs(part: str) -> Iterator[Job]:
         yield from grid(MODERN, "AdamW", {"guided": [{}], "linear": [{"fraction": 0.3}]}, [0.256])
     if part == "modernbert_long":
         lrs = targets(1e-3, 7)
-        yield from grid(MODERN_LONG, "AdamW", {"linear": [{"fraction": 0.1}]}, lrs[2:5], TUNING[:2])
-        both = {"guided": [{}], "linear": [{"fraction": 0.3}]}
-        yield from grid(MODERN_LONG, "AdamW", both, lrs[2:5], TUNING[:2])
-        yield from grid(MODERN_LONG, "AdamW", both, lrs, SEEDS)
+        tuned = {"linear": [{"fraction": f} for f in (0.1, 0.3)]}
+        yield from grid(MODERN_LONG, "AdamW", {"guided": [{}], **tuned}, lrs[2:5], TUNING[:2])
+        yield from grid(MODERN_LONG, "AdamW", {"guided": [{}], "linear": [{"fraction": 0.3}]}, lrs, SEEDS)
     if part == "long":
         lrs = [5e-3, 1e-2, 4e-2]
         yield from grid(LONG, "AdamW", {"ramp": [{}], "linear": [{"fraction": f} for f in (0.02, 0.3)]}, lrs, TUNING)

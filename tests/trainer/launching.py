@@ -11,12 +11,10 @@ import torch
 
 SCRIPT = Path(__file__).parent / "processes.py"
 LINEAR = {"max_steps": 20, "warmup_steps": 8, "learning_rate": 3e-3, "save_strategy": "steps", "save_steps": 4}
-
+GUIDED = {**LINEAR, "warmup": "guided", "warmup_steps": 0, "guide_every": 2, "guide_rate": 0.2, "learning_rate": 1e-2}
 # From the turn of the momentum on the loss of every step is asked for, and a learning rate is tried in few of them.
-WAITING = {
-    **{"max_steps": 20, "warmup": "guided", "warmup_steps": 0, "gi_adam": False, "save_strategy": "no"},
-    **{"init_lr": "0.03", "learning_rate": 1.0, "guide_rate": 0.012, "guide_every": 9},
-}
+WAITS = {"gi_adam": False, "init_lr": "0.03", "learning_rate": 1.0, "guide_rate": 0.012}
+WAITING = {**GUIDED, **WAITS, "guide_every": 9, "save_strategy": "no"}
 
 
 def launch(folder, num_processes, *runs, fails=False, **environment):

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from launching import (
+    GUIDED,
     LINEAR,
     WAITING,
     Seen,
@@ -26,7 +27,6 @@ pytestmark = pytest.mark.slow
 
 UNCLIPPED = {**LINEAR, "max_grad_norm": 100.0}
 GIVEN = {**LINEAR, "init_lr": "3e-4", "save_strategy": "no", "max_grad_norm": 100.0}
-GUIDED = {**LINEAR, "warmup": "guided", "warmup_steps": 0, "guide_every": 2, "guide_rate": 0.2, "learning_rate": 1e-2}
 ADAM = {"max_steps": 1, "warmup_steps": 1, "learning_rate": 30, "max_init_fraction": 1.0, "max_grad_norm": 0.3}
 WATCHED = {**GIVEN, "sharpness_every": 4}
 RUNS = {"linear": UNCLIPPED, "given": GIVEN, "guided": GUIDED, "waiting": WAITING, "adam": ADAM, "watched": WATCHED}

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from hf_warmup import GIAdamW, loss_after_step, momentum_slope
 from hf_warmup.trainer import WarmupArguments, WarmupCallback, warmup_report
 
+from launching import WAITS
 from tiny import start_of
 
 GUIDED = {"warmup": "guided", "warmup_steps": 0, "max_steps": 24, "guide_every": 2, "guide_rate": 0.1}
@@ -173,9 +174,6 @@ def test_a_resumed_run_is_bitwise_the_same(make_trainer, tmp_path, mode, stop):
     assert critical_lrs(resumed) == critical_lrs(whole)
 
 
-WAITS = {"gi_adam": False, "guide_rate": 0.012, "init_lr": "0.03", "learning_rate": 1.0, "max_steps": 220}
-
-
 class OnAPlateau(Trainer):
     """Has a loss with a first descent of 50 nats, which what it learns later is nothing against; keeps it."""
 
@@ -188,7 +186,11 @@ class OnAPlateau(Trainer):
 
 @pytest.mark.parametrize("num", [0, 1])
 def test_what_a_long_ramp_waits_for_is_the_loss_of_the_steps_themselves(make_trainer, tmp_path, num):
-    options = GUIDED | WAITS | {"gradient_accumulation_steps": 2, "guide_micro_batches": num, "guide_every": 7}
+    options = (
+        GUIDED
+        | WAITS
+        | {"max_steps": 220, "gradient_accumulation_steps": 2, "guide_micro_batches": num, "guide_every": 7}
+    )
     trainer = make_trainer(OnAPlateau, **options)
     rates = train(trainer)
     ((turned, turn_lr),) = logged(trainer, "warmup/turn_lr")
@@ -213,7 +215,7 @@ def test_what_a_long_ramp_waits_for_is_the_loss_of_the_steps_themselves(make_tra
 
 
 def test_a_run_that_waits_is_resumed_bitwise(make_trainer, tmp_path):
-    options = GUIDED | WAITS | {"save_strategy": "steps", "save_steps": 60}
+    options = GUIDED | WAITS | {"max_steps": 220, "save_strategy": "steps", "save_steps": 60}
     whole = make_trainer(OnAPlateau, **options)
     rates = train(whole)
     assert warmup_report(whole)["waited_steps"] > 3

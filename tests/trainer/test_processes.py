@@ -6,6 +6,7 @@ accelerate shards on accelerators only: FSDP2 runs on these CPUs because process
 import pytest
 
 from launching import (
+    GUIDED,
     LINEAR,
     WAITING,
     Seen,
@@ -20,7 +21,6 @@ from launching import (
 pytestmark = pytest.mark.slow
 
 GIVEN = {**LINEAR, "init_lr": "3e-4", "save_strategy": "no"}  # what the search ends at: its cap
-GUIDED = {**LINEAR, "warmup": "guided", "warmup_steps": 0, "guide_every": 2, "guide_rate": 0.2, "learning_rate": 1e-2}
 SGD = {"learning_rate": 1e3, "optim": "sgd", "gi_adam": False, "max_init_fraction": 1.0}
 ADAM = {"learning_rate": 30, "max_init_fraction": 1.0, "max_grad_norm": 0.3}
 FOUND = {"max_steps": 1, "warmup_steps": 1}
