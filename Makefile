@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 
 DEEPSPEED := $(VENV)/.deepspeed
 
-.PHONY: demo test smoke test-deepspeed deepspeed lint types studies studies-smoke clean
+.PHONY: demo test smoke test-gpu test-deepspeed deepspeed lint types studies studies-smoke clean
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml \
@@ -28,6 +28,12 @@ test: $(READY)
 # Every recipe for three steps, on one process and on two; kills and signals; fine-tuning; the studies' runner.
 smoke: $(READY)
 	$(BIN)/python -m pytest -m smoke $(TWO)
+
+# The trainings of these tests on a GPU, and what only a GPU has. Needs a torch that sees one.
+GPU_TESTS := $(addprefix tests/trainer/test_,cuda.py callback.py every_trainer.py guided_trainer.py sharpness_callback.py)
+
+test-gpu: $(READY)
+	HF_WARMUP_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -n 4 $(GPU_TESTS)
 
 test-deepspeed: $(DEEPSPEED)
 	$(BIN)/python -m pytest tests/trainer/test_deepspeed.py tests/recipes/test_pretrain.py -k deepspeed

@@ -271,7 +271,9 @@ def _moving(optimizer: Optimizer, lr: float, module: nn.Module | None, shards: S
 
 
 def _slope(updates: Iterable[tuple[Tensor, Shard]]) -> float:
-    return sum(float((u * shard.grad(0, u.numel())).sum(dtype=torch.float64)) for u, shard in updates)
+    parts = [(u * shard.grad(0, u.numel())).sum(dtype=torch.float64) for u, shard in updates]
+    # One wait for the device, and a sum in the order of the parameters.
+    return sum(torch.stack([part.to(parts[0].device) for part in parts]).tolist()) if parts else 0.0
 
 
 @contextmanager

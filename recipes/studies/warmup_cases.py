@@ -2,12 +2,14 @@
 
 import functools
 import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -21,11 +23,13 @@ from transformers import (
 )
 
 from hf_warmup import GIAdamW, loss_after_step
+from hf_warmup.probe import RandomNumbers
 
 from peer_optimizers import make_peer
 from search_cases import TEXT, image_batches
 
 MASK, EVAL_BATCHES = 0, 8
+STREAMS = Path(__file__).parents[2] / "runs" / "streams"
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class Setting:
 
     name: str
     family: str = "gpt"  # gpt, bert, modernbert, llama or cnn
-    tokens: str = "bytes"  # or "bpe": 512 pieces
-    text: str = "shakespeare"  # or "code": Python's own standard library
+    tokens: str = "bytes"  # or "bpe": 512 pieces; "bpe8192": so many
+    text: str = "shakespeare"  # or "code": Python's own standard library; "packages": torch and transformers
     width: int = 64
     depth: int = 4
     context: int = 64
@@ -47,10 +51,12 @@ class Setting:
     dropout: float = 0.0
     init_scale: float = 1.0
     norm: bool = False  # of the CNN: a LayerNorm over channels and pixels behind every convolution
+    head: int = 16  # width of an attention head
+    device: str = "cpu"  # or "cuda": with bf16 autocast
 
     @property
     def vocab(self) -> int:
-        return 512 if self.tokens == "bpe" else 128
+        return {"bytes": 128, "bpe": 512}.get(self.tokens) or int(self.tokens.removeprefix("bpe"))
 
 
 A = Setting("A")
@@ -76,29 +82,44 @@ DEVELOPMENT = {s.name: s for s in (A, B, BERT, MODERN, CNN)}
 @functools.cache
 def stream(setting: Setting) -> tuple[Tensor, Tensor]:
     """The token stream: what is trained on, and the held-out last tenth."""
-    if setting.text == "shakespeare":
-        raw = TEXT.read_bytes()
-    else:  # every file of the standard library's top level, in the order of its name
-        files = sorted(Path(functools.__file__).parent.glob("*.py"))
-        raw = b"".join(file.read_bytes() for file in files)
-        raw = bytes(b for b in raw if b < 128)[:2_000_000]
-    if setting.tokens == "bytes":
-        ids = torch.frombuffer(bytearray(raw), dtype=torch.uint8).long()
-    else:
-        ids = torch.tensor(_bpe(raw.decode("ascii")))
+    # Long to make, and the same in every process: `make_stream` writes it down.
+    kept = STREAMS / f"{setting.text}-{setting.tokens}.pt"
+    ids = torch.load(kept).long() if kept.exists() else torch.tensor(_ids(setting))
     cut = int(0.9 * len(ids))
     return ids[:cut], ids[cut:]
 
 
-def _bpe(text: str) -> list[int]:
+def make_stream(setting: Setting) -> None:
+    """Make the token stream once, for all processes to come."""
+    STREAMS.mkdir(parents=True, exist_ok=True)
+    torch.save(torch.cat(stream(setting)).int(), STREAMS / f"{setting.text}-{setting.tokens}.pt")
+
+
+def _ids(setting: Setting) -> list[int]:
+    if setting.text == "shakespeare":
+        raw = TEXT.read_bytes()
+    elif setting.text == "code":  # every file of the standard library's top level, in the order of its name
+        files = sorted(Path(functools.__file__).parent.glob("*.py"))
+        raw = b"".join(file.read_bytes() for file in files)
+        raw = bytes(b for b in raw if b < 128)[:2_000_000]
+    else:  # 60 MB of the files of two packages, in an order that has nothing to do with their names
+        folders = [Path(package.__file__).parent for package in (torch, transformers)]
+        files = sorted((str(file.relative_to(f.parent)), file) for f in folders for file in f.rglob("*.py"))
+        random.Random(0).shuffle(files)
+        raw = b"".join(file.read_bytes() for _, file in files)[:60_000_000]
+        raw = raw.decode("ascii", "ignore").encode()
+    return list(raw) if setting.tokens == "bytes" else _bpe(raw.decode("ascii"), setting.vocab)
+
+
+def _bpe(text: str, size: int) -> list[int]:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=512, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     lines = text.splitlines(keepends=True)
-    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.train_from_iterator(lines[:200_000], trainer)
     return [i for encoding in tokenizer.encode_batch(lines) for i in encoding.ids]
 
 
@@ -113,7 +134,7 @@ def windows(setting: Setting, held_out: bool, generator: torch.Generator) -> Ite
 def make_model(setting: Setting) -> nn.Module:
     """The model at initialization, of torch's present random numbers."""
     s = setting
-    heads = max(1, s.width // 16)
+    heads = max(1, s.width // s.head)
     if s.family == "gpt":
         config = GPT2Config(
             vocab_size=s.vocab,
@@ -203,7 +224,13 @@ def losses(setting: Setting, model: nn.Module, held_out: bool, seed: int) -> Ite
             inputs, labels = ids.masked_fill(masked, MASK), ids.masked_fill(~masked, -100)
         else:
             inputs, labels = ids, ids
-        yield lambda inputs=inputs, labels=labels: model(input_ids=inputs, labels=labels).loss
+        inputs, labels = inputs.to(setting.device), labels.to(setting.device)
+        yield functools.partial(_loss, setting, model, inputs, labels)
+
+
+def _loss(setting: Setting, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    with torch.autocast(setting.device, torch.bfloat16, enabled=setting.device != "cpu"):
+        return model(input_ids=inputs, labels=labels).loss
 
 
 @functools.cache
@@ -259,7 +286,7 @@ def make_optimizer(name: str, setting: Setting, model: nn.Module) -> Any:
 def train(setting: Setting, optimizer_name: str, rule: Rule, seed: int) -> dict[str, Any]:
     """One run: its losses, its largest learning rate, and what it cost."""
     torch.manual_seed(seed)
-    model = make_model(setting)
+    model = make_model(setting).to(setting.device)
     model.train()
     optimizer = make_optimizer(optimizer_name, setting, model)
     batches = losses(setting, model, False, seed)
@@ -271,9 +298,9 @@ def train(setting: Setting, optimizer_name: str, rule: Rule, seed: int) -> dict[
         optimizer.train()
     probes, failed, first, peak = 0, False, math.nan, 0.0
     for step, loss_fn in zip(range(setting.steps), batches, strict=False):
-        state = torch.get_rng_state()
+        before = RandomNumbers()
         loss = loss_fn()
-        after = torch.get_rng_state()
+        after = RandomNumbers()
         optimizer.zero_grad()
         loss.backward()
         if setting.clip:
@@ -284,21 +311,21 @@ def train(setting: Setting, optimizer_name: str, rule: Rule, seed: int) -> dict[
         def loss_at(
             lr: float,
             loss_fn: Callable = loss_fn,
-            state: Tensor = state,
+            before: RandomNumbers = before,
             value: float = value,
         ) -> float:
             nonlocal probes
             if lr == 0:
                 return value
             probes += 1
-            torch.set_rng_state(state)  # the same dropout as the step's own forward pass
+            before.restore()  # the same dropout as the step's own forward pass
             return loss_after_step(optimizer, loss_fn, lr)
 
         if step == 0 and hasattr(rule, "begin"):
-            torch.set_rng_state(state)
+            before.restore()
             rule.begin(optimizer, model, loss_fn)
         lr = rule(step, loss_at)
-        torch.set_rng_state(after)
+        after.restore()
         if lr is None:
             break
         for group in optimizer.param_groups:

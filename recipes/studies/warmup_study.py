@@ -10,7 +10,8 @@ after a look at its runs on the former.
 
 A run that is in results/warmup_<part>.csv is not repeated. Parts: `gpt` and `gi` (AdamW and GI-Adam on a GPT),
 `bert` and `modernbert`, `long` (5 times the steps), `modernbert_long` (4 times), `short` (fewer steps: how many
-reach the loss of tuned linear warmup), `random` (200 random settings: which runs fail).
+reach the loss of tuned linear warmup), `random` (200 random settings: which runs fail), and on a GPU `gpu`
+(a GPT of 14M parameters, on which seed 0 chooses).
 """
 
 import argparse
@@ -36,7 +37,7 @@ from hf_warmup.guided import EVERY
 
 import evidence
 from evidence import Claim
-from warmup_cases import DEVELOPMENT, Setting, train, unigram_entropy
+from warmup_cases import DEVELOPMENT, Setting, make_stream, train, unigram_entropy
 from warmup_rules import RULES
 
 NAME = "warmup_study"
@@ -46,6 +47,7 @@ SEEDS = (10, 11, 12)
 FRESH = (20, 21, 22)
 REPORTED = (*SEEDS, *FRESH)
 FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
+GPU_FRACTION = 0.1  # of the lengths that were tried on seed 0 the best one
 NEAR = 0.05  # nats
 NO_TURN = {"turn": False}  # the momentum's turn is not looked for
 UNTUNED = ("sqrt(1-b2^t)", "untuned linear", "untuned exponential", "ramp", "guided")
@@ -57,7 +59,22 @@ BERT = replace(DEVELOPMENT["BERT"], width=48, depth=3, steps=2400)
 MODERN = replace(BERT, name="modernbert", family="modernbert", steps=600)
 LONG = replace(GPT, name="long", steps=5 * GPT.steps)
 MODERN_LONG = replace(MODERN, name="modernbert_long", steps=4 * MODERN.steps)
-
+# 14M parameters, 16,384 tokens a step.
+GPU = Setting(
+    "gpu",
+    tokens="bpe8192",
+    text="packages",
+    width=384,
+    depth=6,
+    head=64,
+    context=256,
+    batch=64,
+    steps=1000,
+    beta2=0.95,
+    weight_decay=0.1,
+    clip=1.0,
+    device="cuda",
+)
 
 TITLES = {
     "gpt": "GPT, AdamW (β2 = .95)",
@@ -66,6 +83,7 @@ TITLES = {
     "modernbert": "ModernBERT, AdamW (β2 = .98)",
     "modernbert_long": "ModernBERT, 4 times the steps",
     "long": "GPT, 5 times the steps",
+    "gpu": "GPT of 14M parameters on a GPU, bf16 (β2 = .95)",
 }
 
 
@@ -158,6 +176,11 @@ def jobs(part: str) -> Iterator[Job]:
     if part == "short":
         for steps in (180, 210, 240, 270):
             yield from grid(replace(GPT, name="short", steps=steps), "AdamW", {"guided": [{}]}, [1e-2, 2e-2], SEEDS)
+    if part == "gpu":
+        lrs = targets(2.5e-4, 8)
+        lengths = {"linear": [{"fraction": f} for f in (0.02, 0.1, 0.3)]}
+        yield from grid(GPU, "AdamW", {"guided": [{}], **lengths}, lrs, TUNING[:1])
+        yield from grid(GPU, "AdamW", {"guided": [{}], "linear": [{"fraction": GPU_FRACTION}]}, lrs, SEEDS)
     if part == "random":
         generator = torch.Generator().manual_seed(2026)
 
@@ -187,7 +210,7 @@ def jobs(part: str) -> Iterator[Job]:
                 yield Job(setting, optimizer, rule, options, target, seed)
 
 
-PARTS = ("gpt", "random", "gi", "long", "short", "bert", "modernbert", "modernbert_long")
+PARTS = ("gpt", "random", "gi", "long", "short", "bert", "modernbert", "modernbert_long", "gpu")
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -212,6 +235,10 @@ def finish(part: str, processes: int) -> None:
     missing = list({job.key(): job for job in jobs(part) if job.key() not in done}.values())
     if not missing:
         return
+    if part == "gpu":
+        if not torch.cuda.is_available():
+            raise ValueError("part gpu needs a GPU, and torch finds none")
+        make_stream(GPU)
     path = RESULTS / f"warmup_{part}.csv"
     # Threads that wait for work by spinning would slow down the other processes.
     with get_context("spawn").Pool(processes) as pool, open(path, "a", newline="") as file:
@@ -517,7 +544,8 @@ def report() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=PARTS)
+    here = [part for part in PARTS if part != "gpu" or torch.cuda.is_available()]
+    parser.add_argument("parts", nargs="*", default=here)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--table", action="store_true", help="make no runs")
     args = parser.parse_args()

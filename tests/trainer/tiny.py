@@ -1,18 +1,23 @@
 """A tiny Llama and its data, for tests in this process and in others."""
 
+import os
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCAB, LENGTH = 50, 16
 
-# TrainingArguments' options of a short, quiet run on the CPU that logs every step.
+# `make test-gpu` runs the same trainings on a GPU.
+DEVICE = os.environ.get("HF_WARMUP_TEST_DEVICE", "cpu")
+
+# TrainingArguments' options of a short, quiet run that logs every step.
 OPTIONS = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": "none",
-    "use_cpu": True,
+    "use_cpu": DEVICE == "cpu",
     "disable_tqdm": True,
 }
 
