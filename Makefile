@@ -29,11 +29,12 @@ test: $(READY)
 smoke: $(READY)
 	$(BIN)/python -m pytest -m smoke $(TWO)
 
-# The trainings of these tests on a GPU, and what only a GPU has. Needs a torch that sees one.
+# The trainings of these tests on a GPU, and what only a GPU has. Needs a torch that sees one, whose warnings no test
+# here has seen.
 GPU_TESTS := $(addprefix tests/trainer/test_,cuda.py callback.py every_trainer.py guided_trainer.py sharpness_callback.py)
 
 test-gpu: $(READY)
-	HF_WARMUP_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -n 4 $(GPU_TESTS)
+	HF_WARMUP_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -n 4 -W default $(GPU_TESTS)
 
 test-deepspeed: $(DEEPSPEED)
 	$(BIN)/python -m pytest tests/trainer/test_deepspeed.py tests/recipes/test_pretrain.py -k deepspeed

@@ -59,7 +59,7 @@ BERT = replace(DEVELOPMENT["BERT"], width=48, depth=3, steps=2400)
 MODERN = replace(BERT, name="modernbert", family="modernbert", steps=600)
 LONG = replace(GPT, name="long", steps=5 * GPT.steps)
 MODERN_LONG = replace(MODERN, name="modernbert_long", steps=4 * MODERN.steps)
-# 14M parameters, 16,384 tokens a step.
+# 14M parameters, 8,192 tokens a step.
 GPU = Setting(
     "gpu",
     tokens="bpe8192",
@@ -68,7 +68,7 @@ GPU = Setting(
     depth=6,
     head=64,
     context=256,
-    batch=64,
+    batch=32,
     steps=1000,
     beta2=0.95,
     weight_decay=0.1,
@@ -177,10 +177,11 @@ def jobs(part: str) -> Iterator[Job]:
         for steps in (180, 210, 240, 270):
             yield from grid(replace(GPT, name="short", steps=steps), "AdamW", {"guided": [{}]}, [1e-2, 2e-2], SEEDS)
     if part == "gpu":
-        lrs = targets(2.5e-4, 8)
+        lrs = targets(5e-4, 7)
         lengths = {"linear": [{"fraction": f} for f in (0.02, 0.1, 0.3)]}
         yield from grid(GPU, "AdamW", {"guided": [{}], **lengths}, lrs, TUNING[:1])
-        yield from grid(GPU, "AdamW", {"guided": [{}], "linear": [{"fraction": GPU_FRACTION}]}, lrs, SEEDS)
+        yield from grid(GPU, "AdamW", {"guided": [{}]}, lrs, SEEDS)
+        yield from grid(GPU, "AdamW", {"linear": [{"fraction": GPU_FRACTION}]}, lrs, SEEDS)
     if part == "random":
         generator = torch.Generator().manual_seed(2026)
 

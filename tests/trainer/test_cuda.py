@@ -15,7 +15,10 @@ from hf_warmup.trainer import WarmupCallback
 
 from tiny import DEVICE, make_dataset, make_model
 
-pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="of a GPU: make test-gpu")
+pytestmark = [
+    pytest.mark.skipif(DEVICE != "cuda", reason="of a GPU: make test-gpu"),
+    pytest.mark.filterwarnings("ignore:.*capturable", "ignore:Synchronization debug mode"),
+]
 
 GUIDED = {"warmup": "guided", "warmup_steps": 0, "max_steps": 24, "guide_every": 2, "guide_rate": 0.1}
 KERNELS = [{"fused": True}, {"foreach": True}, {"foreach": False}, {"capturable": True}]

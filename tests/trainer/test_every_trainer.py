@@ -108,7 +108,8 @@ class Counting(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.calls, self.losses, self.sum, self.square = 0, {"train": []}, torch.zeros(()), None
+        self.calls, self.losses, self.square = 0, {"train": []}, None
+        self.sum = torch.zeros((), device=self.args.device)
 
     def compute_loss(self, *args, **kwargs):
         self.calls += 1
