@@ -44,9 +44,9 @@ _ELEMENTWISE = {
     getattr(torch.optim, name)
     for name in ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 } | {GIAdamW}
-# Elements stepped at once: at least so many, and at most about this part of all. A multiple of 64, so that a
-# kernel cuts a piece into the same vectors as the whole.
-_PIECE, _PIECES = 2**14, 80
+# Elements stepped at once: at least so many, and at most about one part in so many of all; larger parts where no
+# parameter is copied but those. A multiple of 64, so that a kernel cuts a piece into the same vectors as the whole.
+_PIECE, _PIECES, _FEW_PIECES = 2**14, 80, 8
 
 
 @dataclass
@@ -63,6 +63,10 @@ class Shard:
     tensor: Tensor
     grad: Callable[[int, int], Tensor]
     state: dict[str, Any]
+
+    def whole_grad(self) -> Tensor:
+        """Its gradient, of all elements."""
+        return self.grad(0, self.tensor.numel())
 
 
 class Shards:
@@ -106,7 +110,7 @@ class Shards:
 
     def largest_gradient(self) -> float:
         """The largest magnitude in this process's gradients; not finite if one is not, 0 if there are none."""
-        grads = [shard.grad(0, shard.tensor.numel()) for _, shards in self.groups() for shard in shards]
+        grads = [shard.whole_grad() for _, shards in self.groups() for shard in shards]
         return largest_magnitude(grads)
 
     def changed(self) -> None:
@@ -259,8 +263,11 @@ def momentum_slope(
         RuntimeError: As for `loss_after_step`.
     """
     shards = _moving(optimizer, lr, module, shards)
-    with _moved(shards, lr, copy_on_cpu, momentum_alone=True) as starts:
-        return _slope((value.to(shard.tensor.device) - shard.tensor, shard) for shard, value in starts) / lr
+    if _is_elementwise(shards.optimizer):
+        return _slope(_momentum_updates(shards, lr, _PIECES if copy_on_cpu else _FEW_PIECES)) / lr
+    with _zero_gradients(shards.optimizer) as grads, _moved(shards, lr, copy_on_cpu) as starts:
+        updates = (value.to(shard.tensor.device) - shard.tensor for shard, value in starts)
+        return _slope(zip(updates, grads, strict=True)) / lr
 
 
 def _moving(optimizer: Optimizer, lr: float, module: nn.Module | None, shards: Shards | None) -> Shards:
@@ -270,8 +277,18 @@ def _moving(optimizer: Optimizer, lr: float, module: nn.Module | None, shards: S
     return Shards(optimizer, module) if shards is None else shards
 
 
-def _slope(updates: Iterable[tuple[Tensor, Shard]]) -> float:
-    parts = [(u * shard.grad(0, u.numel())).sum(dtype=torch.float64) for u, shard in updates]
+def _momentum_updates(shards: Shards, lr: float, num_pieces: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The update, times `lr`, that the momentum alone would make, and the gradient; the parameters stay in place."""
+    _check_steps(shards)
+    for piece, parts in _pieces(shards, lr, num_pieces, momentum_alone=True):
+        piece.step()
+        yield from ((part.values - part.tensor, part.grad) for part in parts)
+        del piece, parts  # before the next copies are made
+
+
+def _slope(updates: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The sum of the products of updates and their gradients."""
+    parts = [(u * grad).sum(dtype=torch.float64) for u, grad in updates]
     # One wait for the device, and a sum in the order of the parameters.
     return sum(torch.stack([part.to(parts[0].device) for part in parts]).tolist()) if parts else 0.0
 
@@ -309,7 +326,7 @@ def along_step(
     shards = _moving(optimizer, lr, module, shards)
     with torch.no_grad(), _moved(shards, lr, copy_on_cpu=False) as starts:
         updates = [(value - shard.tensor).div_(lr) for shard, value in starts]
-    slope = _slope((u, shard) for u, (shard, _) in zip(updates, starts, strict=True))
+    slope = _slope((u, shard.whole_grad()) for u, (shard, _) in zip(updates, starts, strict=True))
     tensors, values = [shard.tensor for shard, _ in starts], [value for _, value in starts]
 
     @contextmanager
@@ -340,16 +357,36 @@ def _with_lr(group: dict[str, Any], lr: float) -> dict[str, Any]:
 
 
 @contextmanager
-def _moved(
-    shards: Shards, lr: float, copy_on_cpu: bool, momentum_alone: bool = False
-) -> Iterator[list[tuple[Shard, Tensor]]]:
-    """Make the step on the parameters alone, or with gradients of 0; undo it on the way out, bit for bit.
+def _moved(shards: Shards, lr: float, copy_on_cpu: bool) -> Iterator[list[tuple[Shard, Tensor]]]:
+    """Make the step on the parameters alone; undo it on the way out, bit for bit.
 
     Raises:
         RuntimeError: If the optimizer has step hooks, or acts on more than the shards.
 
     Yields:
         Each shard and its value before the step.
+    """
+    _check_steps(shards)
+    held = [shard for _, members in shards.groups() for shard in members]
+    # Copied back: θ - ηu + ηu is not θ in floating point.
+    values = [shard.tensor.to("cpu", copy=True) if copy_on_cpu else shard.tensor.clone() for shard in held]
+    try:
+        if _is_elementwise(shards.optimizer):
+            for piece, _ in _pieces(shards, lr, _PIECES):
+                piece.step()
+        else:
+            _step_and_restore_state(shards.optimizer, lr)
+        yield list(zip(held, values, strict=True))
+    finally:
+        if held:
+            torch._foreach_copy_([shard.tensor for shard in held], values)
+
+
+def _check_steps(shards: Shards) -> None:
+    """Refuse an optimizer whose step cannot be made and undone on `shards`.
+
+    Raises:
+        RuntimeError: If it has step hooks, or acts on more than the shards.
     """
     optimizer = shards.optimizer
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
@@ -362,19 +399,6 @@ def _moved(
             f"cannot probe {type(optimizer).__name__} on {type(shards).__name__}: its step looks at more than a "
             "part of a parameter; use GIAdamW or an optimizer of torch.optim that moves every element alone"
         )
-    held = [shard for _, members in shards.groups() for shard in members]
-    # Copied back: θ - ηu + ηu is not θ in floating point.
-    values = [shard.tensor.to("cpu", copy=True) if copy_on_cpu else shard.tensor.clone() for shard in held]
-    try:
-        if _is_elementwise(optimizer):
-            for piece in _pieces(shards, lr, momentum_alone):
-                piece.step()
-        else:
-            _step_and_restore_state(optimizer, lr, momentum_alone)
-        yield list(zip(held, values, strict=True))
-    finally:
-        if held:
-            torch._foreach_copy_([shard.tensor for shard in held], values)
 
 
 def _is_elementwise(optimizer: Optimizer) -> bool:
@@ -382,23 +406,43 @@ def _is_elementwise(optimizer: Optimizer) -> bool:
     return type(optimizer) in _ELEMENTWISE and getattr(optimizer, "v0", None) != "random"
 
 
-def _pieces(shards: Shards, lr: float, momentum_alone: bool) -> Iterator[Optimizer]:
-    """Optimizers like that of `shards` over the same memory, a piece at a time, with copies of their state."""
-    optimizer, groups = shards.optimizer, shards.groups()
-    size = max(_PIECE, sum(shard.tensor.numel() for _, held in groups for shard in held) // _PIECES // 64 * 64)
-    for (group, held), group_lr in zip(groups, _lrs(optimizer, lr), strict=True):
-        piece: dict[Tensor, dict[str, Any]] = {}
-        for part, state in _parts(held, size, momentum_alone):
-            piece[part] = state
-            if sum(p.numel() for p in piece) >= size:
-                yield _like(optimizer, group, group_lr, piece)
-                piece = {}
+@dataclass
+class _Part:
+    """Some elements of a shard.
+
+    Attributes:
+        values: Them, in their place.
+        grad: Their gradient, flat or in their shape.
+        tensor: What is stepped, with the gradient that the step sees: `values`, or a copy.
+        state: A copy of the optimizer's, of these elements.
+    """
+
+    values: Tensor
+    grad: Tensor
+    tensor: Tensor
+    state: dict[str, Any]
+
+
+def _pieces(
+    shards: Shards, lr: float, num_pieces: int, momentum_alone: bool = False
+) -> Iterator[tuple[Optimizer, list[_Part]]]:
+    """Optimizers like that of `shards`, each of some parts of them, with copies of their state."""
+    groups = shards.groups()
+    size = max(_PIECE, sum(shard.tensor.numel() for _, held in groups for shard in held) // num_pieces // 64 * 64)
+    for (group, held), group_lr in zip(groups, _lrs(shards.optimizer, lr), strict=True):
+        piece: list[_Part] = []
+        for part in _parts(held, size, momentum_alone):
+            piece.append(part)
+            if sum(other.values.numel() for other in piece) >= size:
+                yield _like(shards.optimizer, group, group_lr, piece), piece
+                piece = []
+                del part
         if piece:
-            yield _like(optimizer, group, group_lr, piece)
+            yield _like(shards.optimizer, group, group_lr, piece), piece
 
 
-def _parts(held: Iterable[Shard], size: int, momentum_alone: bool) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Views of at most about `size` elements, with their gradient, and a copy of their state."""
+def _parts(held: Iterable[Shard], size: int, momentum_alone: bool) -> Iterator[_Part]:
+    """Parts of at most about `size` elements: views of them, or copies of them with gradients of zero."""
     for shard in held:
         p, num_elements = shard.tensor, shard.tensor.numel()
         like_p = {k: v for k, v in shard.state.items() if isinstance(v, Tensor) and v.shape == p.shape}
@@ -411,34 +455,41 @@ def _parts(held: Iterable[Shard], size: int, momentum_alone: bool) -> Iterator[t
             def cut(tensor: Tensor, start: int = start, stop: int = stop) -> Tensor:
                 return tensor.detach() if stop - start == tensor.numel() else tensor.detach().view(-1)[start:stop]
 
-            part = cut(p)
-            part.grad = torch.zeros_like(part) if momentum_alone else shard.grad(start, stop)
-            yield part, {k: cut(v).clone() if k in like_p else copy.deepcopy(v) for k, v in shard.state.items()}
+            values, grad = cut(p), shard.grad(start, stop)
+            tensor = values.clone() if momentum_alone else values
+            tensor.grad = torch.zeros_like(tensor) if momentum_alone else grad
+            state = {k: cut(v).clone() if k in like_p else copy.deepcopy(v) for k, v in shard.state.items()}
+            yield _Part(values, grad, tensor, state)
 
 
-def _like(optimizer: Optimizer, group: dict[str, Any], lr: float, piece: dict[Tensor, dict[str, Any]]) -> Optimizer:
+def _like(optimizer: Optimizer, group: dict[str, Any], lr: float, piece: list[_Part]) -> Optimizer:
     twin = object.__new__(type(optimizer))
-    groups = [{**_with_lr(group, lr), "params": list(piece)}]
-    state = defaultdict(dict, {p: s for p, s in piece.items() if s})
+    groups = [{**_with_lr(group, lr), "params": [part.tensor for part in piece]}]
+    state = defaultdict(dict, {part.tensor: part.state for part in piece if part.state})
     twin.__setstate__({**optimizer.__getstate__(), "param_groups": groups, "state": state})
     return twin
 
 
-def _step_and_restore_state(optimizer: Optimizer, lr: float, momentum_alone: bool) -> None:
-    """Step `optimizer` itself, and give it back state, options, attributes and gradients."""
-    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    with same_state(optimizer), ExitStack() as restored:
-        if momentum_alone:
-            restored.callback(_give_gradients, params, [p.grad for p in params])
-            _give_gradients(params, [torch.zeros_like(p.grad) for p in params])
+def _step_and_restore_state(optimizer: Optimizer, lr: float) -> None:
+    """Step `optimizer` itself, and give it back state, options and attributes."""
+    with same_state(optimizer):
         for group, group_lr in zip(optimizer.param_groups, _lrs(optimizer, lr), strict=True):
             group.update(_with_lr(group, group_lr))
         optimizer.step()
 
 
-def _give_gradients(params: list[Tensor], grads: list[Tensor | None]) -> None:
-    for p, grad in zip(params, grads, strict=True):
-        p.grad = grad
+@contextmanager
+def _zero_gradients(optimizer: Optimizer) -> Iterator[list[Tensor]]:
+    """Zeros in the place of the gradients, which are given."""
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grads = [p.grad for p in params]
+    try:
+        for p in params:
+            p.grad = torch.zeros_like(p.grad)
+        yield grads
+    finally:
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
 
 
 @contextmanager

@@ -273,6 +273,10 @@ def test_a_probe_holds_one_copy_of_the_parameters_and_nothing_afterwards(name, n
     size = sum(p.nbytes for p in model.parameters())
     assert size < peak < 1.1 * size
     assert left == 0
+    for on_cpu, most in ((False, 1.1), (True, 0.12)):  # a slope moves copies of a few parameters at a time
+        peak, left = memory(lambda on_cpu=on_cpu: momentum_slope(optimizer, 1e-3, copy_on_cpu=on_cpu))
+        assert 0 < peak < most * size
+        assert left == 0
 
 
 def test_the_copy_may_lie_on_the_cpu():
