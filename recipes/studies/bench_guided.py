@@ -11,7 +11,6 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from hf_warmup import GuidedWarmup, loss_after_step, momentum_slope
 from hf_warmup.guided import ramp_rate, trial_interval
 
 from bench_optimizer import seconds_of
-from reporting import RESULTS, conditions, current_commit, torch_threads, write
+from reporting import conditions, current_commit, device_parser, parsed, torch_threads, write
 
 LENGTHS = (300, 1000, 10_000, 100_000)
 TURN = 0.25  # of the ramp's 2/ρ steps: about where the momentum turns, in every setting of warmup_study
@@ -93,24 +92,11 @@ def report(made: list[dict[str, Any]], num_params: int, args: argparse.Namespace
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line's options.
-
-    Raises:
-        ValueError: In one line, if there is no GPU.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    """The command line's options."""
+    parser = device_parser(__doc__, rounds=20)
     for name, default in (("width", 128), ("layers", 4), ("vocab", 512), ("context", 128), ("batch", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be cpu where torch finds no GPU, got cuda")
-    typed = sys.argv[1:] if argv is None else argv
-    args.command = " ".join(["python recipes/studies/bench_guided.py", *typed])
-    return args
+    return parsed(parser, argv, "bench_guided.py")
 
 
 def main(argv: list[str] | None = None) -> None:

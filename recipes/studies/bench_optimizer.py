@@ -18,7 +18,6 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_warmup import GIAdamW
 
-from reporting import RESULTS, allocations, conditions, current_commit, torch_threads, write
+from reporting import allocations, conditions, current_commit, device_parser, parsed, torch_threads, write
 
 LOOP = "loop"  # of Python, over the parameters
 CLASSES: dict[str, dict[str, Callable[..., torch.optim.Optimizer]]] = {
@@ -180,26 +179,13 @@ step holds at a time, state included.
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line's options.
-
-    Raises:
-        ValueError: In one line, if there is no GPU.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=15, help="steps with one state, not counting the first")
+    """The command line's options."""
+    parser = device_parser(__doc__, rounds=15)
     parser.add_argument("--states", type=int, default=5, help="times that all states are made anew")
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocab", type=int, default=50257)
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be cpu where torch finds no GPU, got cuda")
-    typed = sys.argv[1:] if argv is None else argv
-    args.command = " ".join(["python recipes/studies/bench_optimizer.py", *typed])
-    return args
+    return parsed(parser, argv, "bench_optimizer.py")
 
 
 def main(argv: list[str] | None = None) -> None:

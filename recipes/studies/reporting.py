@@ -1,5 +1,6 @@
 """What the benchmarks have in common: quiet runs, memory as the allocator records it, and their results as files."""
 
+import argparse
 import contextlib
 import csv
 import io
@@ -7,6 +8,7 @@ import logging
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -54,6 +56,29 @@ def allocations(profiled: profile) -> list[tuple[int, int]]:
     """When torch's CPU allocator gave out how many bytes, or, negative, took them back; in this order."""
     events = profiled.profiler.kineto_results.events()
     return sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+
+
+def device_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options of a benchmark that runs on a CPU or a GPU."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, argv: list[str] | None, script: str) -> argparse.Namespace:
+    """The options, and the whole command line as `command`.
+
+    Raises:
+        ValueError: In one line, if there is no GPU.
+    """
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu where torch finds no GPU, got cuda")
+    args.command = " ".join([f"python recipes/studies/{script}", *(sys.argv[1:] if argv is None else argv)])
+    return args
 
 
 def current_commit() -> str:
