@@ -8,14 +8,15 @@ to rise, and where to stop. With c_t the present estimate of η_c,
     start    η_0 = c_0 / 1000
     rise     η_t = η_{t-1} max(1, c_t / η_{t-1})^ρ: fast far below η_c, slowly near it
     turn     from η_turn on it rises by min(c_t / η_{t-1}, 9/4)^ρ
-    wait     at 9/4 η_turn until L_t <= L_turn - (L_0 - L_turn) / 10
-    stop     at p_t = min(η_trgt, B η_turn, κ c̄_s for all s <= t), c̄ the geometric mean of the last six estimates
+    wait     at max(1, 9/(4b)) η_turn until L_t <= L_turn - (L_0 - L_turn) / 10
+    stop     at p_t = min(η_trgt, 9/4 b η_turn, b κ c̄_s for all s <= t), c̄ the geometric mean of six estimates
     decay    η_t = p f((t - t_r) N / (N - t_r)) from the step t_r on that reached p, half of the run at the latest,
 
-with N the steps of the run and f the user's schedule without warmup. If c stood still, ln(c / η) would fall as
-e^(-ρt), so a ramp takes about 2/ρ steps whatever the model's scale of learning rates: three decades shrink to a
-factor of 2.5 in 160 steps at ρ = 0.0125. The peak is the target or, where the target is too high, what the run has
-shown to be enough: how far above it the target was then hardly matters.
+with N the steps of the run, f the user's schedule without warmup, and b = max(1, (2/ρ)/160), which is 1 up to 316
+steps. If c stood still, ln(c / η) would fall as e^(-ρt), so a ramp takes about 2/ρ steps whatever the model's scale
+of learning rates: three decades shrink to a factor of 2.5 in 160 steps at ρ = 0.0125. The peak is the target or,
+where the target is too high, what the run has shown to be enough: how far above it the target was then hardly
+matters.
 
 A ramp of T steps costs a run of N about T/N of its way, and is the safer the longer it is: if the harm of a short
 one falls as 1/T, the best T grows as √N. So 2/ρ = max(160, 9 √N): 160 steps of 300, 440 of 2400, 2800 of 100,000.
@@ -32,21 +33,22 @@ alone, the slope at which a new batch's loss starts down along it, says whether 
 positive in every step at first, until training has found its valley and swings from side to side of it, and
 turns within a few steps and at nearly the same learning rate on every seed. η_turn is the learning rate at which
 half of the last six steps' slopes are not positive. From there the ramp rises no faster than if c were 9/4 η, and to
-B η_turn. The way to the valley is made in steps of a given sum, so that a ramp of twice the length turns at half of
-the learning rate: B = 9/4 · (2/ρ)/160, at least 9/4. A slope costs an optimizer's step and no forward pass; it is
-asked for in every step, as each step that a turn is seen late takes the ramp further than the model will bear.
+9/4 b η_turn. The way to the valley is made in steps of a given sum, so that a ramp of twice the length turns at half
+of the learning rate; and c is smallest about there, before a larger learning rate has moved the model to flatter
+regions. Hence b in both. A slope costs an optimizer's step and no forward pass; it is asked for in every step, as
+each step that a turn is seen late takes the ramp further than the model will bear.
 
 At the turn a transformer has learned how often each token comes. What it learns next it may learn at once, or only
 after some hundred steps on a plateau; those take their number of steps at any learning rate, and too large a one
 scrambles the layers before they have learned anything to be held by, for good. A BERT with LayerNorm behind the
-residual is lost in this way. So a ramp that may go further than 9/4 η_turn waits there until the loss has fallen
-again by a tenth of its first descent: L_0 is the first step's loss, L_turn the mean of those of the steps t_turn to
-1.5 t_turn, and L_t the mean of all since the turn with weights that grow as s^7 in the step s, about the last
-quarter of them. They are losses of steps that are made anyway, and cost no forward pass.
+residual is lost in this way. So a ramp that may go further waits at the turn, a short one nearer to its peak, until
+the loss has fallen again by a tenth of its first descent: L_0 is the first step's loss, L_turn the mean of those of
+the steps t_turn to 1.5 t_turn, and L_t the mean of all since the turn with weights that grow as s^7 in the step s,
+about the last quarter of them. They are losses of steps that are made anyway, and cost no forward pass.
 
 An optimizer may have a warmup of its own, a factor w_t that tends to 1: GI-Adam's is √(1-β2^t). What its steps
 bear now they will not bear once the factor is gone, so c_t is w_t times the η that was tried, η_turn w_t times that
-of the turn, and the wait is at w_t η = 9/4 η_turn.
+of the turn, and where it waits is a multiple of that.
 
 `PersistentCatapult` is Algorithm 3 of [1]: search for η_c, train at the upper end of its bracket until the loss
 is below where it was, and search again, until η_trgt is reached. It needs the paper's δ.
@@ -77,8 +79,8 @@ _SLOPES = 6  # steps' slopes of which half must have turned
 _SETTLED = 100  # step after which trials become rarer, in proportion to t
 _LEAST, _ROOT = 160, 9  # 2/ρ is the larger of the first and of the second times √N
 EVERY = 5  # steps between trials, before that
-_BEYOND = 2.25  # times the learning rate at which the momentum turns: the peak of a short run, where a long one waits
-_FALL = 0.1  # of the first descent: how far the loss falls again before a ramp goes further than that
+_BEYOND = 2.25  # times the learning rate at which the momentum turns: the peak of a short run
+_FALL = 0.1  # of the first descent: how far the loss falls again before a long ramp goes further than the turn
 _AFTER = 0.5  # of the turn's step: how many of the next steps give the loss that it has to fall from; at least
 _FEWEST = 6
 _RECENT = 8  # the mean of the recent losses is that of about the last 2/8 of the steps, or of 12 if those are more
@@ -207,21 +209,23 @@ class GuidedWarmup(_Controller):
             at 0.
         init_lr: η_0; c_0 / 1000 if None.
         rate: ρ, the part of the way to η_c, in ln η, that a step goes; `ramp_rate` of N if None.
-        kappa: κ, what part of the smallest η_c met the peak may be.
+        kappa: κ, what part of b times the smallest η_c met the peak may be.
         every: Steps between trials, at first.
         until: `"target"`: no more trials once the ramp has ended. `"end"`: trials go on, and the peak may still be
-            lowered, to κ c̄ / f.
+            lowered, to κ c̄ / f, without the b that is the ramp's.
 
     Attributes:
         target_lr: η_trgt.
         num_training_steps: N.
         decay: f.
         critical_lr: c, the present estimate of η_c; NaN before the first step.
-        peak: The smallest κ c̄ / f so far, and B η_turn; infinite before the turn and the first six trials.
+        peak: The smallest b κ c̄ so far, and 9/4 b η_turn; infinite before the turn and the first six trials.
         turn_lr: η_turn; NaN before the momentum turned.
         turn_step: t_turn, the step that saw it; None before.
-        waited: Steps made at 9/4 η_turn because the loss had not fallen yet.
-        beyond: B.
+        waited: Steps made where it waits because the loss had not fallen yet.
+        stretch: b, how many times as long as a short run's the ramp is.
+        hold: max(1, 9/(4b)).
+        beyond: 9/4 b.
         level: η / f: the ramp, then its peak.
         num_steps: Steps decided so far.
         num_trials: Forward passes spent so far.
@@ -259,12 +263,13 @@ class GuidedWarmup(_Controller):
             raise ValueError(f'until must be "target" or "end", got {until!r}')
         self.init_lr, self.kappa, self.every, self.until = init_lr, kappa, every, until
         self.rate = ramp_rate(num_training_steps) if rate is None else rate
-        self.beyond = _BEYOND * max(1.0, 2 / self.rate / _LEAST)
+        self.stretch = max(1.0, 2 / self.rate / _LEAST)
+        self.hold, self.beyond = max(1.0, _BEYOND / self.stretch), _BEYOND * self.stretch
         self.peak = math.inf
         self.turn_lr = math.nan
         self.turn_step: int | None = None
         self.first_loss = self.turn_loss = self.recent_loss = math.nan
-        self.waits = True  # until the loss has fallen; a peak of 9/4 η_turn is never in the way of that
+        self.waits = True  # until the loss has fallen; a short run's peak is never in the way of that
         self.waited = 0
         self.next_trial = 0
         self.estimates: list[float] = []
@@ -293,17 +298,17 @@ class GuidedWarmup(_Controller):
     @property
     def still_waits(self) -> bool:
         """Whether the ramp waits for the loss to fall, or ended at half of the run while it did."""
-        return self._is_held and self.level >= self._hold
+        return self._is_held and self.level >= self.wait_lr
 
     @property
-    def _hold(self) -> float:
-        """Where a ramp waits; NaN before the turn."""
-        return _BEYOND * self.turn_lr
+    def wait_lr(self) -> float:
+        """Where a ramp waits, that of the turn or above; NaN before the turn."""
+        return self.hold * self.turn_lr
 
     @property
     def _is_held(self) -> bool:
         """Whether the ramp is to wait on its way; not before the turn, as nothing is more than NaN."""
-        return self.waits and self._hold < min(self.target_lr, self.peak)
+        return self.waits and self.wait_lr < min(self.target_lr, self.peak)
 
     def _decide(
         self,
@@ -327,7 +332,7 @@ class GuidedWarmup(_Controller):
                 self.level *= (way if math.isnan(self.turn_lr) else min(way, _BEYOND)) ** self.rate
         most = min(self.target_lr, self.peak)
         if self._is_held:
-            wait = self._hold / own_warmup
+            wait = self.wait_lr / own_warmup
             self.waited += self.ramp_end is None and self.level >= wait
             self.level = min(self.level, most, wait)
             return False
@@ -360,7 +365,7 @@ class GuidedWarmup(_Controller):
         if math.isnan(self.recent_loss):
             self.turn_loss = self.recent_loss = loss
         self.recent_loss += _RECENT / max(self.num_steps, _RECENT * _FEWEST) * (loss - self.recent_loss)
-        # The ramp comes to where it waits 1/ρ steps after the turn.
+        # 1/ρ steps are what a ramp takes from the turn to 9/4 of it: one that turned late is not held for longer.
         since, after = self.num_steps - self.turn_step, max(_FEWEST, min(_AFTER * self.turn_step, 1 / self.rate))
         if since <= after:
             self.turn_loss += (loss - self.turn_loss) / since
@@ -377,7 +382,9 @@ class GuidedWarmup(_Controller):
         self.critical_lr *= 1 / _STAIR if rises else _STAIR
         if len(self.estimates) == _MEAN:
             mean = math.exp(math.fsum(map(math.log, self.estimates)) / _MEAN)
-            self.peak = min(self.peak, self.kappa * mean / factor)
+            # Behind the ramp the model is where its peak has moved it, and bears what it bears.
+            stretch = self.stretch if self.ramp_end is None else 1.0
+            self.peak = min(self.peak, self.kappa * stretch * mean / factor)
 
 
 class PersistentCatapult(_Controller):

@@ -332,6 +332,7 @@ class WarmupCallback(TrainerCallback):
             record["warmup/warmup_steps"] = guide.num_steps
             if isinstance(guide, GuidedWarmup):
                 record |= {"warmup/waited_steps": guide.waited, "warmup/still_waits": guide.still_waits}
+                record["warmup/stretch"] = guide.stretch
         if logs:
             record |= {"warmup/mode": self.arguments.warmup, "warmup/asked": self.arguments.init_lr}
             log(self.trainer, logs, record)

@@ -62,6 +62,7 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         ),
         "turn_lr": last.get("warmup/turn_lr"),
         "beyond_turn": last.get("warmup/beyond_turn"),
+        "stretch": last.get("warmup/stretch"),
         "waited_steps": last.get("warmup/waited_steps"),
         "still_waits": last.get("warmup/still_waits", False),
         "search_status": start.get("warmup/status"),
@@ -196,27 +197,32 @@ def peak_words(report: dict[str, Any]) -> str:
     Returns:
         The number, and what decided it.
     """
-    if report["peak_lr"] is None:
-        return "not reached: the run ended before its warmup"
-    if report["peak_lr"] >= 0.999 * report["target_lr"]:
-        reason = "η_trgt"
-    elif _is_beyond_the_turn(report):
-        reason = f"{report['beyond_turn']:.3g} times where the momentum turned"
-    elif report["still_waits"]:
-        reason = "9/4 times where the momentum turned: the loss fell no further in half of the run"
-    else:
-        reason = "at half of the run" if _is_late(report) else "the smallest η_c met"
-    return f"{report['peak_lr']:.3g} ({reason})"
+    stretch = report["stretch"] or 1.0
+    times = f"{stretch:.3g} times " if stretch > 1 else ""
+    words = {
+        "turn": f"{report['beyond_turn'] or math.nan:.3g} times where the momentum turned",
+        "waits": "near where the momentum turned: the loss fell no further in half of the run",
+        "late": "at half of the run",
+        "critical": f"{times}the smallest η_c met",
+        "target": "η_trgt",
+    }
+    reason = _peak_reason(report)
+    return f"{report['peak_lr']:.3g} ({words[reason]})" if reason else "not reached: the run ended before its warmup"
 
 
-def _is_beyond_the_turn(report: dict[str, Any]) -> bool:
-    """Whether the momentum's turn decided the peak."""
-    return report["turn_lr"] is not None and report["peak_lr"] >= 0.999 * report["beyond_turn"] * report["turn_lr"]
-
-
-def _is_late(report: dict[str, Any]) -> bool:
-    """Whether the ramp was still going at half of the run, and gave way to the decay."""
-    return 2 * report["warmup_steps_taken"] >= report["train_steps"]
+def _peak_reason(report: dict[str, Any]) -> str | None:
+    """What decided the highest learning rate; None if it was not reached."""
+    peak, turn = report["peak_lr"], report["turn_lr"]
+    if peak is None:
+        return None
+    if peak >= 0.999 * report["target_lr"]:
+        return "target"
+    if turn is not None and peak >= 0.999 * report["beyond_turn"] * turn:
+        return "turn"
+    if report["still_waits"]:
+        return "waits"
+    # The ramp was still going at half of the run, and gave way to the decay.
+    return "late" if 2 * report["warmup_steps_taken"] >= report["train_steps"] else "critical"
 
 
 def optimizer_words(report: dict[str, Any]) -> str:
@@ -312,28 +318,7 @@ def verdict(report: dict[str, Any]) -> str:
     """
     target, critical = report["target_lr"], report["critical_lr"]
     if report["warmup"] in TRYING:
-        peak = report["peak_lr"]
-        if peak is None:
-            return "The run ended before its warmup had found where to stop."
-        if peak < 0.999 * target and _is_beyond_the_turn(report):
-            return (
-                f"η_trgt was more than training would bear: from {report['turn_lr']:.3g} on the momentum pointed "
-                f"uphill on new batches, and the learning rate was held at {peak:.3g}."
-            )
-        if report["still_waits"]:
-            return (
-                f"From {report['turn_lr']:.3g} on the momentum pointed uphill on new batches, and in half of the run "
-                f"the loss did not fall by another tenth of its first descent: the learning rate waited at {peak:.3g} "
-                "and gave way to the decay. Such a model wants more steps, or a slower ramp: a smaller guide_rate."
-            )
-        if peak < 0.999 * target and _is_late(report):
-            return f"The ramp had come to {peak:.3g} at half of the run, and gave way to the decay."
-        if peak < 0.999 * target:
-            return (
-                f"η_trgt was more than training would bear: on the way up η_c came down to "
-                f"{report['smallest_critical_lr']:.3g}, and the learning rate was held at {peak:.3g}."
-            )
-        return "η_trgt stayed below η_c all the way up: this run would have borne a larger one."
+        return _verdict_of_a_ramp(report)
     if report["search_status"] == "above_target":
         return (
             "Judged by its first step alone, η_trgt needed no warmup. One step does not see what Adam's next ones "
@@ -358,3 +343,28 @@ def _ramp_steps(optimizer: Any) -> int | None:
         return None
     beta2 = float(optimizer.defaults["betas"][1])
     return math.ceil(math.log(1 - 0.9**2) / math.log(beta2)) if 0 < beta2 < 1 else 1
+
+
+def _verdict_of_a_ramp(report: dict[str, Any]) -> str:
+    """What it says of a warmup that chose its peak itself."""
+    reason = _peak_reason(report)
+    if reason is None:
+        return "The run ended before its warmup had found where to stop."
+    if reason == "target":
+        return "η_trgt stayed below η_c all the way up: this run would have borne a larger one."
+    peak = f"{report['peak_lr']:.3g}"
+    if reason == "late":
+        return f"The ramp had come to {peak} at half of the run, and gave way to the decay."
+    if reason == "critical":
+        return (
+            f"η_trgt was more than training would bear: on the way up η_c came down to "
+            f"{report['smallest_critical_lr']:.3g}, and the learning rate was held at {peak}."
+        )
+    turned = f"rom {report['turn_lr']:.3g} on the momentum pointed uphill on new batches, and "
+    if reason == "turn":
+        return f"η_trgt was more than training would bear: f{turned}the learning rate was held at {peak}."
+    return (
+        f"F{turned}in half of the run the loss did not fall by another tenth of its first descent: the learning rate "
+        f"waited at {peak} and gave way to the decay. Such a model wants more steps, or a slower ramp: a smaller "
+        "guide_rate."
+    )

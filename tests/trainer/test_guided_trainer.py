@@ -194,7 +194,7 @@ def test_what_a_long_ramp_waits_for_is_the_loss_of_the_steps_themselves(make_tra
     trainer = make_trainer(OnAPlateau, **options)
     rates = train(trainer)
     ((turned, turn_lr),) = logged(trainer, "warmup/turn_lr")
-    hold, report = 2.25 * turn_lr, warmup_report(trainer)
+    hold, report = 2.25 / (2 / WAITS["guide_rate"] / 160) * turn_lr, warmup_report(trainer)
     assert report["still_waits"]
     assert rates[report["warmup_steps_taken"] - 1] == max(rates) == pytest.approx(hold)
     assert report["waited_steps"] == sum(rate == max(rates) for rate in rates[:110]) > 3

@@ -282,15 +282,15 @@ def test_several_runs_are_compared(make_trainer, folder, tmp_path):
     [
         (60, None, 0.1, False, "η_trgt", "this run would have borne a larger one"),
         (60, 0.02, 0.062, False, "3.1 times where the momentum turned", "from 0.02 on the momentum pointed uphill"),
-        (60, 0.02, 0.03, False, "the smallest η_c met", "on the way up η_c came down to 0.03"),
-        (60, None, 0.03, False, "the smallest η_c met", "on the way up η_c came down to 0.03"),
+        (60, 0.02, 0.03, False, "1.38 times the smallest η_c met", "on the way up η_c came down to 0.03"),
+        (60, None, 0.03, False, "1.38 times the smallest η_c met", "on the way up η_c came down to 0.03"),
         (150, 0.02, 0.03, False, "at half of the run", "had come to 0.03 at half of the run"),
         (
             150,
             0.02,
             0.045,
             True,
-            "9/4 times where the momentum turned: the loss fell no further in half of the run",
+            "near where the momentum turned: the loss fell no further in half of the run",
             "waited at 0.045 and gave way to the decay. Such a model wants more steps, or a slower ramp",
         ),
     ],
@@ -299,7 +299,7 @@ def test_the_card_says_what_decided_the_peak(taken, turn_lr, peak, waits, words,
     report = {
         **{"warmup": "guided", "target_lr": 0.1, "peak_lr": peak, "turn_lr": turn_lr, "warmup_steps_taken": taken},
         **{"beyond_turn": 3.1, "train_steps": 300, "critical_lr": 0.2, "smallest_critical_lr": 0.03},
-        **{"still_waits": waits},
+        **{"still_waits": waits, "stretch": 1.38},
     }
     assert peak_words(report) == f"{peak:.3g} ({words})"
     assert told in verdict(report)
