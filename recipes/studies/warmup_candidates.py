@@ -11,7 +11,8 @@ trial every 5 steps up to step 100, and the peak was the smallest mean of four. 
 commit's rule: when slopes are taken, and how the ramp goes on behind the turn. `path` is a learning rate by line
 segments, to see what it is that a linear ramp has and a guided one has not. `waits` are variants of the rule of
 commit c2e2bd1, whose ramp waits for the loss to fall; rows of `guided` without options, on a BERT of 3 or 4 layers,
-are of the commit that has the wait. Seeds 200 to 202, 300 to 303 and 400 to 407: the study has others.
+are of commit 8a76557, which waits at 9/4 of the turn, and `holds` are variants of that commit's rule. Seeds 200 to
+202, 300 to 303 and 400 to 407: the study has others.
 """
 
 import csv
@@ -169,6 +170,7 @@ class PacedWarmup(GuidedWarmup):
     ) -> None:
         options = {"every": 3, "rate": 0.0125} | options
         super().__init__(target, num_steps, lambda step: cosine(step, num_steps), **options)
+        self.stretch = 1.0  # it had no b
         self.mode, self.pace, self.beyond, self.start = mode, pace, beyond, start
         self.slope_every, self.slope_n, self.accel = slope_every, slope_n, accel
         self.turn_step = 0
@@ -248,7 +250,7 @@ class WaitingWarmup(GuidedWarmup):
         start: float = 1e-3,
     ) -> None:
         super().__init__(target, num_steps, lambda step: cosine(step, num_steps))
-        self.waits = False  # in the rule's own way
+        self.waits, self.stretch = False, 1.0  # in its own way; it had no b before η_c
         self.hold, self.fall, self.window, self.after, self.fast, self.start = hold, fall, window, after, fast, start
         self.fell = hold is None
         self.losses: list[float] = []
@@ -290,6 +292,46 @@ class WaitingWarmup(GuidedWarmup):
         return now <= self.turn_loss - self.fall * (self.losses[0] - self.turn_loss)
 
 
+class HoldingWarmup(GuidedWarmup):
+    """Guided warmup as of commit 8a76557, with more to choose.
+
+    Args:
+        target: η_trgt.
+        num_steps: N.
+        hold: Times the turn's learning rate: where it waits.
+        kappa: Times the smallest estimate: the most that the peak may be.
+        beyond: Times what that commit went beyond the turn.
+        fast: The least ρ once the loss has fallen.
+        start: Of η_c: where the ramp starts.
+        rate: ρ.
+    """
+
+    def __init__(
+        self,
+        target: float,
+        num_steps: int,
+        hold: float = 2.25,
+        kappa: float = 1.0,
+        beyond: float = 1.0,
+        fast: float = 0.0,
+        start: float = 1e-3,
+        rate: float | None = None,
+    ) -> None:
+        super().__init__(target, num_steps, lambda step: cosine(step, num_steps), rate=rate)
+        self.kappa = kappa / self.stretch
+        self.hold, self.fast, self.start = hold, fast, start
+        self.beyond *= beyond
+
+    def _start(self, loss_at: LossAt, own_warmup: float) -> None:
+        super()._start(loss_at, own_warmup)
+        self.level = self.start * self.critical_lr
+
+    def _decide(self, loss_at: LossAt, *others: Any) -> bool:
+        if self.turn_step is not None and not self.waits:
+            self.rate = max(self.rate, self.fast)
+        return super()._decide(loss_at, *others)
+
+
 def guided_by(controller: Callable[..., GuidedWarmup]) -> Callable[..., Guided]:
     """A controller of our own as a rule."""
 
@@ -325,6 +367,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "guided": Guided,  # as it is now: relax, and a decay that begins when the ramp has ended
     "paced": guided_by(PacedWarmup),
     "waits": guided_by(WaitingWarmup),
+    "holds": guided_by(HoldingWarmup),
     "path": path,
     "linear": linear,
     "ramp": ramp,
