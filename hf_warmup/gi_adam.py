@@ -300,7 +300,8 @@ def _are_nonzero(tensors: list[Tensor], group: dist.ProcessGroup | None = None) 
         return []
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     # The largest magnitude is exact in every dtype, where a sum of squares may underflow. A shard may be empty.
-    norms = iter(torch._foreach_norm([t for t in local if t.numel() > 0], ord=math.inf))
+    held = [t for t in local if t.numel() > 0]
+    norms = iter(torch._foreach_norm(held, ord=math.inf) if held else ())
     device = local[0].device
     flags = torch.stack([(next(norms) if t.numel() > 0 else t.new_zeros(())).ne(0).to(device) for t in local]).int()
     for mesh in dict.fromkeys(t.device_mesh for t in tensors if isinstance(t, DTensor)):

@@ -35,8 +35,8 @@ turns within a few steps and at nearly the same learning rate on every seed. η_
 half of the last six steps' slopes are not positive. From there the ramp rises no faster than if c were 9/4 η, and to
 9/4 b η_turn. The way to the valley is made in steps of a given sum, so that a ramp of twice the length turns at half
 of the learning rate; and c is smallest about there, before a larger learning rate has moved the model to flatter
-regions. Hence b in both. A slope costs an optimizer's step and no forward pass; it is asked for in every step, as
-each step that a turn is seen late takes the ramp further than the model will bear.
+regions. Hence b in both, if there is a momentum. A slope costs an optimizer's step and no forward pass; it is asked
+for in every step, as each step that a turn is seen late takes the ramp further than the model will bear.
 
 At the turn a transformer has learned how often each token comes. What it learns next it may learn at once, or only
 after some hundred steps on a plateau; those take their number of steps at any learning rate, and too large a one
@@ -48,7 +48,7 @@ about the last quarter of them. They are losses of steps that are made anyway, a
 
 An optimizer may have a warmup of its own, a factor w_t that tends to 1: GI-Adam's is √(1-β2^t). What its steps
 bear now they will not bear once the factor is gone, so c_t is w_t times the η that was tried, η_turn w_t times that
-of the turn, and where it waits is a multiple of that.
+of the turn, and where it waits is a multiple of that: η itself may fall meanwhile.
 
 `PersistentCatapult` is Algorithm 3 of [1]: search for η_c, train at the upper end of its bracket until the loss
 is below where it was, and search again, until η_trgt is reached. It needs the paper's δ.
@@ -307,8 +307,17 @@ class GuidedWarmup(_Controller):
 
     @property
     def _is_held(self) -> bool:
-        """Whether the ramp is to wait on its way; not before the turn, as nothing is more than NaN."""
+        """Whether the ramp is to wait on its way; not where half of the run is too short to judge the loss."""
+        if self.turn_step is None or self._judged_from >= _LATEST * self.num_training_steps:
+            return False
         return self.waits and self.wait_lr < min(self.target_lr, self.peak)
+
+    @property
+    def _judged_from(self) -> float:
+        """The step up to which losses are part of L_turn."""
+        assert self.turn_step is not None
+        # 1/ρ steps are what a ramp takes from the turn to 9/4 of it: one that turned late is not held for longer.
+        return self.turn_step + max(_FEWEST, min(_AFTER * self.turn_step, 1 / self.rate))
 
     def _decide(
         self,
@@ -325,6 +334,8 @@ class GuidedWarmup(_Controller):
         else:
             if self.needs_slope and slope_at is not None:
                 self._look_for_the_turn(slope_at, own_warmup)
+            if self.stretch > 1 and self.ramp_end == self.num_steps - 1:
+                self.estimates = []  # those that b was for
             if self.needs_trial and factor > 0:  # at 0 the run is over
                 self._trial(loss_at, factor, own_warmup)
             if self.ramp_end is None:
@@ -365,10 +376,8 @@ class GuidedWarmup(_Controller):
         if math.isnan(self.recent_loss):
             self.turn_loss = self.recent_loss = loss
         self.recent_loss += _RECENT / max(self.num_steps, _RECENT * _FEWEST) * (loss - self.recent_loss)
-        # 1/ρ steps are what a ramp takes from the turn to 9/4 of it: one that turned late is not held for longer.
-        since, after = self.num_steps - self.turn_step, max(_FEWEST, min(_AFTER * self.turn_step, 1 / self.rate))
-        if since <= after:
-            self.turn_loss += (loss - self.turn_loss) / since
+        if self.num_steps <= self._judged_from:
+            self.turn_loss += (loss - self.turn_loss) / (self.num_steps - self.turn_step)
         else:
             fall = _FALL * max(0.0, self.first_loss - self.turn_loss)
             self.waits = self.recent_loss > self.turn_loss - fall
@@ -382,8 +391,8 @@ class GuidedWarmup(_Controller):
         self.critical_lr *= 1 / _STAIR if rises else _STAIR
         if len(self.estimates) == _MEAN:
             mean = math.exp(math.fsum(map(math.log, self.estimates)) / _MEAN)
-            # Behind the ramp the model is where its peak has moved it, and bears what it bears.
-            stretch = self.stretch if self.ramp_end is None else 1.0
+            # b is for the way to the turn: of no ramp without slopes, and not behind the ramp.
+            stretch = self.stretch if self.slopes and self.ramp_end is None else 1.0
             self.peak = min(self.peak, self.kappa * stretch * mean / factor)
 
 

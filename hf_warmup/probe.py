@@ -13,7 +13,8 @@ A probe leaves no trace: parameters, optimizer state, gradients, random numbers,
 are what they were, bit for bit, also when the loss raises. It costs one optimizer step and one forward pass.
 While it runs it holds one copy of the parameters, on their device or on the CPU. torch's optimizers act on every
 element alone, so the step is made on one piece of the parameters after another, each with its own copy of its
-piece of the state; of an optimizer that is not known to do so the whole state is copied too.
+piece of the state; of an optimizer that is not known to do so the whole state is copied too. A slope of the momentum
+needs no parameter moved: it steps copies of an eighth of them at a time.
 
 On many processes each moves what it holds: everything, or the local shards of DTensors (FSDP2), in place and
 without gathering them. `Shards` says what that is, and can be told of other ways to split a model. Every process
@@ -251,7 +252,8 @@ def momentum_slope(
         optimizer: As for `loss_after_step`. Clipped gradients change the slope's size and not its sign.
         lr: η at which the step is taken to measure u, as for `update_slope`.
         module: The model, if it is one of FSDP2.
-        copy_on_cpu: As for `loss_after_step`.
+        copy_on_cpu: Hold less at a time, in more and smaller steps; where an optimizer acts on more than each
+            element alone, as for `loss_after_step`.
         shards: As for `loss_after_step`.
 
     Returns:
@@ -267,7 +269,7 @@ def momentum_slope(
         return _slope(_momentum_updates(shards, lr, _PIECES if copy_on_cpu else _FEW_PIECES)) / lr
     with _zero_gradients(shards.optimizer) as grads, _moved(shards, lr, copy_on_cpu) as starts:
         updates = (value.to(shard.tensor.device) - shard.tensor for shard, value in starts)
-        return _slope(zip(updates, grads, strict=True)) / lr
+        return _slope(zip(updates, map(_local, grads), strict=True)) / lr
 
 
 def _moving(optimizer: Optimizer, lr: float, module: nn.Module | None, shards: Shards | None) -> Shards:

@@ -411,6 +411,15 @@ def test_an_empty_state_that_someone_left_behind_by_looking_is_not_a_birth():
     torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], p.grad.square())
 
 
+def test_a_parameter_that_this_process_has_nothing_of_waits_alone():
+    empty, p = parameters((0,), (3,))
+    optimizer = GIAdamW([empty, p])
+    for _ in range(2):  # in the second step only the empty one is not born
+        empty.grad, p.grad = torch.zeros_like(empty), torch.ones_like(p)
+        optimizer.step()
+    assert optimizer.state[p]["step"] == 2
+
+
 def test_a_parameter_without_gradient_has_no_state_and_stays():
     params = parameters((5,), (3,))
     optimizer = GIAdamW(params, 0.1, weight_decay=0.5)

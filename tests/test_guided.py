@@ -227,6 +227,51 @@ def test_a_ramp_that_ends_below_where_it_would_wait_has_nothing_to_wait_for():
     assert (guide.waits, guide.still_waits, guide.needs_loss) == (True, False, False)
 
 
+def test_a_turn_that_is_too_late_to_judge_the_loss_is_not_waited_at():
+    guide = GuidedWarmup(100.0, 1000, rate=0.001)
+    for t in range(600):
+        slope = 1.0 if t < 420 else -1.0
+        guide.step(fixed_critical_lr(5.0, 20 - 0.02 * t), 1.0, lambda lr, slope=slope: slope)
+    assert guide.turn_step == 422
+    assert (guide.waited, guide.still_waits) == (0, False)
+    assert guide.level > 1.05 * guide.turn_lr
+    assert guide.ramp_end == 499
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+def test_a_ramp_of_twice_the_length_may_go_to_twice_the_smallest_mean_if_there_is_a_momentum(momentum):
+    # c is 0.02 and three stairs above it; its mean of six is the same at all times but at the start.
+    guide, means, seen = GuidedWarmup(100.0, 4000, rate=2 / 320, kappa=0.5, init_lr=1e-6), [], []
+    while guide.num_steps < 900:
+        if guide.needs_trial and guide.num_steps > 0:
+            seen.append(guide.critical_lr)
+            means += [math.exp(sum(map(math.log, seen[-6:])) / 6)] if len(seen) >= 6 else []
+        guide.step(fixed_critical_lr(0.02), 1.0, (lambda lr: 1.0) if momentum else None)
+    assert guide.stretch == 2.0
+    assert guide.peak == pytest.approx((1.0 if momentum else 0.5) * min(means))
+
+
+def test_behind_a_long_ramp_the_peak_is_held_to_the_trials_made_there():
+    def critical(t):
+        return 5.0 if t < 1700 else 3.0 if t < 2000 else 50.0 if t < 3000 else 1.0
+
+    def run(guide, steps):
+        return [guide.step(fixed_critical_lr(critical(t)), 1.0, lambda lr: 1.0) for t in steps]
+
+    options = {"rate": 2 / 640, "until": "end", "every": 1, "init_lr": 0.05}
+    guide = GuidedWarmup(100.0, 4000, **options)
+    made = run(guide, range(2010))
+    resumed = GuidedWarmup(100.0, 4000, **options)
+    resumed.load_state_dict(json.loads(json.dumps(guide.state_dict())))
+    assert run(resumed, range(2010, 3990)) == (rest := run(guide, range(2010, 3990)))
+    made += rest
+    assert guide.ramp_end == 1999
+    # The last trials of the ramp are below it: they let it go to 4 times their mean, and are forgotten.
+    assert made[1999] == max(made) > 4.5
+    assert made[2000:3000] == [made[1999]] * 1000
+    assert made[-1] == guide.peak == pytest.approx(1.0, rel=0.5)
+
+
 def test_a_late_turn_is_judged_by_the_losses_of_one_over_rho_steps():
     guide = GuidedWarmup(100.0, 1200, init_lr=1e-7)
     for t in range(620):

@@ -6,7 +6,10 @@ from itertools import accumulate
 import numpy
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hf_warmup import (
@@ -18,6 +21,7 @@ from hf_warmup import (
     momentum_slope,
     update_slope,
 )
+from hf_warmup import probe as probe_module
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1),
@@ -33,12 +37,18 @@ every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIM
 after = pytest.mark.parametrize("num_steps", [0, 3], ids=["first step", "later step"])
 
 
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch, request):
+    """So that the matrix of `Net` is cut in many."""
+    if "one_copy" not in request.node.name:
+        monkeypatch.setattr(probe_module, "_PIECE", 64)
+
+
 class Net(nn.Module):
     """All a forward can leave a trace in: dropout, running statistics, a buffer put in another's place."""
 
     def __init__(self):
         super().__init__()
-        # The probe cuts the large matrix in pieces.
         self.net = nn.Sequential(nn.Linear(6, 999), nn.BatchNorm1d(999), nn.Tanh(), nn.Dropout(0.5), nn.Linear(999, 9))
         self.register_buffer("calls", torch.zeros(()))
 
@@ -132,6 +142,28 @@ def test_the_momentums_slope_is_that_along_a_real_step_with_zero_gradients(make,
     pairs = zip(model.parameters(), twin_model.parameters(), strict=True)
     expected = sum(float(((p - q).detach().double() * p.grad).sum()) for p, q in pairs) / 0.1
     assert slope == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("make", [OPTIMIZERS["AdamW"], OPTIMIZERS["RI-Adam"]], ids=["in pieces", "as a whole"])
+def test_of_a_dtensor_the_momentums_slope_is_that_of_the_local_shard(make, tmp_path):
+    torch.manual_seed(0)
+    values, grads = torch.randn(8, 3), torch.randn(2, 8, 3)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        slopes = []
+        for place in (lambda t: t, lambda t: distribute_tensor(t, mesh, [Shard(0)])):
+            theta = nn.Parameter(place(values.clone()))
+            optimizer = make([theta])
+            for slot, grad in enumerate(grads):
+                theta.grad = place(grad)
+                if slot == 0:
+                    optimizer.step()
+            slopes.append(momentum_slope(optimizer, 0.1, module=nn.Module()))
+    finally:
+        dist.destroy_process_group()
+    assert slopes[0] != 0
+    assert slopes[1] == pytest.approx(slopes[0])
 
 
 def test_momentum_is_what_a_step_without_gradient_goes_along():

@@ -32,8 +32,8 @@ class WarmupArguments:
         default="linear",
         metadata={
             "help": "How the learning rate rises: `linear` over warmup_steps; or, with warmup_steps=0, `exponential` "
-            "(by warmup_growth per step), `guided` (as the critical learning rate, measured along the run, allows; "
-            "no higher than it even if learning_rate is) or `persistent` (the paper's persistent catapult: one search "
+            "(by warmup_growth per step), `guided` (as the critical learning rate, measured along the run, allows, "
+            "which may be less than learning_rate) or `persistent` (the paper's persistent catapult: one search "
             "after another)."
         },
     )
@@ -74,13 +74,13 @@ class WarmupArguments:
         default=None,
         metadata={
             "help": "What part of the way to the critical learning rate, in its logarithm, warmup=guided goes in a "
-            "step: a ramp takes about two times its inverse. By default that is 160 steps, or 9 times the root of "
-            "the run's steps where that is more."
+            "step: until it is near takes about two times its inverse. By default that is 160 steps, or 9 times the "
+            "root of the run's steps where that is more."
         },
     )
     guide_kappa: float = field(
         default=1.0,
-        metadata={"help": "Highest learning rate of warmup=guided, in terms of the smallest critical one it met."},
+        metadata={"help": "A factor on how far the smallest critical learning rate met lets warmup=guided go."},
     )
     max_init_fraction: float = field(
         default=0.1,

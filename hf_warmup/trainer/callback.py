@@ -332,7 +332,7 @@ class WarmupCallback(TrainerCallback):
             record["warmup/warmup_steps"] = guide.num_steps
             if isinstance(guide, GuidedWarmup):
                 record |= {"warmup/waited_steps": guide.waited, "warmup/still_waits": guide.still_waits}
-                record["warmup/stretch"] = guide.stretch
+                record["warmup/of_critical"] = guide.kappa * (guide.stretch if guide.slopes else 1.0)
         if logs:
             record |= {"warmup/mode": self.arguments.warmup, "warmup/asked": self.arguments.init_lr}
             log(self.trainer, logs, record)

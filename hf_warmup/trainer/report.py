@@ -62,7 +62,7 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         ),
         "turn_lr": last.get("warmup/turn_lr"),
         "beyond_turn": last.get("warmup/beyond_turn"),
-        "stretch": last.get("warmup/stretch"),
+        "of_critical": last.get("warmup/of_critical"),
         "waited_steps": last.get("warmup/waited_steps"),
         "still_waits": last.get("warmup/still_waits", False),
         "search_status": start.get("warmup/status"),
@@ -189,7 +189,7 @@ def evaluation(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def peak_words(report: dict[str, Any]) -> str:
-    """The highest learning rate of a warmup that chose it itself.
+    """The learning rate that a warmup ended at which chose it itself.
 
     Args:
         report: From `warmup_report`.
@@ -197,13 +197,11 @@ def peak_words(report: dict[str, Any]) -> str:
     Returns:
         The number, and what decided it.
     """
-    stretch = report["stretch"] or 1.0
-    times = f"{stretch:.3g} times " if stretch > 1 else ""
     words = {
         "turn": f"{report['beyond_turn'] or math.nan:.3g} times where the momentum turned",
         "waits": "near where the momentum turned: the loss fell no further in half of the run",
         "late": "at half of the run",
-        "critical": f"{times}the smallest η_c met",
+        "critical": f"{_times(report)}the smallest mean of η_c",
         "target": "η_trgt",
     }
     reason = _peak_reason(report)
@@ -211,7 +209,7 @@ def peak_words(report: dict[str, Any]) -> str:
 
 
 def _peak_reason(report: dict[str, Any]) -> str | None:
-    """What decided the highest learning rate; None if it was not reached."""
+    """What decided the learning rate at the ramp's end; None if it was not reached."""
     peak, turn = report["peak_lr"], report["turn_lr"]
     if peak is None:
         return None
@@ -223,6 +221,15 @@ def _peak_reason(report: dict[str, Any]) -> str | None:
         return "waits"
     # The ramp was still going at half of the run, and gave way to the decay.
     return "late" if 2 * report["warmup_steps_taken"] >= report["train_steps"] else "critical"
+
+
+def _of_critical(report: dict[str, Any]) -> float:
+    """How many times the smallest mean of η_c the peak may be."""
+    return report.get("of_critical") or 1.0  # a report may be older than that
+
+
+def _times(report: dict[str, Any]) -> str:
+    return "" if _of_critical(report) == 1 else f"{_of_critical(report):.3g} times "
 
 
 def optimizer_words(report: dict[str, Any]) -> str:
@@ -356,9 +363,11 @@ def _verdict_of_a_ramp(report: dict[str, Any]) -> str:
     if reason == "late":
         return f"The ramp had come to {peak} at half of the run, and gave way to the decay."
     if reason == "critical":
+        times = _times(report)
         return (
             f"η_trgt was more than training would bear: on the way up η_c came down to "
-            f"{report['smallest_critical_lr']:.3g}, and the learning rate was held at {peak}."
+            f"{report['peak_lr'] / _of_critical(report):.3g}, and the learning rate was held at "
+            f"{times + 'that, ' if times else ''}{peak}."
         )
     turned = f"rom {report['turn_lr']:.3g} on the momentum pointed uphill on new batches, and "
     if reason == "turn":

@@ -104,7 +104,7 @@ def warmup_section(report: dict[str, Any]) -> str:
             ("Steps saved (T_save)", f"{report['steps_saved']:.1f}, after {passes}"),
         ]
     else:
-        rows += [("Highest learning rate, before decay", peak_words(report)), taken, ("Cost of the search", passes)]
+        rows += [("Learning rate at its end, before decay", peak_words(report)), taken, ("Cost of the search", passes)]
     if report["final_eval_loss"] is not None:
         rows.append(("Final validation loss", f"{report['final_eval_loss']:.4f}"))
     parts = ["## Learning-rate warmup", _table(("Warmup", "This run"), rows), verdict(report)]

@@ -83,7 +83,7 @@ DEVELOPMENT = {s.name: s for s in (A, B, BERT, MODERN, CNN)}
 def stream(setting: Setting) -> tuple[Tensor, Tensor]:
     """The token stream: what is trained on, and the held-out last tenth."""
     # Long to make, and the same in every process: `make_stream` writes it down.
-    kept = STREAMS / f"{setting.text}-{setting.tokens}.pt"
+    kept = _kept(setting)
     ids = torch.load(kept).long() if kept.exists() else torch.tensor(_ids(setting))
     cut = int(0.9 * len(ids))
     return ids[:cut], ids[cut:]
@@ -92,7 +92,13 @@ def stream(setting: Setting) -> tuple[Tensor, Tensor]:
 def make_stream(setting: Setting) -> None:
     """Make the token stream once, for all processes to come."""
     STREAMS.mkdir(parents=True, exist_ok=True)
-    torch.save(torch.cat(stream(setting)).int(), STREAMS / f"{setting.text}-{setting.tokens}.pt")
+    torch.save(torch.cat(stream(setting)).int(), _kept(setting))
+
+
+def _kept(setting: Setting) -> Path:
+    # The text may be that of the packages.
+    versions = f"torch-{torch.__version__}-transformers-{transformers.__version__}"
+    return STREAMS / f"{setting.text}-{setting.tokens}-{versions}.pt"
 
 
 def _ids(setting: Setting) -> list[int]:

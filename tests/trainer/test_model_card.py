@@ -271,6 +271,10 @@ def test_several_runs_are_compared(make_trainer, folder, tmp_path):
     assert compared.table in (tmp_path / "report" / "comparison.md").read_text()
     with Image.open(tmp_path / "report" / "comparison.png") as plot:
         assert plot.size == (840, 720)
+    # One that was written before there was anything to say of how far the smallest η_c lets a ramp go.
+    path = tmp_path / "guided" / "warmup.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "of_critical"}))
+    assert compare_runs([tmp_path / name for name in losses]).table == compared.table
     with pytest.raises(ValueError, match="dirs must be folders of runs with hf-warmup, got .*nothing"):
         compare_runs([tmp_path / "nothing"])
     with pytest.raises(ValueError, match="dirs must name at least one run's folder"):
@@ -282,8 +286,8 @@ def test_several_runs_are_compared(make_trainer, folder, tmp_path):
     [
         (60, None, 0.1, False, "η_trgt", "this run would have borne a larger one"),
         (60, 0.02, 0.062, False, "3.1 times where the momentum turned", "from 0.02 on the momentum pointed uphill"),
-        (60, 0.02, 0.03, False, "1.38 times the smallest η_c met", "on the way up η_c came down to 0.03"),
-        (60, None, 0.03, False, "1.38 times the smallest η_c met", "on the way up η_c came down to 0.03"),
+        (60, 0.02, 0.03, False, "1.5 times the smallest mean of η_c", "on the way up η_c came down to 0.02, and"),
+        (60, None, 0.03, False, "1.5 times the smallest mean of η_c", "was held at 1.5 times that, 0.03."),
         (150, 0.02, 0.03, False, "at half of the run", "had come to 0.03 at half of the run"),
         (
             150,
@@ -299,7 +303,7 @@ def test_the_card_says_what_decided_the_peak(taken, turn_lr, peak, waits, words,
     report = {
         **{"warmup": "guided", "target_lr": 0.1, "peak_lr": peak, "turn_lr": turn_lr, "warmup_steps_taken": taken},
         **{"beyond_turn": 3.1, "train_steps": 300, "critical_lr": 0.2, "smallest_critical_lr": 0.03},
-        **{"still_waits": waits, "stretch": 1.38},
+        **{"still_waits": waits, "of_critical": 1.5},
     }
     assert peak_words(report) == f"{peak:.3g} ({words})"
     assert told in verdict(report)
