@@ -25,7 +25,7 @@ The estimate is a staircase (an up-and-down test, as in psychophysics [2]): one 
 1.5 if the loss did not rise and c / 1.5 if it did, which settles where half of the batches rise. A trial costs
 one forward pass, as the loss before the step is known. There is one every `every` = 5 steps, and after step 100 one
 every t/20 steps, as training changes with the logarithm of time: some 30 forward passes until the ramp of a run of
-300 steps has ended, 60 of 2400, and 120 in 10,000 steps if they go on to the end.
+300 steps has ended, 80 of 2400, and 120 in 10,000 steps if they go on to the end.
 
 A step has seen the batch that it is tried on, and lowers its loss more than that of others: the more so, the less
 a batch tells of the next one (few labels, dropout). The momentum has not: gᵀu of the step that it would make

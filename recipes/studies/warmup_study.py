@@ -544,7 +544,8 @@ def report() -> str:
     parts.append(f"## How often to try\n\n{trials_table()}")
     if read("gpu"):
         note = "AdamW (β2 = .95), bf16; one NVIDIA H200, torch 2.11.0, transformers 5.24.0; what a quarter of an hour "
-        note += "there was enough for. `warmup_study.py gpu` makes the rest."
+        note += "there was enough for. Guided warmup as of commit 53ad886, whose long ramps went no further than the "
+        note += "smallest η_c. `warmup_study.py gpu` makes the other runs, with the rule as it is."
         parts.append(f"## GPT of 14M parameters on a GPU, 1000 steps\n\n{gpu_table()}\n\n{note}")
     if read("short"):
         parts.append(f"## Steps to the loss of tuned linear warmup\n\n{short_table()}")
