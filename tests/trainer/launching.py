@@ -14,7 +14,9 @@ LINEAR = {"max_steps": 20, "warmup_steps": 8, "learning_rate": 3e-3, "save_strat
 GUIDED = {**LINEAR, "warmup": "guided", "warmup_steps": 0, "guide_every": 2, "guide_rate": 0.2, "learning_rate": 1e-2}
 # From the turn of the momentum on the loss of every step is asked for, and a learning rate is tried in few of them.
 WAITS = {"gi_adam": False, "init_lr": "0.03", "learning_rate": 1.0, "guide_rate": 0.012}
-WAITING = {**GUIDED, **WAITS, "guide_every": 9, "save_strategy": "no"}
+# Half of it is enough to judge the loss.
+LONGER = {"init_lr": "0.01", "max_steps": 32, "save_strategy": "no"}
+WAITING = {**GUIDED, **WAITS, **LONGER, "guide_every": 9}
 
 
 def launch(folder, num_processes, *runs, fails=False, **environment):
