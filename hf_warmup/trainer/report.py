@@ -369,11 +369,11 @@ def _verdict_of_a_ramp(report: dict[str, Any]) -> str:
             f"{report['peak_lr'] / _of_critical(report):.3g}, and the learning rate was held at "
             f"{times + 'that, ' if times else ''}{peak}."
         )
-    turned = f"rom {report['turn_lr']:.3g} on the momentum pointed uphill on new batches, and "
+    turned = f"{report['turn_lr']:.3g} on the momentum pointed uphill on new batches, and"
     if reason == "turn":
-        return f"η_trgt was more than training would bear: f{turned}the learning rate was held at {peak}."
+        return f"η_trgt was more than training would bear: from {turned} the learning rate was held at {peak}."
     return (
-        f"F{turned}in half of the run the loss did not fall by another tenth of its first descent: the learning rate "
-        f"waited at {peak} and gave way to the decay. Such a model wants more steps, or a slower ramp: a smaller "
+        f"From {turned} in half of the run the loss did not fall by another tenth of its first descent: the learning "
+        f"rate waited at {peak} and gave way to the decay. Such a model wants more steps, or a slower ramp: a smaller "
         "guide_rate."
     )

@@ -17,8 +17,8 @@ import torch
 from tabulate import tabulate
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_warmup import GuidedWarmup, loss_after_step, momentum_slope
-from hf_warmup.guided import ramp_rate, trial_interval
+from hf_warmup import loss_after_step, momentum_slope
+from hf_warmup.guided import EVERY, ramp_rate, trial_interval
 
 from bench_optimizer import seconds_of
 from reporting import conditions, current_commit, device_parser, parsed, torch_threads, write
@@ -57,9 +57,9 @@ def make_turns(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], 
 def counts(num_steps: int) -> tuple[int, int]:
     """Trials and slopes of a run of N steps whose ramp takes all of its 2/ρ steps and turns at `TURN` of them."""
     ramp = min(round(2 / ramp_rate(num_steps)), num_steps // 2)
-    trials, step = 0, GuidedWarmup(1.0, num_steps).every
+    trials, step = 0, EVERY
     while step < ramp:
-        trials, step = trials + 1, step + trial_interval(step, GuidedWarmup(1.0, num_steps).every)
+        trials, step = trials + 1, step + trial_interval(step, EVERY)
     return trials + 8, round(TURN * ramp)  # 8: the search at the first step
 
 
