@@ -9,9 +9,9 @@ Every method's target, the length of linear warmup and the growth of the exponen
 `FRESH`: the rule was changed after a look at their runs on the former, of the BERT twice.
 
 A run that is in results/warmup_<part>.csv is not repeated. Parts: `gpt` and `gi` (AdamW and GI-Adam on a GPT),
-`bert` and `modernbert`, `long` (5 times the steps), `modernbert_long` (4 times), `short` (fewer steps: how many
-reach the loss of tuned linear warmup), `random` (200 random settings: which runs fail), and on a GPU `gpu`
-(a GPT of 14M parameters, on which seed 0 chooses).
+`bert` and `modernbert`, `long` and, on word pieces, `bpe_long` (5 times the steps), `modernbert_long` (4 times),
+`short` (fewer steps: how many reach the loss of tuned linear warmup), `random` (200 random settings: which runs
+fail), and on a GPU `gpu` (a GPT of 14M parameters, on which seed 0 chooses).
 """
 
 import argparse
@@ -58,6 +58,7 @@ BERT = replace(DEVELOPMENT["BERT"], width=48, depth=3, steps=2400)
 # LayerNorm before the blocks, rotary positions: one that learns in 600 steps.
 MODERN = replace(BERT, name="modernbert", family="modernbert", steps=600)
 LONG = replace(GPT, name="long", steps=5 * GPT.steps)
+BPE_LONG = replace(LONG, name="bpe_long", tokens="bpe", width=64, depth=3)
 MODERN_LONG = replace(MODERN, name="modernbert_long", steps=4 * MODERN.steps)
 # 14M parameters, 8,192 tokens a step.
 GPU = Setting(
@@ -83,6 +84,7 @@ TITLES = {
     "modernbert": "ModernBERT, AdamW (β2 = .98)",
     "modernbert_long": "ModernBERT, 4 times the steps",
     "long": "GPT, 5 times the steps",
+    "bpe_long": "GPT of 64 x 3 on 512 word pieces, 1500 steps",
 }
 
 
@@ -173,6 +175,9 @@ def jobs(part: str) -> Iterator[Job]:
         yield from grid(LONG, "AdamW", {"ramp": [{}], "linear": [{"fraction": f} for f in (0.02, 0.3)]}, lrs, TUNING)
         both = {"guided": [{}], "linear": [{"fraction": 0.1}]}
         yield from grid(LONG, "AdamW", both, lrs, (*TUNING, *SEEDS, *FRESH[part]))
+    if part == "bpe_long":
+        rules = {"guided": [{}], "linear": [{"fraction": f} for f in (0.1, 0.3)]}
+        yield from grid(BPE_LONG, "AdamW", rules, targets(2.5e-3, 5))
     if part == "short":
         for steps in (180, 210, 240, 270):
             yield from grid(replace(GPT, name="short", steps=steps), "AdamW", {"guided": [{}]}, [1e-2, 2e-2], SEEDS)
@@ -211,7 +216,7 @@ def jobs(part: str) -> Iterator[Job]:
                 yield Job(setting, optimizer, rule, options, target, seed)
 
 
-PARTS = ("gpt", "random", "gi", "long", "short", "bert", "modernbert", "modernbert_long", "gpu")
+PARTS = ("gpt", "random", "gi", "long", "short", "bert", "modernbert", "modernbert_long", "bpe_long", "gpu")
 
 
 def run(job: Job) -> dict[str, Any]:
