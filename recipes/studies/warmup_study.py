@@ -84,7 +84,7 @@ TITLES = {
     "modernbert": "ModernBERT, AdamW (β2 = .98)",
     "modernbert_long": "ModernBERT, 4 times the steps",
     "long": "GPT, 5 times the steps",
-    "bpe_long": "GPT of 64 x 3 on 512 word pieces, 1500 steps",
+    "bpe_long": "GPT on word pieces, 5 times the steps",
 }
 
 
