@@ -226,6 +226,7 @@ class GuidedWarmup(_Controller):
         stretch: b, how many times as long as a short run's the ramp is.
         hold: max(1, 9/(4b)).
         beyond: 9/4 b.
+        fall: 0.1, the part of its first descent that the loss has to fall by again before a ramp that waits goes on.
         level: η / f: the ramp, then its peak.
         num_steps: Steps decided so far.
         num_trials: Forward passes spent so far.
@@ -265,6 +266,7 @@ class GuidedWarmup(_Controller):
         self.rate = ramp_rate(num_training_steps) if rate is None else rate
         self.stretch = max(1.0, 2 / self.rate / _LEAST)
         self.hold, self.beyond = max(1.0, _BEYOND / self.stretch), _BEYOND * self.stretch
+        self.fall = _FALL
         self.peak = math.inf
         self.turn_lr = math.nan
         self.turn_step: int | None = None
@@ -379,7 +381,7 @@ class GuidedWarmup(_Controller):
         if self.num_steps <= self._judged_from:
             self.turn_loss += (loss - self.turn_loss) / (self.num_steps - self.turn_step)
         else:
-            fall = _FALL * max(0.0, self.first_loss - self.turn_loss)
+            fall = self.fall * max(0.0, self.first_loss - self.turn_loss)
             self.waits = self.recent_loss > self.turn_loss - fall
 
     def _trial(self, loss_at: LossAt, factor: float, own_warmup: float) -> None:

@@ -379,11 +379,6 @@ class RisingWarmup(GuidedWarmup):
             at_end = self.level >= most
         return at_end
 
-    def _look_at_the_loss(self, loss: float) -> None:
-        super()._look_at_the_loss(loss)
-        if self.turn_step is not None and self.num_steps > self._judged_from:
-            self.waits = self.recent_loss > self.turn_loss - self.fall * max(0.0, self.first_loss - self.turn_loss)
-
     def _trial(self, *args: Any) -> None:
         super()._trial(*args)
         if self.turn_step is not None and len(self.since) < 6:

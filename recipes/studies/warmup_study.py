@@ -5,7 +5,7 @@
     python recipes/studies/warmup_study.py --table    # the tables and the plot from the CSVs alone
 
 Every method's target, the length of linear warmup and the growth of the exponential ramp are chosen on the seeds of
-`TUNING`; what is reported are the runs of others, `SEEDS`, and of a BERT and of the longer GPT also those of
+`TUNING`; what is reported are the runs of others, `SEEDS`, and of `bert` and `long` also those of
 `FRESH`: the rule was changed after a look at their runs on the former, of the BERT twice.
 
 A run that is in results/warmup_<part>.csv is not repeated. Parts: `gpt` and `gi` (AdamW and GI-Adam on a GPT),
@@ -561,7 +561,7 @@ def report() -> str:
     return "\n\n".join(
         [
             *parts,
-            f"Means ± standard deviations over seeds {seeds} (BERT also {bert}; 5 times the steps also {long}); "
+            f"Means ± standard deviations over seeds {seeds} (BERT also {bert}; GPT, 5 times the steps, also {long}); "
             f"targets and the tuned linear warmup are those of the smallest mean over seeds {tuning}; {versions}; one "
             "thread of a CPU per run. `python recipes/studies/warmup_study.py`\n",
         ]
