@@ -139,14 +139,14 @@ class GIAdamW(torch.optim.AdamW):
     def own_warmup(self) -> float:
         """Factor √(1-β2^t) by which the step to come, number t, is shorter than AdamW's on a constant gradient.
 
-        Of each group's first parameter, that which has made the most steps, and its group's β2.
+        Of the first parameter of each group that has had a gradient, that which has made the most steps, and its
+        group's β2.
         """
-        counts = [
-            (float(self.state[p]["step"]), float(group["betas"][1]))
+        born = [
+            (next((p for p in group["params"] if self._has_state(p) and p not in self._waiting), None), group)
             for group in self.param_groups
-            for p in group["params"][:1]
-            if self._has_state(p)
         ]
+        counts = [(float(self.state[p]["step"]), float(group["betas"][1])) for p, group in born if p is not None]
         steps, beta2 = max(counts, default=(0.0, float(self.defaults["betas"][1])))
         return math.sqrt(1 - beta2 ** (steps + 1))
 

@@ -547,3 +547,13 @@ def test_own_warmup_is_the_length_of_the_step_to_come_on_a_constant_gradient(bet
         theta.grad = torch.tensor([1e-3, -2.0, 5.0], dtype=torch.float64)
         optimizer.step()
         torch.testing.assert_close((theta.detach() - before).abs(), torch.full_like(theta, expected))
+
+
+def test_own_warmup_is_of_a_parameter_that_has_had_gradients():
+    # As of a vision tower that no batch of text reaches.
+    idle, waiting, p = (torch.zeros(3, requires_grad=True) for _ in range(3))
+    optimizer = GIAdamW([idle, waiting, p])
+    for _ in range(5):
+        waiting.grad, p.grad = torch.zeros(3), torch.ones(3)
+        optimizer.step()
+    assert optimizer.own_warmup == pytest.approx(math.sqrt(1 - 0.999**6))
