@@ -4,8 +4,10 @@ The target η_trgt is `learning_rate` and the duration T_wrm of linear warmup is
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 
@@ -14,6 +16,7 @@ from hf_warmup.guided import EVERY
 # The warmups that try learning rates along the run.
 TRYING = ("persistent", "guided")
 SharpnessKind = Literal["critical", "hessian", "preconditioned"]
+_NUMBERS: dict[type, Any] = {int: Integral, float: Real, NoneType: (Real, NoneType)}  # by the type of the default
 
 
 @dataclass
@@ -150,6 +153,13 @@ class WarmupArguments:
         Raises:
             ValueError: If a value is out of range.
         """
+        for option in fields(WarmupArguments):
+            value = getattr(self, option.name)
+            # YAML reads 1e-2 as a word.
+            kind = type(option.default)  # HfArgumentParser changes `option.type`
+            if kind in _NUMBERS and (isinstance(value, bool) or not isinstance(value, _NUMBERS[kind])):
+                whole = "a whole number" if kind is int else "a number"
+                raise ValueError(f"{option.name} must be {whole}, got {value!r}")
         fixed = self.fixed_init_lr  # raises what is neither a word nor a number
         if self.sharpness_every < 0:
             raise ValueError(f"sharpness_every must be at least 0, got {self.sharpness_every}")
@@ -179,7 +189,7 @@ class WarmupArguments:
         if not 0 < self.max_init_fraction <= 1:
             raise ValueError(f"max_init_fraction must be above 0 and at most 1, got {self.max_init_fraction}")
         for name in ("catapult_delta", "critical_lr_rtol", "guide_kappa"):
-            if not 0 < (value := cast(float, getattr(self, name))) < math.inf:
+            if not 0 < (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
 
     @property
@@ -195,7 +205,7 @@ class WarmupArguments:
         if self.init_lr in ("catapult", "zero"):
             return None
         try:
-            value = float(self.init_lr)
+            value = math.nan if isinstance(self.init_lr, bool) else float(self.init_lr)
         except (TypeError, ValueError):
             value = math.nan
         if not 0 < value < math.inf:

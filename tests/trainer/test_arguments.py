@@ -41,6 +41,12 @@ BAD = [
     ({"search_batches": 0}, "search_batches must be at least 1, got 0"),
     ({"catapult_delta": -0.1}, "catapult_delta must be positive and finite, got -0.1"),
     ({"critical_lr_rtol": float("nan")}, "critical_lr_rtol must be positive and finite, got nan"),
+    # As YAML reads 1e-2.
+    ({"guide_rate": "1e-2"}, "guide_rate must be a number, got '1e-2'"),
+    ({"warmup_growth": None}, "warmup_growth must be a number, got None"),
+    ({"guide_every": float("nan")}, "guide_every must be a whole number, got nan"),
+    ({"guide_micro_batches": 1.5}, "guide_micro_batches must be a whole number, got 1.5"),
+    ({"init_lr": True}, "init_lr must be .* got True"),
 ]
 
 
