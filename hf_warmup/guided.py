@@ -74,6 +74,7 @@ SlopeAt = Callable[[float], float]
 # Chosen on the development settings of recipes/studies/guided.md.
 _START = 1e-3  # of η_c: where the ramp starts
 _STAIR = 1.5  # factor of a stair
+_FAR = 1e6  # of η_trgt: where η_c is looked for no more, as a model may be linear in what is trained
 _MEAN = 6  # estimates in the mean that may lower the peak
 _SLOPES = 6  # steps' slopes of which half must have turned
 _SETTLED = 100  # step after which trials become rarer, in proportion to t
@@ -355,7 +356,7 @@ class GuidedWarmup(_Controller):
 
     def _start(self, loss_at: LossAt, own_warmup: float) -> None:
         # To a factor of 2: the staircase knows no better afterwards.
-        found = self._search(loss_at, guess=self.target_lr, rtol=1.0)
+        found = self._search(loss_at, guess=self.target_lr, target=_FAR * self.target_lr, rtol=1.0)
         # A loss that rises however small the step is: the staircase will look further down.
         critical_lr = found.value if 0 < found.value < math.inf else found.lower or found.evals[-1][0]
         self.critical_lr = own_warmup * critical_lr
@@ -390,7 +391,7 @@ class GuidedWarmup(_Controller):
         self.estimates = [*self.estimates, self.critical_lr][-_MEAN:]
         # Not `loss > start`: a loss that is not finite has risen.
         rises = not loss_at(self.critical_lr / own_warmup) <= loss_at(0.0)
-        self.critical_lr *= 1 / _STAIR if rises else _STAIR
+        self.critical_lr = min(self.critical_lr * (1 / _STAIR if rises else _STAIR), _FAR * self.target_lr)
         if len(self.estimates) == _MEAN:
             mean = math.exp(math.fsum(map(math.log, self.estimates)) / _MEAN)
             # b is for the way to the turn: of no ramp without slopes, and not behind the ramp.

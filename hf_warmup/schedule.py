@@ -38,6 +38,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from hf_warmup.guided import decay_step
 
+_LOOKS = 20  # steps along a run where a factor is asked for, to see whether it rises
+
 
 def steps_saved(init_lr: float, target_lr: float, warmup_steps: int, forward_passes: int = 0) -> float:
     """T_save = T_wrm η_init / η_trgt - T_fp / 2, negative where the search cost more than it saved.
@@ -54,6 +56,30 @@ def steps_saved(init_lr: float, target_lr: float, warmup_steps: int, forward_pas
     return warmup_steps * min(1.0, init_lr / target_lr) - forward_passes / 2
 
 
+def checkpoint_of(scheduler: Any) -> str | None:
+    """The warmup that a schedule has, or that the checkpoint had which was loaded into it.
+
+    Args:
+        scheduler: Of any kind.
+
+    Returns:
+        `linear`, `exponential` or the name of a controller; None if it has, and had, none of this module's.
+    """
+    # A factor that is no function is loaded by updating its __dict__, whatever wrote that.
+    kinds = (getattr(factor, "__dict__", {}).get("warmup_kind") for factor in getattr(scheduler, "lr_lambdas", ()))
+    return next((kind for kind in kinds if kind is not None), None)
+
+
+def _check_fraction(factor: Callable[[Any], float], step: float) -> None:
+    try:
+        factor(step)
+    except (TypeError, LookupError) as error:
+        raise ValueError(
+            "the schedule's factor must accept a fractional step, as its decay is stretched, got "
+            f"{type(error).__name__} at step {step}: {error}"
+        ) from error
+
+
 class _Changed:
     """An existing `LambdaLR`, changed in place by factors that wrap its own; it stays the user's object.
 
@@ -62,7 +88,7 @@ class _Changed:
 
     _factor: type["_Factor"]
 
-    def __init__(self, scheduler: LRScheduler, *args: int) -> None:
+    def __init__(self, scheduler: LRScheduler, *args: Any) -> None:
         if not isinstance(scheduler, LambdaLR):
             raise ValueError(
                 f"warmup needs a schedule that is a factor per step (LambdaLR), got {type(scheduler).__name__}: "
@@ -76,6 +102,17 @@ class _Changed:
 
     def _check(self, factors: list[Callable[[Any], float]]) -> None:
         """Refuse factors that cannot be changed."""
+
+    def _check_decays(self, factors: list[Callable[[Any], float]], num_training_steps: int) -> None:
+        """Refuse factors of which anything but a decay is left: they are stretched, behind a warmup of ours."""
+        for factor in factors:
+            _check_fraction(factor, 0.5)
+            highest = max((num_training_steps * k / _LOOKS for k in range(_LOOKS)), key=factor)
+            if factor(highest) > factor(0) * (1 + 1e-6):
+                raise ValueError(
+                    f"the schedule's factor must not rise, as this warmup needs one without a warmup of its own, got "
+                    f"{factor(0):.4g} at step 0 and {factor(highest):.4g} at {highest:g}"
+                )
 
     @property
     def started(self) -> bool:
@@ -97,14 +134,16 @@ class _Changed:
 class _Factor:
     """f, changed.
 
-    `LambdaLR.state_dict` saves the `__dict__` of its factors, and only plain numbers (and containers of them) may
-    be in there if the checkpoint is to load: the wrapped function, and what a new run is told again, live in slots.
+    `LambdaLR.state_dict` saves the `__dict__` of its factors, and only plain numbers and words (and containers of
+    them) may be in there if the checkpoint is to load: the wrapped function, and what a new run is told again, live
+    in slots.
     """
 
     __slots__ = ("__dict__", "inner")
 
-    def __init__(self, inner: Callable[[Any], float]) -> None:
+    def __init__(self, inner: Callable[[Any], float], kind: str) -> None:
         self.inner = inner
+        self.warmup_kind = kind
 
     def __call__(self, step: int) -> float:
         return self.inner(step)
@@ -119,8 +158,8 @@ class _Ramp(_Factor):
 
     __slots__ = ("num_training_steps",)
 
-    def __init__(self, inner: Callable[[Any], float], num_training_steps: int) -> None:
-        super().__init__(inner)
+    def __init__(self, inner: Callable[[Any], float], kind: str, num_training_steps: int) -> None:
+        super().__init__(inner, kind)
         self.num_training_steps = num_training_steps
         self.init_fraction: float | None = None
         self.first_step = 0
@@ -161,7 +200,7 @@ class _Linear(_Ramp):
     __slots__ = ("warmup_steps",)
 
     def __init__(self, inner: Callable[[Any], float], warmup_steps: int, num_training_steps: int) -> None:
-        super().__init__(inner, num_training_steps)
+        super().__init__(inner, "linear", num_training_steps)
         self.warmup_steps = warmup_steps
 
     def __call__(self, step: int) -> float:
@@ -188,8 +227,8 @@ class WarmupSchedule(_RampSchedule):
         num_training_steps: N, the step at which the decay ends.
 
     Raises:
-        ValueError: If `scheduler` is no `LambdaLR`, if a factor is not 1 when warmup ends, or if
-            `warmup_steps` is not between 1 and `num_training_steps`.
+        ValueError: If `scheduler` is no `LambdaLR`, if a factor is not 1 when warmup ends or takes whole steps only,
+            or if `warmup_steps` is not between 1 and `num_training_steps`.
     """
 
     _factor = _Linear
@@ -209,6 +248,7 @@ class WarmupSchedule(_RampSchedule):
                 raise ValueError(
                     f"the schedule's factor must be 1 when warmup ends, got {peak} at warmup_steps={self.warmup_steps}"
                 )
+            _check_fraction(factor, self.warmup_steps + 0.5)
 
     def start(self, init_fraction: float) -> None:
         """Start warmup with the step that comes next, at η_init = `init_fraction` η_trgt.
@@ -224,7 +264,7 @@ class WarmupSchedule(_RampSchedule):
 
 class _Exponential(_Ramp):
     def __init__(self, inner: Callable[[Any], float], num_training_steps: int) -> None:
-        super().__init__(inner, num_training_steps)
+        super().__init__(inner, "exponential", num_training_steps)
         self.growth = 1.0
 
     def __call__(self, step: int) -> float:
@@ -242,13 +282,17 @@ class ExponentialSchedule(_RampSchedule):
         num_training_steps: N, the step at which the decay ends.
 
     Raises:
-        ValueError: If `scheduler` is no `LambdaLR`.
+        ValueError: If `scheduler` is no `LambdaLR`, or a factor rises or takes whole steps only.
     """
 
     _factor = _Exponential
 
     def __init__(self, scheduler: LRScheduler, num_training_steps: int) -> None:
+        self.num_training_steps = num_training_steps
         super().__init__(scheduler, num_training_steps)
+
+    def _check(self, factors: list[Callable[[Any], float]]) -> None:
+        self._check_decays(factors, self.num_training_steps)
 
     def start(self, init_fraction: float, growth: float) -> None:
         """Start the ramp with the step that comes next, at η_init = `init_fraction` η_trgt.
@@ -270,8 +314,8 @@ class ExponentialSchedule(_RampSchedule):
 class _Steered(_Factor):
     __slots__ = ("num_training_steps",)
 
-    def __init__(self, inner: Callable[[Any], float], num_training_steps: int) -> None:
-        super().__init__(inner)
+    def __init__(self, inner: Callable[[Any], float], kind: str, num_training_steps: int) -> None:
+        super().__init__(inner, kind)
         self.num_training_steps = num_training_steps
         self.fraction: float | None = None
         self.ramp_end: int | None = None
@@ -295,17 +339,21 @@ class SteeredSchedule(_Changed):
     Args:
         scheduler: The schedule, made with 0 warmup steps; its factor f must accept a fractional step.
         num_training_steps: N, the step at which the decay ends.
+        kind: The controller's name, kept in checkpoints: `checkpoint_of`.
 
     Raises:
-        ValueError: If `scheduler` is no `LambdaLR`.
+        ValueError: If `scheduler` is no `LambdaLR`, or a factor rises or takes whole steps only.
     """
 
     _factor = _Steered
     _factors: list[_Steered]
 
-    def __init__(self, scheduler: LRScheduler, num_training_steps: int) -> None:
+    def __init__(self, scheduler: LRScheduler, num_training_steps: int, kind: str = "steered") -> None:
         self.num_training_steps = num_training_steps
-        super().__init__(scheduler, num_training_steps)
+        super().__init__(scheduler, kind, num_training_steps)
+
+    def _check(self, factors: list[Callable[[Any], float]]) -> None:
+        self._check_decays(factors, self.num_training_steps)
 
     def decay(self, step: float) -> float:
         """The factor f that the schedule has by itself.

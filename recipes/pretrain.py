@@ -110,15 +110,16 @@ def make_trainer(args: WarmupTrainingArguments, recipe: RecipeArguments) -> tupl
 
 def warmup_rows(report: dict) -> list[tuple[str, str]]:
     """What warmup took, asked for in steps or left to find its own end."""
+    taken = "not finished" if report["warmup_steps_taken"] is None else report["warmup_steps_taken"]
     if report["warmup"] == "linear":
         return [
-            ("warmup steps taken / asked for", f"{report['warmup_steps_taken']} / {report['warmup_steps']}"),
+            ("warmup steps taken / asked for", f"{taken} / {report['warmup_steps']}"),
             ("steps saved (net of the search)", f"{report['steps_saved']:.1f}"),
         ]
     return [
         ("warmup", report["warmup"]),
         ("highest learning rate", peak_words(report)),
-        ("warmup steps taken", str(report["warmup_steps_taken"])),
+        ("warmup steps taken", str(taken)),
         ("forward passes for the search", str(report["forward_passes"])),
     ]
 

@@ -3,9 +3,10 @@ import math
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, steps_saved
+from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, checkpoint_of, steps_saved
 
 N, T_WRM, TARGET = 100, 20, 0.5
 # Every LambdaLR that transformers makes, with its extra arguments.
@@ -28,6 +29,10 @@ def schedule(name, target=TARGET, warmup_steps=T_WRM, **options):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], target)
     kwargs = {**SCHEDULES[name], **options}
     return optimizer, get_scheduler(name, optimizer, warmup_steps, N, scheduler_specific_kwargs=kwargs)
+
+
+def user_schedule(factor):
+    return LambdaLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)], TARGET), factor)
 
 
 def run(optimizer, scheduler, num_steps=N):
@@ -157,6 +162,32 @@ def test_a_schedule_that_peaks_elsewhere_is_refused():
     for steps in (0, N + 1):
         with pytest.raises(ValueError, match=f"warmup_steps must be between 1 and 100 steps, got {steps}"):
             WarmupSchedule(scheduler, steps, N)
+
+
+@pytest.mark.parametrize("make", [ExponentialSchedule, SteeredSchedule])
+def test_a_factor_that_cannot_be_stretched_is_refused(make):
+    own_warmup = user_schedule(lambda step: min(1, step / 6) * (1 - step / N))
+    with pytest.raises(ValueError, match="must not rise, .* got 0 at step 0 and 0.9"):
+        make(own_warmup, N)
+    table = [1.0] * (N + 1)
+    with pytest.raises(ValueError, match="must accept a fractional step, .* got TypeError at step 0.5"):
+        make(user_schedule(lambda step: table[step]), N)
+
+
+def test_a_linear_warmup_of_whole_steps_only_is_refused():
+    table = [min(1.0, step / T_WRM) for step in range(N + 1)]
+    with pytest.raises(ValueError, match="must accept a fractional step"):
+        WarmupSchedule(user_schedule(lambda step: table[step]), T_WRM, N)
+
+
+def test_a_schedule_knows_the_warmup_of_its_checkpoint():
+    before, plain, after = (user_schedule(lambda step: 1.0) for _ in range(3))
+    SteeredSchedule(before, N, "guided").steer(0.1, {})
+    assert [checkpoint_of(s) for s in (before, plain, object())] == ["guided", None, None]
+    ExponentialSchedule(after, N)
+    assert checkpoint_of(after) == "exponential"
+    after.load_state_dict(before.state_dict())
+    assert checkpoint_of(after) == "guided"
 
 
 @pytest.mark.parametrize("fraction", [0.0, -1.0, math.nan, math.inf])

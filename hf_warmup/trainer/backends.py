@@ -57,9 +57,30 @@ class Backend:
         assert self.trainer.optimizer is not None
         return Shards(self.trainer.optimizer, self.trainer.model)
 
-    def can_step(self, shards: Shards) -> bool:
-        """Whether the gradients of all processes are finite and not all zero; on all processes at once."""
+    @property
+    def skips_overflows(self) -> bool:
+        """Whether a step whose gradients are not finite is left out, as under fp16."""
+        return getattr(self.trainer.accelerator, "scaler", None) is not None
+
+    def can_step(self, shards: Shards, *, first: bool = False) -> bool:
+        """Whether the gradients of all processes are finite and not all zero; on all processes at once.
+
+        Args:
+            shards: What this process holds.
+            first: Whether no step was made with them before, so that gradients that are not finite are a mistake.
+
+        Returns:
+            Whether the step that they make can be tried.
+
+        Raises:
+            RuntimeError: If they are not finite in the first step, and the step would be made with them.
+        """
         (largest,) = self._gathered(shards.largest_gradient(), max)
+        if first and not math.isfinite(largest) and not self.skips_overflows:
+            raise RuntimeError(
+                f"the gradients of step {self.trainer.state.global_step + 1} are not finite before any update: check "
+                "the data and the model, no learning rate can help"
+            )
         return math.isfinite(largest) and largest > 0
 
     def together(self, measure: Callable[[], list[float]]) -> list[float]:
@@ -130,6 +151,11 @@ class ZeroBackend(Backend):
             )
         self._shards = by_stage[kind]
         super().__init__(trainer, collective_forward=self._shards is Zero3Shards)
+
+    @property
+    def skips_overflows(self) -> bool:
+        """Whether a step whose gradients are not finite is left out, as under fp16."""
+        return bool(self.engine.fp16_enabled())
 
     def shards(self) -> Shards:
         """This process's partitions."""

@@ -26,7 +26,7 @@ from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.guided import GuidedWarmup, PersistentCatapult
 from hf_warmup.probe import Shards, has_momentum, innermost, loss_after_step, momentum_slope
-from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, steps_saved
+from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, checkpoint_of, steps_saved
 from hf_warmup.trainer.arguments import TRYING, WarmupArguments
 from hf_warmup.trainer.backends import Backend, backend_of, check_processes, prepare_optimizer, why_not_try
 from hf_warmup.trainer.logs import log
@@ -110,7 +110,7 @@ class WarmupCallback(TrainerCallback):
         if arguments.warmup == "exponential":
             return ExponentialSchedule(scheduler, num_training_steps)
         if arguments.warmup != "linear":
-            return SteeredSchedule(scheduler, num_training_steps)
+            return SteeredSchedule(scheduler, num_training_steps, arguments.warmup)
         if arguments.init_lr == "zero":
             return None
         warmup_steps = self.trainer.args.get_warmup_steps(num_training_steps)
@@ -122,13 +122,24 @@ class WarmupCallback(TrainerCallback):
         )
         return None
 
+    @property
+    def _target(self) -> float:
+        """η_trgt, of the parameter group whose learning rate is the largest.
+
+        It is what the schedule multiplies by its factor: the trainer may have an optimizer of the user's, and a
+        checkpoint brings the rate of the run that made it.
+        """
+        assert self._schedule is not None
+        return max(float(base) for base in self._schedule.scheduler.base_lrs)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start from a fixed η_init at once; get ready to search for one, or to be guided, otherwise.
 
         Raises:
-            ValueError: If the trainer made another optimizer than GIAdamW although `gi_adam` is on.
+            ValueError: If the trainer made another optimizer than GIAdamW although `gi_adam` is on, if the
+                checkpoint is of another warmup, or if `init_lr` is above the learning rate of the optimizer.
         """
         self._stop_watching()
         made = innermost(self.trainer.optimizer)
@@ -138,16 +149,53 @@ class WarmupCallback(TrainerCallback):
                 "have it make a GIAdamW, or pass gi_adam=False to keep that optimizer"
             )
         prepare_optimizer(self.trainer)
-        if self._schedule is None or self._schedule.started and not isinstance(self._schedule, SteeredSchedule):
-            return  # no warmup to start, or a resumed run whose schedule knows its start
+        self._check_checkpoint()
+        if self._schedule is None:
+            return  # no warmup to start
+        self._check_target(self._schedule)
+        if self._schedule.started and not isinstance(self._schedule, SteeredSchedule):
+            return  # a resumed run whose schedule knows its start
         if not self._schedule.started and self._schedule.scheduler.last_epoch > 0:
-            logger.warning("the checkpoint was made without this warmup: its schedule goes on unchanged")
+            logger.warning(
+                "the checkpoint was made without this warmup, and the run goes on without it: with the Trainer's "
+                f"schedule for warmup_steps={args.warmup_steps:g}"
+            )
         elif isinstance(self._schedule, SteeredSchedule):
             self._be_guided(self._schedule)
         elif (init_lr := self.arguments.fixed_init_lr) is not None:
             self._start(init_lr, None, capped=False)
         else:
             self._watch_steps()
+
+    def _check_checkpoint(self) -> None:
+        """Refuse a checkpoint of another warmup: its numbers mean something else here.
+
+        Raises:
+            ValueError: If `warmup`, or whether there is any, is not as it was.
+        """
+        mode = "none" if self._schedule is None else self.arguments.warmup
+        scheduler = self.trainer.lr_scheduler
+        made = checkpoint_of(getattr(scheduler, "scheduler", scheduler))  # accelerate's wrapper has it inside
+        if made is not None and made != mode:
+            asked = f"warmup_steps={self.trainer.args.warmup_steps:g} and init_lr={self.arguments.init_lr}"
+            got = f"none, with {asked}" if self._schedule is None else mode
+            raise ValueError(
+                f"warmup must be {made} as in the checkpoint, got {got}: to train its model with another warmup, "
+                "start anew from its weights"
+            )
+
+    def _check_target(self, schedule: WarmupSchedule | ExponentialSchedule | SteeredSchedule) -> None:
+        """Say so if the learning rate is not the one that was asked for.
+
+        Raises:
+            ValueError: If warmup would start above it.
+        """
+        target, asked, fixed = self._target, self.trainer.args.learning_rate, self.arguments.fixed_init_lr
+        if not math.isclose(target, asked, rel_tol=1e-6):
+            whose = "the checkpoint has" if schedule.scheduler.last_epoch > 0 else "the optimizer was made with"
+            logger.warning(f"learning_rate is {asked:g}, but {whose} {target:g}: warmup goes to {target:g}")
+        if fixed is not None and fixed > target and not schedule.started:
+            raise ValueError(f"init_lr must be at most the optimizer's learning rate, {target:g}, got {fixed:g}")
 
     def _watch_steps(self, keeps: Callable[[], bool] = lambda: True, num_batches: int | None = None) -> None:
         """Be ready to try learning rates before the steps that `keeps` tells of."""
@@ -169,7 +217,8 @@ class WarmupCallback(TrainerCallback):
         """Search for η_c and start warmup; or say what the step is made with.
 
         Raises:
-            RuntimeError: If the training loss is not finite before the first update, or another process failed.
+            RuntimeError: If the training loss or the gradients are not finite before the first update, or another
+                process failed.
         """
         if self._backend is not None and not self._backend.steps_in_backward:
             self._before_step()
@@ -189,18 +238,18 @@ class WarmupCallback(TrainerCallback):
 
     def _search_and_start(self, backend: Backend, replay: StepReplay) -> None:
         shards = backend.shards()
-        if not backend.can_step(shards):
+        if not backend.can_step(shards, first=True):
             return  # an overflow that the gradient scaler will skip, or nothing to learn from yet
-        args, state = self.trainer.args, self.trainer.state
+        state = self.trainer.state
         found = self._search(shards, backend, replay)
         self._stop_watching()
         found.check_finite(state.global_step + 1)
-        most = self.arguments.max_init_fraction * args.learning_rate
+        most = self.arguments.max_init_fraction * self._target
         if found.value > 0:
             self._start(min(found.value, most), found, capped=found.value > most)
         else:
             steps = self._schedule.warmup_steps if isinstance(self._schedule, WarmupSchedule) else 1000
-            least = args.learning_rate / steps
+            least = self._target / steps
             logger.warning(
                 f"no learning rate from {found.evals[-1][0]:.3g} on keeps the loss of the first batch from rising "
                 f"({found.status}): warmup starts at learning_rate / {steps} = {least:.3g}; to choose another "
@@ -216,7 +265,7 @@ class WarmupCallback(TrainerCallback):
         write_card(self.trainer)
 
     def _search(self, shards: Shards, backend: Backend, replay: StepReplay) -> CriticalLR:
-        arguments, target = self.arguments, self.trainer.args.learning_rate
+        arguments, target = self.arguments, self._target
         paper = arguments.critical_lr_method == "paper"
         guess = target / self._schedule.warmup_steps if isinstance(self._schedule, WarmupSchedule) else 1e-4
         if arguments.search_batches > 1:
@@ -234,7 +283,7 @@ class WarmupCallback(TrainerCallback):
 
     def _start(self, init_lr: float, found: CriticalLR | None, *, capped: bool) -> None:
         """Start linear or exponential warmup, and say so."""
-        schedule, arguments, target = self._schedule, self.arguments, self.trainer.args.learning_rate
+        schedule, arguments, target = self._schedule, self.arguments, self._target
         passes = found.num_evals * self._num_batches if found else 0
         logs: dict[str, Any] = {"warmup/init_lr": init_lr, "warmup/target_lr": target}
         if isinstance(schedule, WarmupSchedule):
@@ -245,6 +294,12 @@ class WarmupCallback(TrainerCallback):
             assert isinstance(schedule, ExponentialSchedule)
             schedule.start(init_lr / target, arguments.warmup_growth)
             warmup_steps = math.ceil(math.log(target / init_lr) / math.log(arguments.warmup_growth) - 1e-9)
+            if warmup_steps >= schedule.num_training_steps:
+                logger.warning(
+                    f"the ramp from {init_lr:.3g} to {target:.3g} takes {warmup_steps} steps at "
+                    f"warmup_growth={arguments.warmup_growth:g}, and the run has {schedule.num_training_steps}: it "
+                    "does not reach learning_rate, and nothing decays; raise warmup_growth or init_lr"
+                )
         logs |= {"warmup/forward_passes": passes, "warmup/capped": float(capped)}
         if found is not None and math.isfinite(found.value):
             logs["warmup/critical_lr"] = found.value
@@ -263,7 +318,7 @@ class WarmupCallback(TrainerCallback):
 
     def _be_guided(self, schedule: SteeredSchedule) -> None:
         """Make the controller, at its start or where the checkpoint left it."""
-        arguments, target = self.arguments, self.trainer.args.learning_rate
+        arguments, target = self.arguments, self._target
         init_lr = arguments.fixed_init_lr
         guide: GuidedWarmup | PersistentCatapult
         if arguments.warmup == "guided":
@@ -289,12 +344,18 @@ class WarmupCallback(TrainerCallback):
             guide.load_state_dict(schedule.controller)
         if schedule.handed_over:
             return
+        if guide.handed_over:
+            # The checkpoint's trials went on behind its ramp (guide_until=end), and no more are asked for.
+            assert guide.ramp_end is not None
+            ended = schedule.scheduler.last_epoch - (guide.num_steps - guide.ramp_end)
+            schedule.steer(guide.level / target, guide.state_dict(), ramp_end=ended)
+            return
         self._guide = guide
         self._watch_steps(lambda: guide.needs_trial, arguments.guide_micro_batches or None)
 
     def _steer(self, guide: GuidedWarmup | PersistentCatapult, backend: Backend, replay: StepReplay) -> None:
         """Say what the step that is about to be made is made with."""
-        schedule, target = self._schedule, self.trainer.args.learning_rate
+        schedule, target = self._schedule, self._target
         assert isinstance(schedule, SteeredSchedule)
         optimizer, own_warmup = innermost(self.trainer.optimizer), 1.0
         loss_at: Callable[[float], float] = _not_asked
@@ -302,7 +363,7 @@ class WarmupCallback(TrainerCallback):
         has_slope = guide.needs_slope and has_momentum(optimizer)
         if guide.needs_trial or guide.needs_loss or has_slope:
             shards = backend.shards()
-            if not backend.can_step(shards):
+            if not backend.can_step(shards, first=guide.num_steps == 0):
                 return  # an overflow that the gradient scaler will skip, or nothing to learn from yet: next step
             if isinstance(optimizer, GIAdamW):
                 own_warmup = optimizer.own_warmup  # asked for now only: the count of steps may be on the device
@@ -462,6 +523,15 @@ def _use_gi_adam(trainer: Trainer) -> None:
         return
     if trainer.optimizer_cls_and_kwargs is None:
         trainer.optimizer_cls_and_kwargs = gi_adam_cls_and_kwargs(trainer.args)
+        create_optimizer = trainer.create_optimizer
+
+        @functools.wraps(create_optimizer)
+        def created(*args: Any, **kwargs: Any) -> Any:
+            # With the options of now: a hyperparameter search changes them from trial to trial.
+            trainer.optimizer_cls_and_kwargs = gi_adam_cls_and_kwargs(trainer.args)
+            return create_optimizer(*args, **kwargs)
+
+        trainer.create_optimizer = created  # type: ignore[method-assign]
         return
     chosen = trainer.optimizer_cls_and_kwargs[0]
     if not (isinstance(chosen, type) and issubclass(chosen, GIAdamW | GIAdamWFactory)):

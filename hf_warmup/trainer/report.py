@@ -35,16 +35,18 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
     begins = max((i for i, e in enumerate(history) if "warmup/init_lr" in e), default=len(history))
     entries = [e for e in history[begins:] if "warmup/mode" in e]
     start: dict[str, Any] = entries[0] if entries else {}
-    last = {k: v for entry in entries for k, v in entry.items()}
+    last: dict[str, Any] = {k: v for entry in entries for k, v in entry.items()}
     mode = start.get("warmup/mode", "linear")
-    target = trainer.args.learning_rate
+    target = start.get("warmup/target_lr", trainer.args.learning_rate)
     init_lr = start.get("warmup/init_lr", 0.0)
     if mode == "linear":
         warmup_steps = start.get("warmup/warmup_steps", trainer.args.get_warmup_steps(trainer.state.max_steps))
         saved_fraction = min(1.0, init_lr / target) if start else 0.0  # the Trainer's own schedule may have target 0
-        steps_taken = math.ceil(warmup_steps * (1 - saved_fraction) - 1e-9)
+        steps_taken: int | None = math.ceil(warmup_steps * (1 - saved_fraction) - 1e-9)
     else:
         warmup_steps, steps_taken = None, last.get("warmup/warmup_steps")
+    if steps_taken is not None and steps_taken > trainer.state.global_step:
+        steps_taken = None  # what it would have been
     evals = [e for e in history if "eval_loss" in e]
     optimizer = innermost(trainer.optimizer)
     parameters = list(trainer.accelerator.unwrap_model(trainer.model).parameters())
@@ -70,13 +72,14 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         "capped": bool(start.get("warmup/capped", False)),
         "init_lr": init_lr,
         "target_lr": target,
-        "peak_lr": last.get("warmup/peak_lr", target if mode in ("linear", "exponential") else None),
+        "peak_lr": last.get("warmup/peak_lr") if mode in TRYING else None if steps_taken is None else target,
         "warmup_steps": warmup_steps,
         "warmup_steps_taken": steps_taken,
         "forward_passes": last.get("warmup/forward_passes", 0),
         "steps_saved": start.get("warmup/steps_saved", 0.0) if mode == "linear" else None,
         "sharpness": sharpness_report(history, beta1_of(optimizer)),
         "train_steps": trainer.state.global_step,
+        "max_steps": trainer.state.max_steps,
         "sequences_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "tokens": trainer.state.num_input_tokens_seen or None,
         "parameters": sum(_whole_size(p) for p in parameters),
@@ -220,7 +223,8 @@ def _peak_reason(report: dict[str, Any]) -> str | None:
     if report["still_waits"]:
         return "waits"
     # The ramp was still going at half of the run, and gave way to the decay.
-    return "late" if 2 * report["warmup_steps_taken"] >= report["train_steps"] else "critical"
+    steps = report.get("max_steps") or report["train_steps"]  # a report may be older than that
+    return "late" if 2 * report["warmup_steps_taken"] >= steps else "critical"
 
 
 def _of_critical(report: dict[str, Any]) -> float:
@@ -303,10 +307,14 @@ def init_words(report: dict[str, Any]) -> str:
     """
     if report["asked_init_lr"] == "zero":
         return "the Trainer's own schedule"
+    if report["warmup"] == "persistent":
+        return "the first η_c" if report["init_lr"] < report["target_lr"] else "η_trgt, as the first η_c is above it"
     if report["asked_init_lr"] != "catapult":
         return "chosen by hand"
     if report["warmup"] == "guided":
-        return "a thousandth of the first η_c"
+        if report["init_lr"] < report["target_lr"]:
+            return "a thousandth of the first η_c"
+        return "η_trgt, as a thousandth of the first η_c is above it"
     if report["capped"]:
         return f"the cap decided: {report['init_lr'] / report['target_lr']:.3g} of η_trgt, η_c being larger"
     if report["search_status"] == "not_descent":

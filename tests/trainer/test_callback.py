@@ -5,9 +5,9 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_warmup import GIAdamW
-from hf_warmup.trainer import GIAdamWFactory, WarmupArguments, WarmupCallback
+from hf_warmup.trainer import GIAdamWFactory, WarmupArguments, WarmupCallback, warmup_report
 
-from tiny import start_of
+from tiny import make_model, start_of
 
 
 def weights(trainer):
@@ -193,7 +193,7 @@ def test_a_resumed_run_does_not_search_again_and_is_bitwise_the_same(make_traine
 
     resumed = train(make_trainer(**options), resume_from_checkpoint=checkpoint)
     assert start_of(resumed) == start_of(unbroken)  # one search, from the checkpoint's history
-    assert "its schedule goes on unchanged" not in caplog.text
+    assert "goes on without it" not in caplog.text
     assert learning_rates(resumed) == learning_rates(unbroken)
     assert same(weights(resumed), weights(unbroken))
 
@@ -204,8 +204,84 @@ def test_a_checkpoint_made_without_us_keeps_its_schedule(make_trainer, tmp_path,
     plain.train()
     trainer = make_trainer(gi_adam=False)
     train(trainer, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
-    assert "its schedule goes on unchanged" in caplog.text
+    assert "the run goes on without it: with the Trainer's schedule for warmup_steps=6" in caplog.text
     assert learning_rates(trainer) == learning_rates(plain)
+
+
+RESUMED_AS = [
+    ({"warmup": "guided"}, {}, "warmup must be guided as in the checkpoint, got linear"),
+    ({"warmup": "guided"}, {"init_lr": "zero"}, "got none, with warmup_steps=6 and init_lr=zero"),
+    ({"warmup": "guided"}, {"warmup": "persistent"}, "warmup must be guided as in the checkpoint, got persistent"),
+    ({"warmup": "exponential"}, {"warmup_steps": 0}, "warmup must be exponential .*, got none, with warmup_steps=0"),
+    ({}, {"warmup": "exponential"}, "warmup must be linear as in the checkpoint, got exponential"),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "message"), RESUMED_AS)
+def test_a_checkpoint_of_another_warmup_is_refused(make_trainer, tmp_path, before, after, message):
+    def options(asked):
+        return {"warmup_steps": 6 if asked.get("warmup", "linear") == "linear" else 0, **asked}
+
+    train(make_trainer(**options(before), save_strategy="steps", save_steps=3))
+    trainer = make_trainer(**options(after))
+    with pytest.raises(ValueError, match=message):
+        train(trainer, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+
+
+class OwnOptimizer(Trainer):
+    """Makes an optimizer with a learning rate of its own."""
+
+    def create_optimizer(self, *args):
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        return self.optimizer
+
+
+MODES = [
+    {"warmup_steps": 6},
+    {"warmup_steps": 6, "init_lr": "1e-5"},
+    {"warmup_steps": 0, "warmup": "exponential", "warmup_growth": 2.0},
+    {"warmup_steps": 0, "warmup": "guided", "guide_rate": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", MODES, ids=["linear", "fixed", "exponential", "guided"])
+def test_warmup_goes_to_the_learning_rate_that_the_optimizer_has(make_trainer, caplog, options):
+    trainer = train(make_trainer(OwnOptimizer, gi_adam=False, learning_rate=5e-5, **options))
+    made = learning_rates(trainer)
+    start = start_of(trainer)
+    assert "learning_rate is 5e-05, but the optimizer was made with 0.01: warmup goes to 0.01" in caplog.text
+    assert start["warmup/target_lr"] == 1e-2
+    assert made[0] == pytest.approx(start["warmup/init_lr"])
+    assert made[0] < 2e-3
+    assert max(made) == pytest.approx(warmup_report(trainer)["peak_lr"], rel=0.2)
+    assert max(made) > 5e-3
+
+
+def test_a_start_above_the_optimizers_learning_rate_is_refused(make_trainer):
+    trainer = make_trainer(OwnOptimizer, gi_adam=False, learning_rate=0.1, init_lr="0.05")
+    with pytest.raises(ValueError, match="init_lr must be at most the optimizer's learning rate, 0.01, got 0.05"):
+        train(trainer)
+
+
+@pytest.mark.parametrize("options", MODES, ids=["linear", "fixed", "exponential", "guided"])
+def test_a_resumed_run_keeps_the_target_of_its_checkpoint_and_says_so(make_trainer, tmp_path, caplog, options):
+    options = {**options, "save_strategy": "steps", "save_steps": 3, "gi_adam": False}
+    unbroken = train(make_trainer(**options))
+    resumed = make_trainer(**options | {"learning_rate": 3e-4})
+    train(resumed, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert "learning_rate is 0.0003, but the checkpoint has 0.003: warmup goes to 0.003" in caplog.text
+    assert learning_rates(resumed) == learning_rates(unbroken)
+
+
+def test_what_a_hyperparameter_search_changes_reaches_gi_adam(make_trainer):
+    trainer = make_trainer()
+    WarmupCallback.attach(trainer)
+    for lr, beta2 in ((1e-3, 0.9), (2e-3, 0.95)):
+        trainer.model_init = lambda: make_model()
+        trainer.args.learning_rate, trainer.args.adam_beta2 = lr, beta2
+        trainer.train()
+        assert trainer.optimizer.param_groups[0]["initial_lr"] == lr == start_of(trainer)["warmup/target_lr"]
+        assert trainer.optimizer.param_groups[0]["betas"][1] == beta2
 
 
 def test_a_model_only_checkpoint_is_a_new_start(make_trainer, tmp_path):
@@ -267,6 +343,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(make_trainer):
     # Nothing of the search stays behind.
     assert not {"get_batch_samples", "training_step"} & vars(trainer).keys()
     assert "backward" not in vars(trainer.accelerator)
+
+
+@pytest.mark.parametrize("options", [{}, {"warmup": "guided", "warmup_steps": 0}], ids=["linear", "guided"])
+def test_gradients_that_are_not_finite_end_the_run_with_advice(make_trainer, options):
+    class Broken(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * float("nan")
+
+    trainer = make_trainer(Broken, **options)
+    with pytest.raises(RuntimeError, match="the gradients of step 1 are not finite before any update: check the data"):
+        train(trainer)
 
 
 def test_an_error_in_the_search_leaves_the_trainer_as_it_was(make_trainer):

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from hf_warmup import GIAdamW, loss_after_step, momentum_slope
 from hf_warmup.trainer import WarmupArguments, WarmupCallback, warmup_report
+from hf_warmup.trainer.report import init_words
 
 from launching import WAITS
 from tiny import start_of
@@ -79,7 +80,7 @@ def test_the_exponential_ramp_is_followed_by_the_whole_of_every_decay(make_train
     assert rates == pytest.approx(ramp + [3e-3 * decay((t - reach) * 12 / (12 - reach)) for t in range(5, 12)])
 
 
-def test_the_exponential_ramp_starts_at_the_critical_lr_or_the_cap(make_trainer):
+def test_the_exponential_ramp_starts_at_the_critical_lr_or_the_cap(make_trainer, caplog):
     trainer = make_trainer(warmup="exponential", warmup_steps=0, lr_scheduler_type="constant")
     rates = train(trainer)
     assert rates == pytest.approx([min(3e-3, 3e-4 * 1.05**t) for t in range(12)])
@@ -87,7 +88,9 @@ def test_the_exponential_ramp_starts_at_the_critical_lr_or_the_cap(make_trainer)
     assert start["warmup/warmup_steps"] == math.ceil(math.log(10) / math.log(1.05))
     assert start["warmup/forward_passes"] == 1
     report = warmup_report(trainer)
-    assert (report["warmup"], report["warmup_steps_taken"], report["steps_saved"]) == ("exponential", 48, None)
+    assert (report["warmup"], report["steps_saved"]) == ("exponential", None)
+    assert "takes 48 steps at warmup_growth=1.05, and the run has 12: it does not reach" in caplog.text
+    assert (report["warmup_steps_taken"], report["peak_lr"]) == (None, None)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -244,6 +247,36 @@ def test_trials_leave_no_trace_but_the_learning_rate(make_trainer):
     losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (guided, plain)]
     assert losses[0] == losses[1]
     assert not {"get_batch_samples", "training_step"} & vars(guided).keys()
+
+
+def test_trials_can_be_ended_behind_the_ramp_by_a_resumed_run(make_trainer, tmp_path):
+    options = {**GUIDED, "save_strategy": "steps", "save_steps": 16}
+    unbroken = train(make_trainer(**options, guide_until="end"))
+    resumed = make_trainer(**options)
+    rates = train(resumed, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-16"))
+    # The decay goes on where it was; the peak is as the last trials left it.
+    assert rates == pytest.approx(unbroken[16:])
+
+
+class Probe(torch.nn.Module):
+    """Linear in what is trained, so that the loss falls however long the step is."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, input_ids, labels=None):
+        return {"loss": self.weight.sum()}
+
+
+@pytest.mark.parametrize("until", ["target", "end"])
+def test_a_loss_that_never_rises_is_warmed_up_to_the_target(make_trainer, until):
+    options = {"gi_adam": False, "optim": "sgd", "lr_scheduler_type": "constant", "guide_until": until}
+    trainer = make_trainer(model=Probe(), **{**GUIDED, **options, "guide_every": 1, "max_steps": 60})
+    rates = train(trainer)
+    assert rates == [3e-3] * 60
+    assert max(lr for _, lr in critical_lrs(trainer)) == pytest.approx(3e3)
+    assert init_words(warmup_report(trainer)) == "η_trgt, as a thousandth of the first η_c is above it"
 
 
 def test_a_target_that_is_too_high_is_not_reached(make_trainer):

@@ -8,7 +8,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from huggingface_hub import EvalResult, ModelCard, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
-from transformers import LlamaForCausalLM, Trainer
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 import __main__
 from hf_warmup.trainer import WarmupCallback, compare_runs, warmup_report
@@ -57,6 +57,18 @@ def test_a_card_made_again_has_the_newest_numbers_once(make_trainer, folder):
     assert report["initial_eval_loss"] > loss
     assert report["warmup_steps_taken"] == 6  # of T_reach = 5.4
     assert report["train_steps"] == 12
+
+
+def test_a_run_that_stops_in_its_warmup_says_so(make_trainer, folder):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    trainer = make_trainer()
+    trainer.add_callback(Stop())
+    report = warmup_report(train(trainer))
+    assert (report["warmup_steps_taken"], report["peak_lr"]) == (None, None)
+    assert re.search(r"\| Warmup steps taken +\| not finished", (folder / "README.md").read_text())
 
 
 def test_what_others_wrote_in_a_card_stays(make_trainer, folder):
@@ -305,5 +317,7 @@ def test_the_card_says_what_decided_the_peak(taken, turn_lr, peak, waits, words,
         **{"beyond_turn": 3.1, "train_steps": 300, "critical_lr": 0.2, "smallest_critical_lr": 0.03},
         **{"still_waits": waits, "of_critical": 1.5},
     }
-    assert peak_words(report) == f"{peak:.3g} ({words})"
-    assert told in verdict(report)
+    stopped_early = {**report, "train_steps": taken, "max_steps": 300}
+    for made in (report, stopped_early):
+        assert peak_words(made) == f"{peak:.3g} ({words})"
+        assert told in verdict(made)
