@@ -142,13 +142,21 @@ class GIAdamW(torch.optim.AdamW):
         Of the first parameter of each group that has had a gradient, that which has made the most steps, and its
         group's β2.
         """
+        return self.own_warmup_ahead()(0)
+
+    def own_warmup_ahead(self) -> Callable[[float], float]:
+        """`own_warmup` of the step to come and of later ones.
+
+        Returns:
+            √(1-β2^(t + k)) as a function of k, the steps until then.
+        """
         born = [
             (next((p for p in group["params"] if self._has_state(p) and p not in self._waiting), None), group)
             for group in self.param_groups
         ]
         counts = [(float(self.state[p]["step"]), float(group["betas"][1])) for p, group in born if p is not None]
         steps, beta2 = max(counts, default=(0.0, float(self.defaults["betas"][1])))
-        return math.sqrt(1 - beta2 ** (steps + 1))
+        return lambda ahead: math.sqrt(1 - beta2 ** (steps + 1 + ahead))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step: AdamW's, after v_0 has been set for parameters that are new.

@@ -2,13 +2,13 @@
 
 η_c at the first step says little about how far a ramp may go: with Adam it is some thousand times what training
 bears then, and falls by twenty to fifty times while the first steps are made. `GuidedWarmup` measures it along
-the run, on the step's own batch, one forward pass at a time, and uses it three times: where to start, how fast
-to rise, and where to stop. With c_t the present estimate of η_c,
+the run, on the step's own batch, one forward pass at a time, and uses it three times: where to start (c_0, which a
+search brackets to a factor of 2), how fast to rise, and where to stop. With c_t the present estimate of η_c,
 
     start    η_0 = c_0 / 1000
     rise     η_t = η_{t-1} max(1, c_t / η_{t-1})^ρ: fast far below η_c, slowly near it
     turn     from η_turn on it rises by min(c_t / η_{t-1}, 9/4)^ρ
-    wait     at max(1, 9/(4b)) η_turn until L_t <= L_turn - (L_0 - L_turn) / 10
+    wait     at max(1, 9/(4b)) η_turn until L_t <= L_turn - (L_0 - L_turn) / 10; not in a run of up to 316 steps
     stop     at p_t = min(η_trgt, 9/4 b η_turn, b κ c̄_s for all s <= t), c̄ the geometric mean of six estimates
     decay    η_t = p f((t - t_r) N / (N - t_r)) from the step t_r on that reached p, half of the run at the latest,
 
@@ -30,25 +30,33 @@ every t/20 steps, as training changes with the logarithm of time: some 30 forwar
 A step has seen the batch that it is tried on, and lowers its loss more than that of others: the more so, the less
 a batch tells of the next one (few labels, dropout). The momentum has not: gᵀu of the step that it would make
 alone, the slope at which a new batch's loss starts down along it, says whether training still descends. It is
-positive in every step at first, until training has found its valley and swings from side to side of it, and
-turns within a few steps and at nearly the same learning rate on every seed. η_turn is the learning rate at which
-half of the last six steps' slopes are not positive. From there the ramp rises no faster than if c were 9/4 η, and to
-9/4 b η_turn. The way to the valley is made in steps of a given sum, so that a ramp of twice the length turns at half
-of the learning rate; and c is smallest about there, before a larger learning rate has moved the model to flatter
-regions. Hence b in both, if there is a momentum. A slope costs an optimizer's step and no forward pass; it is asked
-for in every step, as each step that a turn is seen late takes the ramp further than the model will bear.
+positive in every step at first, until training has found its valley and swings from side to side of it, and turns
+within a few steps, at learning rates that are within a factor of 1.5 on the seeds of a setting. η_turn is the
+learning rate at which at least half of the last six steps' slopes are not positive. From there the ramp rises no
+faster than if c were 9/4 η, and to 9/4 b η_turn. The way to the valley is made in steps of a given sum, so that a
+ramp of twice the length turns at half of the learning rate; and c is smallest about there, before a larger
+learning rate has moved the model to flatter regions. Hence b in both, if there is a momentum. A slope costs an
+optimizer's step and no forward pass; it is asked for in every step, as each step that a turn is seen late takes
+the ramp further than the model will bear.
 
 At the turn a transformer has learned how often each token comes. What it learns next it may learn at once, or only
 after some hundred steps on a plateau; those take their number of steps at any learning rate, and too large a one
 scrambles the layers before they have learned anything to be held by, for good. A BERT with LayerNorm behind the
 residual is lost in this way. So a ramp that may go further waits at the turn, a short one nearer to its peak, until
 the loss has fallen again by a tenth of its first descent: L_0 is the first step's loss, L_turn the mean of those of
-the steps t_turn to 1.5 t_turn, and L_t the mean of all since the turn with weights that grow as s^7 in the step s,
-about the last quarter of them. They are losses of steps that are made anyway, and cost no forward pass.
+the t_turn / 2 steps behind the turn (at least 6, at most 1/ρ), and L_t the mean of all since the turn with weights
+that grow as s^7 in the step s, about the last quarter of them. They are losses of steps that are made anyway, and
+cost no forward pass.
 
-An optimizer may have a warmup of its own, a factor w_t that tends to 1: GI-Adam's is √(1-β2^t). What its steps
-bear now they will not bear once the factor is gone, so c_t is w_t times the η that was tried, η_turn w_t times that
-of the turn, and where it waits is a multiple of that: η itself may fall meanwhile.
+An optimizer may have a warmup of its own, a factor w_t that tends to 1: GI-Adam's is √(1-β2^t). What its steps bear
+now they will not bear once the factor has grown. But a run that is not long beside 1/(1-β2) decays before it has. So
+what counts is η times
+
+    w_t f_t / W_t,    W_t = max_{s>=t} w_s f_s,
+
+with f_s the factor of the decay at step s if the ramp ended at t: c_t is that times the η that was tried, η_turn
+that times the turn's, and where it waits is a multiple of that: η itself may fall meanwhile. The ramp starts at
+w_0 / 1000 times the η that the first search found.
 
 `PersistentCatapult` is Algorithm 3 of [1]: search for η_c, train at the upper end of its bracket until the loss
 is below where it was, and search again, until η_trgt is reached. It needs the paper's δ.
@@ -85,10 +93,11 @@ _FALL = 0.1  # of the first descent: how far the loss falls again before a long 
 _AFTER = 0.5  # of the turn's step: how many of the next steps give the loss that it has to fall from; at least
 _FEWEST = 6
 _RECENT = 8  # the mean of the recent losses is that of about the last 2/8 of the steps, or of 12 if those are more
+_LOOKS = 64  # steps along the rest of a run where the factor of an own warmup is looked at
 _LATEST = 0.5  # of the run: when a ramp that has not ended gives way to the decay
 
 
-def decay_step(step: int, ramp_end: int, num_training_steps: int) -> float:
+def decay_step(step: float, ramp_end: int, num_training_steps: int) -> float:
     """Where a decay made for all N steps stands if it began at t_r: (t - t_r) N / (N - t_r)."""
     return (step - ramp_end) * num_training_steps / max(1, num_training_steps - ramp_end)
 
@@ -121,11 +130,12 @@ class _Controller(ABC):
         self.ramp_end: int | None = None
         self.critical_lr = math.nan
         self.level = math.nan
+        self.largest = 1.0
 
     def step(
         self,
         loss_at: LossAt,
-        own_warmup: float = 1.0,
+        own_warmup: float | Callable[[float], float] = 1.0,
         slope_at: SlopeAt | None = None,
         loss_of_step: Callable[[], float] | None = None,
     ) -> float:
@@ -134,7 +144,8 @@ class _Controller(ABC):
         Args:
             loss_at: The loss of the step's own batch after a step of that learning rate, as for
                 `find_critical_lr`; at 0, the loss before it. Asked only if `needs_trial`.
-            own_warmup: w_t, the factor of the optimizer's own warmup, above 0 and at most 1.
+            own_warmup: w, the factor of the optimizer's own warmup, above 0 and at most 1, as a function of the
+                steps from this one on; or of this step alone, which is then taken to come to 1 before any decay.
             slope_at: gᵀu of the step of that learning rate which the momentum alone would make: `momentum_slope`.
                 None for an optimizer without momentum. Asked only if `needs_slope`.
             loss_of_step: The loss of the whole of the step's batch, before the step; that of `loss_at`, which may be
@@ -147,10 +158,13 @@ class _Controller(ABC):
             ValueError: If `own_warmup` is out of range.
             RuntimeError: If the loss before the first step is not finite.
         """
-        if not 0 < own_warmup <= 1:
-            raise ValueError(f"own_warmup must be above 0 and at most 1, got {own_warmup}")
+        now = own_warmup(0) if callable(own_warmup) else own_warmup
+        if not 0 < now <= 1:
+            raise ValueError(f"own_warmup must be above 0 and at most 1, got {now}")
         factor = self._factor()
-        at_end = self._decide(loss_at, factor, own_warmup, slope_at, loss_of_step or (lambda: loss_at(0.0)))
+        self.largest = self._largest_ahead(own_warmup, factor) if callable(own_warmup) and factor > 0 else 1.0
+        part = now * factor / self.largest if self.largest < 1 else now
+        at_end = self._decide(loss_at, factor, part, slope_at, loss_of_step or (lambda: loss_at(0.0)))
         if self.ramp_end is None and (at_end or self.num_steps + 1 >= _LATEST * self.num_training_steps):
             self.ramp_end = self.num_steps
         self.num_steps += 1
@@ -161,6 +175,14 @@ class _Controller(ABC):
         if self.ramp_end is None:
             return 1.0
         return self.decay(decay_step(self.num_steps, self.ramp_end, self.num_training_steps))
+
+    def _largest_ahead(self, own_warmup: Callable[[float], float], factor: float) -> float:
+        """W_t, as if the ramp ended now if it has not yet."""
+        end = self.num_steps if self.ramp_end is None else self.ramp_end
+        left = max(0, self.num_training_steps - self.num_steps)
+        steps = [left * k / _LOOKS for k in range(1, _LOOKS)]
+        decayed = [self.decay(decay_step(self.num_steps + k, end, self.num_training_steps)) for k in steps]
+        return max(own_warmup(0) * factor, *(own_warmup(k) * f for k, f in zip(steps, decayed, strict=True)))
 
     @abstractmethod
     def _decide(
@@ -228,6 +250,7 @@ class GuidedWarmup(_Controller):
         hold: max(1, 9/(4b)).
         beyond: 9/4 b.
         fall: 0.1, the part of its first descent that the loss has to fall by again before a ramp that waits goes on.
+        largest: W_t; 1 if the optimizer has no warmup of its own.
         level: η / f: the ramp, then its peak.
         num_steps: Steps decided so far.
         num_trials: Forward passes spent so far.
@@ -301,7 +324,7 @@ class GuidedWarmup(_Controller):
     @property
     def still_waits(self) -> bool:
         """Whether the ramp waits for the loss to fall, or ended at half of the run while it did."""
-        return self._is_held and self.level >= self.wait_lr
+        return self._is_held and self.waited > 0
 
     @property
     def wait_lr(self) -> float:
@@ -360,7 +383,7 @@ class GuidedWarmup(_Controller):
         # A loss that rises however small the step is: the staircase will look further down.
         critical_lr = found.value if 0 < found.value < math.inf else found.lower or found.evals[-1][0]
         self.critical_lr = own_warmup * critical_lr
-        self.level = self.critical_lr * _START if self.init_lr is None else self.init_lr
+        self.level = self.critical_lr * self.largest * _START if self.init_lr is None else self.init_lr
         self.next_trial = self.every
 
     def _look_for_the_turn(self, slope_at: SlopeAt, own_warmup: float) -> None:

@@ -415,6 +415,40 @@ def test_an_optimizer_with_a_warmup_of_its_own_is_held_to_what_it_bears_without_
     assert gi.critical_lr == pytest.approx(plain.critical_lr, rel=0.6)
 
 
+def own_warmup(t, beta2=0.999):
+    """GI-Adam's factor of step t and of those after it."""
+    return lambda ahead: math.sqrt(1 - beta2 ** (t + 1 + ahead))
+
+
+@pytest.mark.parametrize("decay", [lambda x: 1.0, lambda x: 1 - x / 300], ids=["constant", "linear"])
+def test_an_own_warmup_is_counted_as_far_as_the_run_sees_of_it(decay):
+    # √(1-β2^t) is .5 at step 300: nothing is made with a factor of 1.
+    guide, made = GuidedWarmup(100.0, 300, decay), []
+    for t in range(300):
+        slope = 1.0 if t < 60 else -1.0
+        losses = fixed_critical_lr(50.0 / own_warmup(t)(0))
+        made.append(guide.step(losses, own_warmup(t), lambda lr, slope=slope: slope))
+
+    def largest(end):
+        return max(own_warmup(s)(0) * decay((s - end) * 300 / (300 - end)) for s in range(end, 300))
+
+    turn, end = guide.turn_step, guide.ramp_end
+    borne = [lr * own_warmup(t)(0) for t, lr in enumerate(made)]
+    assert guide.turn_lr == pytest.approx(borne[turn] / largest(turn), rel=0.02)
+    assert guide.level == guide.peak == 2.25 * guide.turn_lr
+    assert max(borne[end:]) == pytest.approx(2.25 * guide.turn_lr * largest(end), rel=0.02)
+
+
+def test_an_own_warmup_that_is_short_beside_the_run_counts_in_full():
+    ahead, alone = (GuidedWarmup(100.0, 100_000) for _ in range(2))
+    for t in range(100):
+        w, slope = own_warmup(t), 1.0 if t < 60 else -1.0
+        losses = fixed_critical_lr(50.0 / w(0))
+        ahead.step(losses, w, lambda lr, slope=slope: slope)
+        alone.step(losses, w(0), lambda lr, slope=slope: slope)
+    assert ahead.turn_lr == pytest.approx(alone.turn_lr, rel=0.01)
+
+
 def test_a_loss_that_is_not_finite_has_risen():
     guide = GuidedWarmup(1.0, 1000, every=1)
     guide.step(fixed_critical_lr(0.5))

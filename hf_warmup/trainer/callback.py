@@ -357,7 +357,8 @@ class WarmupCallback(TrainerCallback):
         """Say what the step that is about to be made is made with."""
         schedule, target = self._schedule, self._target
         assert isinstance(schedule, SteeredSchedule)
-        optimizer, own_warmup = innermost(self.trainer.optimizer), 1.0
+        optimizer = innermost(self.trainer.optimizer)
+        own_warmup: float | Callable[[float], float] = 1.0
         loss_at: Callable[[float], float] = _not_asked
         slope_at: Callable[[float], float] | None = None
         has_slope = guide.needs_slope and has_momentum(optimizer)
@@ -366,7 +367,7 @@ class WarmupCallback(TrainerCallback):
             if not backend.can_step(shards, first=guide.num_steps == 0):
                 return  # an overflow that the gradient scaler will skip, or nothing to learn from yet: next step
             if isinstance(optimizer, GIAdamW):
-                own_warmup = optimizer.own_warmup  # asked for now only: the count of steps may be on the device
+                own_warmup = optimizer.own_warmup_ahead()  # asked for now only: the count may be on the device
             if guide.needs_trial:
                 loss_at = self._loss_at(shards, backend, replay)
             if has_slope:

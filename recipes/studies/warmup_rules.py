@@ -72,7 +72,7 @@ class Guided:
 
     def __call__(self, step: int, loss_at: LossAt) -> float:
         """η of the step."""
-        return self.guide.step(loss_at, math.sqrt(1 - self.beta2 ** (step + 1)), self.slope_at)
+        return self.guide.step(loss_at, lambda ahead: math.sqrt(1 - self.beta2 ** (step + 1 + ahead)), self.slope_at)
 
 
 def persistent(setting: Setting, optimizer: str, target: float, delta: float = 0.01) -> Rule:

@@ -195,7 +195,7 @@ def test_a_loop_of_ones_own_is_guided_on_a_gpu():
         loss.backward()
         lr = guide.step(
             lambda lr: loss_after_step(optimizer, loss_fn, lr, module=model),
-            optimizer.own_warmup,
+            optimizer.own_warmup_ahead(),
             lambda lr: momentum_slope(optimizer, lr),
         )
         for group in optimizer.param_groups:
