@@ -139,24 +139,30 @@ class GIAdamW(torch.optim.AdamW):
     def own_warmup(self) -> float:
         """Factor √(1-β2^t) by which the step to come, number t, is shorter than AdamW's on a constant gradient.
 
-        Of the first parameter of each group that has had a gradient, that which has made the most steps, and its
-        group's β2.
+        Of the parameter that has made the most steps, and its group's β2.
         """
         return self.own_warmup_ahead()(0)
 
-    def own_warmup_ahead(self) -> Callable[[float], float]:
+    def own_warmup_ahead(self, clock: tuple[float, float] | None = None) -> Callable[[float], float]:
         """`own_warmup` of the step to come and of later ones.
+
+        Args:
+            clock: As of `clock`, which is asked if None.
 
         Returns:
             √(1-β2^(t + k)) as a function of k, the steps until then.
         """
-        born = [
-            (next((p for p in group["params"] if self._has_state(p) and p not in self._waiting), None), group)
-            for group in self.param_groups
-        ]
-        counts = [(float(self.state[p]["step"]), float(group["betas"][1])) for p, group in born if p is not None]
-        steps, beta2 = max(counts, default=(0.0, float(self.defaults["betas"][1])))
+        steps, beta2 = self.clock() if clock is None else clock
         return lambda ahead: math.sqrt(1 - beta2 ** (steps + 1 + ahead))
+
+    def clock(self) -> tuple[float, float]:
+        """The most steps that a parameter of this process has made, and its group's β2."""
+        counts = [(0.0, float(self.defaults["betas"][1]))]
+        for group in self.param_groups:
+            steps = [torch.as_tensor(self.state[p]["step"]) for p in group["params"] if self._has_state(p)]
+            if steps:  # at once, as they may be on the device
+                counts.append((float(torch.stack(steps).max()), float(group["betas"][1])))
+        return max(counts)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step: AdamW's, after v_0 has been set for parameters that are new.

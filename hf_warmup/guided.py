@@ -368,9 +368,9 @@ class GuidedWarmup(_Controller):
                 way = max(1.0, self.critical_lr / self.level)
                 self.level *= (way if math.isnan(self.turn_lr) else min(way, _BEYOND)) ** self.rate
         most = min(self.target_lr, self.peak)
-        if self._is_held:
+        if self._is_held and self.ramp_end is None:
             wait = self.wait_lr / own_warmup
-            self.waited += self.ramp_end is None and self.level >= wait
+            self.waited += self.level >= wait
             self.level = min(self.level, most, wait)
             return False
         at_end = self.level >= most

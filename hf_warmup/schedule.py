@@ -70,6 +70,22 @@ def checkpoint_of(scheduler: Any) -> str | None:
     return next((kind for kind in kinds if kind is not None), None)
 
 
+def unchanged(scheduler: Any) -> Any:
+    """Undo in a schedule what an earlier run may have left in its factors.
+
+    Args:
+        scheduler: Of any kind. The factor of a `LambdaLR` may be a function that lives as long as the process does.
+
+    Returns:
+        The same object.
+    """
+    if isinstance(scheduler, LambdaLR):
+        scheduler.lr_lambdas = [f.inner if isinstance(f, _Factor) else f for f in scheduler.lr_lambdas]
+        for factor in scheduler.lr_lambdas:
+            getattr(factor, "__dict__", {}).pop("warmup_kind", None)
+    return scheduler
+
+
 def _check_fraction(factor: Callable[[Any], float], step: float) -> None:
     try:
         factor(step)
@@ -107,11 +123,12 @@ class _Changed:
         """Refuse factors of which anything but a decay is left: they are stretched, behind a warmup of ours."""
         for factor in factors:
             _check_fraction(factor, 0.5)
-            highest = max((num_training_steps * k / _LOOKS for k in range(_LOOKS)), key=factor)
-            if factor(highest) > factor(0) * (1 + 1e-6):
+            highest = max(((num_training_steps - 1) * k // _LOOKS for k in range(_LOOKS + 1)), key=factor)
+            # Not 1: cosine_warmup_with_min_lr is at its peak before its first step.
+            if factor(0) < 0.9 * factor(highest):
                 raise ValueError(
                     f"the schedule's factor must not rise, as this warmup needs one without a warmup of its own, got "
-                    f"{factor(0):.4g} at step 0 and {factor(highest):.4g} at {highest:g}"
+                    f"{factor(0):.4g} at step 0 and {factor(highest):.4g} at {highest}"
                 )
 
     @property

@@ -551,9 +551,11 @@ def test_own_warmup_is_the_length_of_the_step_to_come_on_a_constant_gradient(bet
 
 def test_own_warmup_is_of_a_parameter_that_has_had_gradients():
     # As of a vision tower that no batch of text reaches.
-    idle, waiting, p = (torch.zeros(3, requires_grad=True) for _ in range(3))
-    optimizer = GIAdamW([idle, waiting, p])
-    for _ in range(5):
+    idle, once, waiting, p = (torch.zeros(3, requires_grad=True) for _ in range(4))
+    optimizer = GIAdamW([idle, once, waiting, p])
+    for t in range(5):
+        once.grad = torch.ones(3) if t == 0 else None
         waiting.grad, p.grad = torch.zeros(3), torch.ones(3)
         optimizer.step()
+    assert optimizer.clock() == (5.0, 0.999)
     assert optimizer.own_warmup == pytest.approx(math.sqrt(1 - 0.999**6))

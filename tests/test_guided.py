@@ -439,6 +439,19 @@ def test_an_own_warmup_is_counted_as_far_as_the_run_sees_of_it(decay):
     assert max(borne[end:]) == pytest.approx(2.25 * guide.turn_lr * largest(end), rel=0.02)
 
 
+def test_a_wait_that_half_of_the_run_ended_leaves_the_level_alone():
+    guide, levels = GuidedWarmup(100.0, 2000, until="end"), []
+    for t in range(1400):
+        slope = 1.0 if t < 50 else -1.0
+        w = own_warmup(t) if guide.needs_slope or guide.needs_loss or guide.needs_trial else 1.0  # as the Trainer asks
+        losses = fixed_critical_lr(50.0 / own_warmup(t)(0), plateau(min(t, 600)))
+        guide.step(losses, w, lambda lr, slope=slope: slope)
+        levels.append(guide.level)
+    assert guide.still_waits
+    assert guide.ramp_end == 999
+    assert set(levels[999:]) == {levels[999]}
+
+
 def test_an_own_warmup_that_is_short_beside_the_run_counts_in_full():
     ahead, alone = (GuidedWarmup(100.0, 100_000) for _ in range(2))
     for t in range(100):

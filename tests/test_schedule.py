@@ -174,6 +174,14 @@ def test_a_factor_that_cannot_be_stretched_is_refused(make):
         make(user_schedule(lambda step: table[step]), N)
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 40])
+@every_schedule
+def test_a_short_schedule_of_transformers_is_stretched(name, num_steps):
+    made = torch.optim.SGD([torch.zeros(1, requires_grad=True)], TARGET)
+    options = {**SCHEDULES[name], **({"num_decay_steps": 1} if name == "warmup_stable_decay" else {})}
+    SteeredSchedule(get_scheduler(name, made, 0, num_steps, scheduler_specific_kwargs=options), num_steps)
+
+
 def test_a_linear_warmup_of_whole_steps_only_is_refused():
     table = [min(1.0, step / T_WRM) for step in range(N + 1)]
     with pytest.raises(ValueError, match="must accept a fractional step"):

@@ -83,6 +83,10 @@ class Backend:
             )
         return math.isfinite(largest) and largest > 0
 
+    def largest(self, value: tuple[float, ...]) -> tuple[float, ...]:
+        """The largest `value` of all processes; on all processes at once."""
+        return value if self.trainer.args.world_size == 1 else max(gather_object([value]))
+
     def together(self, measure: Callable[[], list[float]]) -> list[float]:
         """The numbers of `measure`, averaged over the processes; on all processes at once.
 
@@ -154,8 +158,8 @@ class ZeroBackend(Backend):
 
     @property
     def skips_overflows(self) -> bool:
-        """Whether a step whose gradients are not finite is left out, as under fp16."""
-        return bool(self.engine.fp16_enabled())
+        """Whether a step whose gradients are not finite is left out: DeepSpeed does so in any precision."""
+        return True
 
     def shards(self) -> Shards:
         """This process's partitions."""

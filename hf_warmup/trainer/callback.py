@@ -26,7 +26,14 @@ from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.guided import GuidedWarmup, PersistentCatapult
 from hf_warmup.probe import Shards, has_momentum, innermost, loss_after_step, momentum_slope
-from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, checkpoint_of, steps_saved
+from hf_warmup.schedule import (
+    ExponentialSchedule,
+    SteeredSchedule,
+    WarmupSchedule,
+    checkpoint_of,
+    steps_saved,
+    unchanged,
+)
 from hf_warmup.trainer.arguments import TRYING, WarmupArguments
 from hf_warmup.trainer.backends import Backend, backend_of, check_processes, prepare_optimizer, why_not_try
 from hf_warmup.trainer.logs import log
@@ -89,7 +96,7 @@ class WarmupCallback(TrainerCallback):
 
         @functools.wraps(create_scheduler)
         def scheduled(num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-            scheduler = create_scheduler(num_training_steps, *args, **kwargs)
+            scheduler = unchanged(create_scheduler(num_training_steps, *args, **kwargs))
             self._schedule = self._change(scheduler, num_training_steps)
             return scheduler
 
@@ -152,15 +159,16 @@ class WarmupCallback(TrainerCallback):
         self._check_checkpoint()
         if self._schedule is None:
             return  # no warmup to start
-        self._check_target(self._schedule)
-        if self._schedule.started and not isinstance(self._schedule, SteeredSchedule):
-            return  # a resumed run whose schedule knows its start
         if not self._schedule.started and self._schedule.scheduler.last_epoch > 0:
             logger.warning(
                 "the checkpoint was made without this warmup, and the run goes on without it: with the Trainer's "
                 f"schedule for warmup_steps={args.warmup_steps:g}"
             )
-        elif isinstance(self._schedule, SteeredSchedule):
+            return
+        self._check_target(self._schedule)
+        if self._schedule.started and not isinstance(self._schedule, SteeredSchedule):
+            return  # a resumed run whose schedule knows its start
+        if isinstance(self._schedule, SteeredSchedule):
             self._be_guided(self._schedule)
         elif (init_lr := self.arguments.fixed_init_lr) is not None:
             self._start(init_lr, None, capped=False)
@@ -367,7 +375,9 @@ class WarmupCallback(TrainerCallback):
             if not backend.can_step(shards, first=guide.num_steps == 0):
                 return  # an overflow that the gradient scaler will skip, or nothing to learn from yet: next step
             if isinstance(optimizer, GIAdamW):
-                own_warmup = optimizer.own_warmup_ahead()  # asked for now only: the count may be on the device
+                # Asked for now only, as the count may be on the device; of all, as a partition may be born late.
+                steps, beta2 = backend.largest(optimizer.clock())
+                own_warmup = optimizer.own_warmup_ahead((steps, beta2))
             if guide.needs_trial:
                 loss_at = self._loss_at(shards, backend, replay)
             if has_slope:
@@ -480,7 +490,12 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
     if not args.learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {args.learning_rate}: warmup has no target")
     fixed = arguments.fixed_init_lr
-    if fixed is not None and fixed > args.learning_rate:
+    own_optimizer = (
+        trainer.optimizer is not None
+        or trainer.optimizer_cls_and_kwargs is not None
+        or type(trainer).create_optimizer is not Trainer.create_optimizer
+    )
+    if fixed is not None and fixed > args.learning_rate and not own_optimizer:  # else once the optimizer is there
         raise ValueError(f"init_lr must be at most learning_rate={args.learning_rate}, got {arguments.init_lr}")
     if trainer.lr_scheduler is None and args.lr_scheduler_type in (
         SchedulerType.REDUCE_ON_PLATEAU,
@@ -523,13 +538,15 @@ def _use_gi_adam(trainer: Trainer) -> None:
             )
         return
     if trainer.optimizer_cls_and_kwargs is None:
-        trainer.optimizer_cls_and_kwargs = gi_adam_cls_and_kwargs(trainer.args)
+        ours = trainer.optimizer_cls_and_kwargs = gi_adam_cls_and_kwargs(trainer.args)
         create_optimizer = trainer.create_optimizer
 
         @functools.wraps(create_optimizer)
         def created(*args: Any, **kwargs: Any) -> Any:
             # With the options of now: a hyperparameter search changes them from trial to trial.
-            trainer.optimizer_cls_and_kwargs = gi_adam_cls_and_kwargs(trainer.args)
+            nonlocal ours
+            if trainer.optimizer_cls_and_kwargs is ours:
+                ours = trainer.optimizer_cls_and_kwargs = gi_adam_cls_and_kwargs(trainer.args)
             return create_optimizer(*args, **kwargs)
 
         trainer.create_optimizer = created  # type: ignore[method-assign]

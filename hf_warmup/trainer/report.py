@@ -45,7 +45,7 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         steps_taken: int | None = math.ceil(warmup_steps * (1 - saved_fraction) - 1e-9)
     else:
         warmup_steps, steps_taken = None, last.get("warmup/warmup_steps")
-    if steps_taken is not None and steps_taken > trainer.state.global_step:
+    if mode not in TRYING and steps_taken is not None and steps_taken > trainer.state.global_step:
         steps_taken = None  # what it would have been
     evals = [e for e in history if "eval_loss" in e]
     optimizer = innermost(trainer.optimizer)

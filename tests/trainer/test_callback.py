@@ -202,7 +202,7 @@ def test_a_checkpoint_made_without_us_keeps_its_schedule(make_trainer, tmp_path,
     plain = make_trainer(args_cls=TrainingArguments, save_strategy="steps", save_steps=3)
     set_seed(1)
     plain.train()
-    trainer = make_trainer(gi_adam=False)
+    trainer = make_trainer(gi_adam=False, learning_rate=1e-2, init_lr="5e-3")  # neither counts
     train(trainer, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert "the run goes on without it: with the Trainer's schedule for warmup_steps=6" in caplog.text
     assert learning_rates(trainer) == learning_rates(plain)
@@ -226,6 +226,23 @@ def test_a_checkpoint_of_another_warmup_is_refused(make_trainer, tmp_path, befor
     trainer = make_trainer(**options(after))
     with pytest.raises(ValueError, match=message):
         train(trainer, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+
+
+def test_a_refused_checkpoint_leaves_the_next_run_alone(make_trainer, tmp_path):
+    # The factor of this schedule is one function for the whole process.
+    options = {"lr_scheduler_type": "constant", "warmup_steps": 0}
+    train(make_trainer(**options, warmup="guided", save_strategy="steps", save_steps=3))
+    with pytest.raises(ValueError, match="warmup must be guided"):
+        train(make_trainer(**options, init_lr="zero"), resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert learning_rates(train(make_trainer(**options, init_lr="zero"))) == [3e-3] * 12
+
+
+def test_options_of_an_optimizer_that_come_after_attach_are_kept(make_trainer):
+    trainer = make_trainer()
+    WarmupCallback.attach(trainer)
+    trainer.optimizer_cls_and_kwargs = (GIAdamW, {"lr": 1e-3, "v0": "random"})
+    trainer.train()
+    assert trainer.optimizer.optimizer.v0 == "random"
 
 
 class OwnOptimizer(Trainer):
@@ -258,6 +275,7 @@ def test_warmup_goes_to_the_learning_rate_that_the_optimizer_has(make_trainer, c
 
 
 def test_a_start_above_the_optimizers_learning_rate_is_refused(make_trainer):
+    assert max(learning_rates(train(make_trainer(OwnOptimizer, gi_adam=False, init_lr="0.005")))) > 5e-3
     trainer = make_trainer(OwnOptimizer, gi_adam=False, learning_rate=0.1, init_lr="0.05")
     with pytest.raises(ValueError, match="init_lr must be at most the optimizer's learning rate, 0.01, got 0.05"):
         train(trainer)
