@@ -4,16 +4,17 @@
 
 Every run is in results/warmup_candidates.csv, the bad ones too; a run that is there is not repeated. All of them
 spend trials of the loss after the step that is about to be made; `kappa`, `every` and `rate` mean what they mean
-in `hf_warmup.guided`. `unseen` is what commit d96b61c had in place of the momentum's turn: trials of the step that
-the momentum would make alone, all of them or every so-manieth of `guided`. Rows of `guided` with `turn` are of
-commit 307b851, whose slopes were taken with its trials, every 3 steps; those without were made when there was a
-trial every 5 steps up to step 100, and the peak was the smallest mean of four. `paced` are variants of that
+in `hf_warmup.guided`. `unseen` is what commit d96b61c had in place of the momentum's turn: trials of the step
+that the momentum would make alone, all of them or every so-manieth of `guided`. Rows of `guided` with `turn` are
+of commit 307b851, whose slopes were taken with its trials, every 3 steps; those without were made when there was
+a trial every 5 steps up to step 100, and the peak was the smallest mean of four. `paced` are variants of that
 commit's rule: when slopes are taken, and how the ramp goes on behind the turn. `path` is a learning rate by line
 segments, to see what it is that a linear ramp has and a guided one has not. `waits` are variants of the rule of
-commit c2e2bd1, whose ramp waits for the loss to fall; rows of `guided` without options, on a BERT of 3 or 4 layers,
-are of commit 8a76557, which waits at 9/4 of the turn, and `holds` are variants of that commit's rule. `rises` are
-variants of commit 65ba141's: the rule as it is. Seeds 200 to 202, 300 to 303, 400 to 407 and, of random GPTs, 1000
-to 1109: the study has others.
+commit c2e2bd1, whose ramp waits for the loss to fall; rows of `guided` without options, on a BERT of 3 or 4
+layers, are of commit 8a76557, which waits at 9/4 of the turn, and `holds` are variants of that commit's rule.
+`rises` are variants of commit 65ba141's: the rule as it is. `alone` is what that was with GI-Adam, of which rows
+of `guided` at seeds from 400 on have what counts of its own warmup in a run that is short beside it. Seeds 200
+to 202, 300 to 303, 400 to 407 and, of random GPTs, 1000 to 1109: the study has others.
 """
 
 import csv
@@ -347,6 +348,7 @@ class RisingWarmup(GuidedWarmup):
         hold: Times the turn's learning rate: where it waits; what that commit has if None.
         first_rate: ρ up to the turn; that commit's if None.
         quiet: It does not wait longer than for six trials if their mean is below so many times η_turn.
+        start: Times that commit's first learning rate.
     """
 
     def __init__(
@@ -361,13 +363,18 @@ class RisingWarmup(GuidedWarmup):
         hold: float | None = None,
         first_rate: float | None = None,
         quiet: float = 0.0,
+        start: float = 1.0,
     ) -> None:
         super().__init__(target, num_steps, lambda step: cosine(step, num_steps), kappa=kappa)
         self.beyond *= beyond
         self.hold = self.hold if hold is None else hold
-        self.growth, self.fall, self.waits, self.quiet = growth, fall, wait, quiet
+        self.growth, self.fall, self.waits, self.quiet, self.start = growth, fall, wait, quiet, start
         self.rates = (first_rate or self.rate, self.rate)
         self.since: list[float] = []
+
+    def _start(self, *args: Any) -> None:
+        super()._start(*args)
+        self.level *= self.start
 
     def _decide(self, loss_at: LossAt, *others: Any) -> bool:
         self.rate = self.rates[self.turn_step is not None]
@@ -385,6 +392,13 @@ class RisingWarmup(GuidedWarmup):
             self.since.append(self.critical_lr)
             if len(self.since) == 6 and statistics.geometric_mean(self.since) < self.quiet * self.turn_lr:
                 self.waits = False
+
+
+class Alone(Guided):
+    """Guided warmup as of commit 4ca0723, which takes GI-Adam's factor to come to 1 in any run."""
+
+    def __call__(self, step: int, loss_at: LossAt) -> float:
+        return self.guide.step(loss_at, math.sqrt(1 - self.beta2 ** (step + 1)), self.slope_at)
 
 
 def guided_by(controller: Callable[..., GuidedWarmup]) -> Callable[..., Guided]:
@@ -424,6 +438,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "waits": guided_by(WaitingWarmup),
     "holds": guided_by(HoldingWarmup),
     "rises": guided_by(RisingWarmup),
+    "alone": Alone,
     "path": path,
     "linear": linear,
     "ramp": ramp,

@@ -154,10 +154,12 @@ def jobs(part: str) -> Iterator[Job]:
         yield from grid(GPT, "GIAdamW", {"ramp": [{}], **tuned}, lrs, TUNING)
         yield from grid(GPT, "GIAdamW", {"guided": [{}], "linear": [{"fraction": f} for f in (0.0, 0.3)]}, lrs)
     if part == "bert":
-        lrs = targets(2e-3, 5)
+        lrs = targets(2e-3, 6)
         yield from grid(BERT, "AdamW", {"linear": [{"fraction": f} for f in (0.1, 0.3)]}, lrs[:3], TUNING[:2])
         yield from grid(BERT, "AdamW", {"guided": [{}]}, lrs[1:4], TUNING)
         yield from grid(BERT, "AdamW", {"guided": [{}], "linear": [{"fraction": 0.3}]}, lrs, (*SEEDS, *FRESH[part]))
+        yield from grid(BERT, "RAdam", {"linear": [{}]}, lrs[:3], TUNING[:2])
+        yield from grid(BERT, "RAdam", {"linear": [{}]}, lrs, (*SEEDS, *FRESH[part]))
     if part == "modernbert":
         tuned = {"linear": [{"fraction": f} for f in (0.0, 0.1, 0.3)]}
         lrs = targets(1e-3, 8)
@@ -174,10 +176,16 @@ def jobs(part: str) -> Iterator[Job]:
         lrs = [5e-3, 1e-2, 4e-2]
         yield from grid(LONG, "AdamW", {"ramp": [{}], "linear": [{"fraction": f} for f in (0.02, 0.3)]}, lrs, TUNING)
         both = {"guided": [{}], "linear": [{"fraction": 0.1}]}
-        yield from grid(LONG, "AdamW", both, lrs, (*TUNING, *SEEDS, *FRESH[part]))
+        yield from grid(LONG, "AdamW", both, lrs, TUNING)
+        wide = targets(2.5e-3, 6)
+        yield from grid(LONG, "AdamW", both, wide, (*SEEDS, *FRESH[part]))
+        yield from grid(LONG, "RAdam", {"linear": [{}]}, wide, (*TUNING, *SEEDS, *FRESH[part]))
     if part == "bpe_long":
         rules = {"guided": [{}], "linear": [{"fraction": f} for f in (0.1, 0.3)]}
-        yield from grid(BPE_LONG, "AdamW", rules, targets(2.5e-3, 5))
+        lrs = targets(2.5e-3, 6)
+        yield from grid(BPE_LONG, "AdamW", rules, lrs[:5])
+        yield from grid(BPE_LONG, "AdamW", rules, lrs[5:], SEEDS)
+        yield from grid(BPE_LONG, "RAdam", {"linear": [{}]}, lrs)
     if part == "short":
         for steps in (180, 210, 240, 270):
             yield from grid(replace(GPT, name="short", steps=steps), "AdamW", {"guided": [{}]}, [1e-2, 2e-2], SEEDS)
@@ -275,6 +283,11 @@ class Curve(NamedTuple):
         """The target of the smallest mean loss on the seeds that choose."""
         return min(self.tuning, key=lambda target: statistics.mean(self.tuning[target]))
 
+    def excess(self, over: list[float]) -> list[float]:
+        """The mean loss at each of the targets `over`, at most that before training, minus the best at any."""
+        best = min(map(self.mean, self.losses))
+        return [(min(loss, self.first) if math.isfinite(loss := self.mean(t)) else self.first) - best for t in over]
+
     @property
     def near(self) -> list[float]:
         """The targets about the best with a mean loss within `NEAR` of it, without a gap."""
@@ -342,11 +355,7 @@ def part_table(part: str) -> str:
     made = [curve for curve in made if curve.losses]  # others were run on the seeds that choose, and not chosen
     lines = []
     for curve in sorted(made, key=lambda c: (c.optimizer, c.rule, str(c.options))):
-        best = min(map(curve.mean, curve.losses))
-        excess = [
-            min(curve.mean(t), curve.first) - best if math.isfinite(curve.mean(t)) else curve.first - best
-            for t in over
-        ]
+        excess = curve.excess(over)
         lines.append(
             {
                 "optimizer": curve.optimizer,
@@ -363,6 +372,42 @@ def part_table(part: str) -> str:
     note = f"Range: η_trgt from {min(over):g} to {max(over):g} ({max(over) / min(over):.0f} times). On the seeds that "
     note += f"choose: {tried}."
     return f"{tabulate(lines, headers='keys', tablefmt='github', disable_numparse=True)}\n\n{note}"
+
+
+def summary_table() -> str:
+    """A line per setting: guided against tuned linear warmup, and how both and RAdam stand against the target."""
+    lines = []
+    for part, title in TITLES.items():
+        made = [curve for curve in curves(read(part)) if "every" not in curve.options]
+        linear, over = tuned(made), window(made)
+        guided = next(curve for curve in made if curve.rule == "guided" and not curve.options)
+        radam = next((curve for curve in made if curve.optimizer == "RAdam"), None)
+        steps = json.loads(read(part)[0]["setting"]).get("steps", Setting("").steps)
+        excess = [[] if curve is None else curve.excess(over) for curve in (guided, linear, radam)]
+        lines.append(
+            {
+                "setting": title,
+                "steps": steps,
+                "linear, tuned": f"{words(linear.losses[linear.chosen])} ({linear.options['fraction']:.0%})",
+                "guided": words(guided.losses[guided.chosen]),
+                "difference": _difference(guided, linear),
+                "η_trgt": f"{min(over):g} to {max(over):g}",
+                "largest excess: guided, linear, RAdam": ", ".join(f"{max(e):.3f}" if e else "-" for e in excess),
+                "mean excess": ", ".join(f"{statistics.mean(e):.3f}" if e else "-" for e in excess),
+            }
+        )
+    note = f"{_seeds()} Excess: the mean loss at a target minus the best at any, over the targets from 1/4 to 8 times "
+    note += "the best of tuned linear warmup on the seeds that choose."
+    return f"{tabulate(lines, headers='keys', tablefmt='github', disable_numparse=True)}\n\n{note}"
+
+
+def _seeds() -> str:
+    seeds, tuning, bert, long = (", ".join(map(str, those)) for those in (SEEDS, TUNING, FRESH["bert"], FRESH["long"]))
+    return (
+        f"Means ± standard deviations over seeds {seeds} (BERT also {bert}; GPT, 5 times the steps, also {long}); "
+        f"targets and the length of linear warmup are those of the smallest mean over seeds {tuning} (of the masked "
+        f"models of {BERT.steps} steps, linear warmup's over 0 and 1)."
+    )
 
 
 def _difference(curve: Curve, reference: Curve) -> str:
@@ -557,13 +602,11 @@ def report() -> str:
     if read("random"):
         parts.append(f"## 200 random settings\n\n{random_table()}")
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
-    seeds, tuning, bert, long = (", ".join(map(str, those)) for those in (SEEDS, TUNING, FRESH["bert"], FRESH["long"]))
     return "\n\n".join(
         [
+            f"## All settings\n\n{summary_table()}",
             *parts,
-            f"Means ± standard deviations over seeds {seeds} (BERT also {bert}; GPT, 5 times the steps, also {long}); "
-            f"targets and the tuned linear warmup are those of the smallest mean over seeds {tuning}; {versions}; one "
-            "thread of a CPU per run. `python recipes/studies/warmup_study.py`\n",
+            f"{_seeds()} {versions}; one thread of a CPU per run. `python recipes/studies/warmup_study.py`\n",
         ]
     )
 
