@@ -103,27 +103,25 @@ class _Changed:
     """
 
     _factor: type["_Factor"]
+    _factors: list[Any]
 
-    def __init__(self, scheduler: LRScheduler, *args: Any) -> None:
+    def __init__(self, scheduler: LRScheduler, num_training_steps: int, *args: Any) -> None:
         if not isinstance(scheduler, LambdaLR):
             raise ValueError(
                 f"warmup needs a schedule that is a factor per step (LambdaLR), got {type(scheduler).__name__}: "
                 "one that reacts to the loss, or has a state of its own, has no factor to warm up"
             )
-        self.scheduler = scheduler
-        inner = [f.inner if isinstance(f, _Factor) else f for f in scheduler.lr_lambdas]
-        self._check(inner)
-        self._factors = [self._factor(f, *args) for f in inner]
+        self.scheduler = unchanged(scheduler)
+        self.num_training_steps = num_training_steps
+        self._check(scheduler.lr_lambdas)
+        self._factors = [self._factor(f, num_training_steps, *args) for f in scheduler.lr_lambdas]
         scheduler.lr_lambdas = list(self._factors)
 
     def _check(self, factors: list[Callable[[Any], float]]) -> None:
-        """Refuse factors that cannot be changed."""
-
-    def _check_decays(self, factors: list[Callable[[Any], float]], num_training_steps: int) -> None:
-        """Refuse factors of which anything but a decay is left: they are stretched, behind a warmup of ours."""
+        """Refuse factors that are no decay: they are stretched, behind a warmup of ours."""
         for factor in factors:
             _check_fraction(factor, 0.5)
-            highest = max(((num_training_steps - 1) * k // _LOOKS for k in range(_LOOKS + 1)), key=factor)
+            highest = max(((self.num_training_steps - 1) * k // _LOOKS for k in range(_LOOKS + 1)), key=factor)
             # Not 1: cosine_warmup_with_min_lr is at its peak before its first step.
             if factor(0) < 0.9 * factor(highest):
                 raise ValueError(
@@ -156,10 +154,11 @@ class _Factor:
     in slots.
     """
 
-    __slots__ = ("__dict__", "inner")
+    __slots__ = ("__dict__", "inner", "num_training_steps")
 
-    def __init__(self, inner: Callable[[Any], float], kind: str) -> None:
+    def __init__(self, inner: Callable[[Any], float], num_training_steps: int, kind: str) -> None:
         self.inner = inner
+        self.num_training_steps = num_training_steps
         self.warmup_kind = kind
 
     def __call__(self, step: int) -> float:
@@ -173,11 +172,10 @@ class _Factor:
 class _Ramp(_Factor):
     """A ramp from η_init that is known later, and f in the steps that are left."""
 
-    __slots__ = ("num_training_steps",)
+    __slots__ = ()
 
-    def __init__(self, inner: Callable[[Any], float], kind: str, num_training_steps: int) -> None:
-        super().__init__(inner, kind)
-        self.num_training_steps = num_training_steps
+    def __init__(self, inner: Callable[[Any], float], num_training_steps: int, kind: str) -> None:
+        super().__init__(inner, num_training_steps, kind)
         self.init_fraction: float | None = None
         self.first_step = 0
 
@@ -197,8 +195,6 @@ class _Ramp(_Factor):
 class _RampSchedule(_Changed):
     """A schedule whose factors are ramps."""
 
-    _factors: list[Any]
-
     @property
     def init_fraction(self) -> float | None:
         """η_init / η_trgt; None before `start`."""
@@ -216,8 +212,8 @@ class _RampSchedule(_Changed):
 class _Linear(_Ramp):
     __slots__ = ("warmup_steps",)
 
-    def __init__(self, inner: Callable[[Any], float], warmup_steps: int, num_training_steps: int) -> None:
-        super().__init__(inner, "linear", num_training_steps)
+    def __init__(self, inner: Callable[[Any], float], num_training_steps: int, warmup_steps: int) -> None:
+        super().__init__(inner, num_training_steps, "linear")
         self.warmup_steps = warmup_steps
 
     def __call__(self, step: int) -> float:
@@ -254,8 +250,7 @@ class WarmupSchedule(_RampSchedule):
         if not 1 <= warmup_steps <= num_training_steps:
             raise ValueError(f"warmup_steps must be between 1 and {num_training_steps} steps, got {warmup_steps}")
         self.warmup_steps = warmup_steps
-        self.num_training_steps = num_training_steps
-        super().__init__(scheduler, warmup_steps, num_training_steps)
+        super().__init__(scheduler, num_training_steps, warmup_steps)
 
     def _check(self, factors: list[Callable[[Any], float]]) -> None:
         for factor in factors if self.warmup_steps < self.num_training_steps else ():
@@ -281,7 +276,7 @@ class WarmupSchedule(_RampSchedule):
 
 class _Exponential(_Ramp):
     def __init__(self, inner: Callable[[Any], float], num_training_steps: int) -> None:
-        super().__init__(inner, "exponential", num_training_steps)
+        super().__init__(inner, num_training_steps, "exponential")
         self.growth = 1.0
 
     def __call__(self, step: int) -> float:
@@ -305,11 +300,7 @@ class ExponentialSchedule(_RampSchedule):
     _factor = _Exponential
 
     def __init__(self, scheduler: LRScheduler, num_training_steps: int) -> None:
-        self.num_training_steps = num_training_steps
         super().__init__(scheduler, num_training_steps)
-
-    def _check(self, factors: list[Callable[[Any], float]]) -> None:
-        self._check_decays(factors, self.num_training_steps)
 
     def start(self, init_fraction: float, growth: float) -> None:
         """Start the ramp with the step that comes next, at η_init = `init_fraction` η_trgt.
@@ -329,11 +320,10 @@ class ExponentialSchedule(_RampSchedule):
 
 
 class _Steered(_Factor):
-    __slots__ = ("num_training_steps",)
+    __slots__ = ()
 
-    def __init__(self, inner: Callable[[Any], float], kind: str, num_training_steps: int) -> None:
-        super().__init__(inner, kind)
-        self.num_training_steps = num_training_steps
+    def __init__(self, inner: Callable[[Any], float], num_training_steps: int, kind: str) -> None:
+        super().__init__(inner, num_training_steps, kind)
         self.fraction: float | None = None
         self.ramp_end: int | None = None
         self.controller: dict[str, Any] = {}
@@ -366,11 +356,7 @@ class SteeredSchedule(_Changed):
     _factors: list[_Steered]
 
     def __init__(self, scheduler: LRScheduler, num_training_steps: int, kind: str = "steered") -> None:
-        self.num_training_steps = num_training_steps
-        super().__init__(scheduler, kind, num_training_steps)
-
-    def _check(self, factors: list[Callable[[Any], float]]) -> None:
-        self._check_decays(factors, self.num_training_steps)
+        super().__init__(scheduler, num_training_steps, kind)
 
     def decay(self, step: float) -> float:
         """The factor f that the schedule has by itself.

@@ -18,7 +18,7 @@ fails, and learn of it when that process ends: the launcher (torchrun, `accelera
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
@@ -28,6 +28,8 @@ from transformers import Trainer
 from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.probe import Shard, Shards, innermost, largest_magnitude
 from hf_warmup.trainer.wrapping import wrap
+
+_Numbers = TypeVar("_Numbers", bound=tuple[float, ...])
 
 # Where every process holds the whole model.
 _REPLICATED = tuple(kind for kind in DistributedType if kind is DistributedType.NO or kind.value.startswith("MULTI_"))
@@ -75,7 +77,7 @@ class Backend:
         Raises:
             RuntimeError: If they are not finite in the first step, and the step would be made with them.
         """
-        (largest,) = self._gathered(shards.largest_gradient(), max)
+        (largest,) = self.largest((shards.largest_gradient(),))
         if first and not math.isfinite(largest) and not self.skips_overflows:
             raise RuntimeError(
                 f"the gradients of step {self.trainer.state.global_step + 1} are not finite before any update: check "
@@ -83,9 +85,13 @@ class Backend:
             )
         return math.isfinite(largest) and largest > 0
 
-    def largest(self, value: tuple[float, ...]) -> tuple[float, ...]:
-        """The largest `value` of all processes; on all processes at once."""
-        return value if self.trainer.args.world_size == 1 else max(gather_object([value]))
+    def largest(self, numbers: _Numbers) -> _Numbers:
+        """The largest `numbers` of all processes, or those with a NaN; on all processes at once."""
+        if self.trainer.args.world_size == 1:
+            return numbers
+        everybodys = gather_object([numbers])
+        # max() would pass over a NaN.
+        return next((n for n in everybodys if any(map(math.isnan, n))), max(everybodys))
 
     def together(self, measure: Callable[[], list[float]]) -> list[float]:
         """The numbers of `measure`, averaged over the processes; on all processes at once.
@@ -120,13 +126,6 @@ class Backend:
                 )
         # In single precision, as the Trainer averages the loss that it logs.
         return torch.tensor([given for given, _ in outcomes]).mean(dim=0).tolist()
-
-    def _gathered(self, number: float, combine: Callable[[list[float]], float]) -> list[float]:
-        if self.trainer.args.world_size == 1:
-            return [number]
-        numbers = gather_object([number])
-        # max() would pass over a NaN.
-        return [math.nan if any(map(math.isnan, numbers)) else combine(numbers)]
 
     def watch_step(self, before: Callable[[], None]) -> None:
         """Have `before` called before every step of the optimizer, if the Trainer's own event comes too late."""

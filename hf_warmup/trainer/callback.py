@@ -41,6 +41,7 @@ from hf_warmup.trainer.model_card import kept_words, write_card
 from hf_warmup.trainer.optimizer import GIAdamWFactory, gi_adam_cls_and_kwargs
 from hf_warmup.trainer.replay import StepReplay, loss_before, why_not_replay
 from hf_warmup.trainer.sharpness import SharpnessCallback
+from hf_warmup.trainer.wrapping import wrap
 
 logger = logging.getLogger(__name__)
 
@@ -92,23 +93,19 @@ class WarmupCallback(TrainerCallback):
         return callback
 
     def _watch(self, trainer: Trainer) -> None:
-        create_scheduler, create_model_card = trainer.create_scheduler, trainer.create_model_card
-
-        @functools.wraps(create_scheduler)
-        def scheduled(num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        def scheduled(create_scheduler: Any, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
             scheduler = unchanged(create_scheduler(num_training_steps, *args, **kwargs))
             self._schedule = self._change(scheduler, num_training_steps)
             return scheduler
 
-        @functools.wraps(create_model_card)
-        def carded(*args: Any, **kwargs: Any) -> None:
+        def carded(create_model_card: Any, *args: Any, **kwargs: Any) -> None:
             with kept_words(trainer):
                 create_model_card(*args, **kwargs)
             # The Trainer's words for it, and trl's.
             write_card(trainer, next((kwargs[k] for k in ("dataset", "dataset_name") if kwargs.get(k)), None))
 
-        trainer.create_scheduler = scheduled  # type: ignore[method-assign]
-        trainer.create_model_card = carded  # type: ignore[method-assign]
+        wrap(trainer, "create_scheduler", scheduled)
+        wrap(trainer, "create_model_card", carded)
 
     def _change(
         self, scheduler: LRScheduler, num_training_steps: int
@@ -376,8 +373,7 @@ class WarmupCallback(TrainerCallback):
                 return  # an overflow that the gradient scaler will skip, or nothing to learn from yet: next step
             if isinstance(optimizer, GIAdamW):
                 # Asked for now only, as the count may be on the device; of all, as a partition may be born late.
-                steps, beta2 = backend.largest(optimizer.clock())
-                own_warmup = optimizer.own_warmup_ahead((steps, beta2))
+                own_warmup = optimizer.own_warmup_ahead(backend.largest(optimizer.clock()))
             if guide.needs_trial:
                 loss_at = self._loss_at(shards, backend, replay)
             if has_slope:
@@ -539,17 +535,15 @@ def _use_gi_adam(trainer: Trainer) -> None:
         return
     if trainer.optimizer_cls_and_kwargs is None:
         ours = trainer.optimizer_cls_and_kwargs = gi_adam_cls_and_kwargs(trainer.args)
-        create_optimizer = trainer.create_optimizer
 
-        @functools.wraps(create_optimizer)
-        def created(*args: Any, **kwargs: Any) -> Any:
+        def created(create_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             # With the options of now: a hyperparameter search changes them from trial to trial.
             nonlocal ours
             if trainer.optimizer_cls_and_kwargs is ours:
                 ours = trainer.optimizer_cls_and_kwargs = gi_adam_cls_and_kwargs(trainer.args)
             return create_optimizer(*args, **kwargs)
 
-        trainer.create_optimizer = created  # type: ignore[method-assign]
+        wrap(trainer, "create_optimizer", created)
         return
     chosen = trainer.optimizer_cls_and_kwargs[0]
     if not (isinstance(chosen, type) and issubclass(chosen, GIAdamW | GIAdamWFactory)):

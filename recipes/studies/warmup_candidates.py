@@ -398,7 +398,7 @@ class Alone(Guided):
     """Guided warmup as of commit 4ca0723, which takes GI-Adam's factor to come to 1 in any run."""
 
     def __call__(self, step: int, loss_at: LossAt) -> float:
-        return self.guide.step(loss_at, math.sqrt(1 - self.beta2 ** (step + 1)), self.slope_at)
+        return self.guide.step(loss_at, self.own_warmup(step)(0), self.slope_at)
 
 
 def guided_by(controller: Callable[..., GuidedWarmup]) -> Callable[..., Guided]:

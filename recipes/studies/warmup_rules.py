@@ -72,7 +72,11 @@ class Guided:
 
     def __call__(self, step: int, loss_at: LossAt) -> float:
         """η of the step."""
-        return self.guide.step(loss_at, lambda ahead: math.sqrt(1 - self.beta2 ** (step + 1 + ahead)), self.slope_at)
+        return self.guide.step(loss_at, self.own_warmup(step), self.slope_at)
+
+    def own_warmup(self, step: int) -> Callable[[float], float]:
+        """GI-Adam's factor of a step and of those after it; 1 of another optimizer."""
+        return lambda ahead: math.sqrt(1 - self.beta2 ** (step + 1 + ahead))
 
 
 def persistent(setting: Setting, optimizer: str, target: float, delta: float = 0.01) -> Rule:

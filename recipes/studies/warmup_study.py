@@ -323,6 +323,11 @@ def tuned(made: list[Curve]) -> Curve:
     return min(linear, key=lambda c: statistics.mean(c.tuning[c.chosen]))
 
 
+def ours(made: list[Curve]) -> Curve:
+    """Guided warmup as it is by default."""
+    return next(curve for curve in made if curve.rule == "guided" and not curve.options)
+
+
 def words(values: list[float]) -> str:
     if not all(map(math.isfinite, values)):
         return "diverged"
@@ -378,11 +383,11 @@ def summary_table() -> str:
     """A line per setting: guided against tuned linear warmup, and how both and RAdam stand against the target."""
     lines = []
     for part, title in TITLES.items():
-        made = [curve for curve in curves(read(part)) if "every" not in curve.options]
-        linear, over = tuned(made), window(made)
-        guided = next(curve for curve in made if curve.rule == "guided" and not curve.options)
+        rows = read(part)
+        made = curves(rows)
+        linear, over, guided = tuned(made), window(made), ours(made)
         radam = next((curve for curve in made if curve.optimizer == "RAdam"), None)
-        steps = json.loads(read(part)[0]["setting"]).get("steps", Setting("").steps)
+        steps = json.loads(rows[0]["setting"]).get("steps", Setting("").steps)
         excess = [[] if curve is None else curve.excess(over) for curve in (guided, linear, radam)]
         lines.append(
             {
@@ -525,17 +530,16 @@ def _is_complete(part: str) -> bool:
 def _part_claims(part: str, tail: str) -> list[Claim]:
     rows = [row for row in read(part) if row["optimizer"] != "RAdam"]  # whose rule is that of no warmup
     made_curves = curves(rows)
-    reference, over = tuned(made_curves), window(made_curves)
-    ours = next(curve for curve in made_curves if curve.rule == "guided" and not curve.options)
+    reference, over, default = tuned(made_curves), window(made_curves), ours(made_curves)
 
     def losses(of: Curve) -> evidence.Curve:
         chosen = [row for row in rows if (row["rule"], json.loads(row["options"])) == (of.rule, of.options)]
         numbers = [{k: float(row[k]) for k in ("target", "seed", "loss", "first")} for row in chosen]
         return evidence.curve(row for row in numbers if row["seed"] in REPORTED)
 
-    guided, best_linear = losses(ours), losses(reference)
+    guided, best_linear = losses(default), losses(reference)
     text = "Guided warmup is as good as linear warmup tuned over target and length on other seeds"
-    difference = evidence.difference(guided[ours.chosen], best_linear[reference.chosen])
+    difference = evidence.difference(guided[default.chosen], best_linear[reference.chosen])
     made = [evidence.loss_claim(f"{text} {tail}", "ours", NAME, difference, high=evidence.EQUAL)]
     if max(over) / min(over) > 30:
         worst = [
@@ -572,7 +576,7 @@ def plot(path: Path) -> None:
         reference = tuned(made)
         none = [c for c in made if c.options == {"fraction": 0.0} and c.optimizer != "RAdam"]
         shown = [
-            ("guided", next(c for c in made if c.rule == "guided" and not c.options), "o-"),
+            ("guided", ours(made), "o-"),
             (f"{name(reference)} (tuned)", reference, "s--"),
             ("exponential ramp", next((c for c in made if c.rule == "ramp" and not c.options), None), "^:"),
             ("no warmup", next(iter(none), None), "v:"),
