@@ -16,7 +16,8 @@ with N the steps of the run, f the user's schedule without warmup, and b = max(1
 steps. If c stood still, ln(c / η) would fall as e^(-ρt), so a ramp takes about 2/ρ steps whatever the model's scale
 of learning rates: three decades shrink to a factor of 2.5 in 160 steps at ρ = 0.0125. The peak is the target or,
 where the target is too high, what the run has shown to be enough: how far above it the target was then hardly
-matters.
+matters. Nor does how far below it, if η_trgt is but a guess (`ceiling=False`): p_t is then without it, and the guess
+is where the first search begins.
 
 A ramp of T steps costs a run of N about T/N of its way, and is the safer the longer it is: if the harm of a short
 one falls as 1/T, the best T grows as √N. So 2/ρ = max(160, 9 √N): 160 steps of 300, 440 of 2400, 2800 of 100,000.
@@ -82,7 +83,7 @@ SlopeAt = Callable[[float], float]
 # Chosen on the development settings of recipes/studies/guided.md.
 _START = 1e-3  # of η_c: where the ramp starts
 _STAIR = 1.5  # factor of a stair
-_FAR = 1e6  # of η_trgt: where η_c is looked for no more, as a model may be linear in what is trained
+_FAR = 1e6  # of η_trgt, or of 1 if η_trgt is a guess: no η_c is looked for above, as a model may be linear
 _MEAN = 6  # estimates in the mean that may lower the peak
 _SLOPES = 6  # steps' slopes of which half must have turned
 _SETTLED = 100  # step after which trials become rarer, in proportion to t
@@ -155,7 +156,7 @@ class _Controller(ABC):
             η_t.
 
         Raises:
-            ValueError: If `own_warmup` is out of range.
+            ValueError: If `own_warmup` is out of range, or there is neither a ceiling nor a momentum.
             RuntimeError: If the loss before the first step is not finite.
         """
         now = own_warmup(0) if callable(own_warmup) else own_warmup
@@ -226,7 +227,7 @@ class GuidedWarmup(_Controller):
     """The learning rate of every step, from trials of the loss. See the module for the rule.
 
     Args:
-        target_lr: η_trgt; the learning rate is never above it.
+        target_lr: η_trgt; the learning rate is never above it, unless it is but a guess.
         num_training_steps: N.
         decay: f, of a fractional step between 0 and N: the user's schedule without warmup, as a factor that is 1
             at 0.
@@ -234,11 +235,15 @@ class GuidedWarmup(_Controller):
         rate: ρ, the part of the way to η_c, in ln η, that a step goes; `ramp_rate` of N if None.
         kappa: κ, what part of b times the smallest η_c met the peak may be.
         every: Steps between trials, at first.
+        ceiling: Whether η_trgt bounds the learning rate. If not it is a guess: where the first search begins, and
+            nothing else. Needs a momentum, whose turn bounds the ramp.
         until: `"target"`: no more trials once the ramp has ended. `"end"`: trials go on, and the peak may still be
             lowered, to κ c̄ / f, without the b that is the ramp's.
 
     Attributes:
         target_lr: η_trgt.
+        ceiling: Whether that is a bound.
+        far: Where η_c is looked for no more.
         num_training_steps: N.
         decay: f.
         critical_lr: c, the present estimate of η_c; NaN before the first step.
@@ -276,6 +281,7 @@ class GuidedWarmup(_Controller):
         rate: float | None = None,
         kappa: float = 1.0,
         every: int = EVERY,
+        ceiling: bool = True,
         until: str = "target",
     ) -> None:
         super().__init__(target_lr, num_training_steps, decay)
@@ -287,6 +293,8 @@ class GuidedWarmup(_Controller):
         if until not in ("target", "end"):
             raise ValueError(f'until must be "target" or "end", got {until!r}')
         self.init_lr, self.kappa, self.every, self.until = init_lr, kappa, every, until
+        self.ceiling = ceiling
+        self.far = _FAR * (target_lr if ceiling else max(1.0, target_lr))
         self.rate = ramp_rate(num_training_steps) if rate is None else rate
         self.stretch = max(1.0, 2 / self.rate / _LEAST)
         self.hold, self.beyond = max(1.0, _BEYOND / self.stretch), _BEYOND * self.stretch
@@ -332,11 +340,16 @@ class GuidedWarmup(_Controller):
         return self.hold * self.turn_lr
 
     @property
+    def _most(self) -> float:
+        """p_t."""
+        return min(self.target_lr, self.peak) if self.ceiling else self.peak
+
+    @property
     def _is_held(self) -> bool:
         """Whether the ramp is to wait on its way; not where half of the run is too short to judge the loss."""
         if self.turn_step is None or self._judged_from >= _LATEST * self.num_training_steps:
             return False
-        return self.waits and self.wait_lr < min(self.target_lr, self.peak)
+        return self.waits and self.wait_lr < self._most
 
     @property
     def _judged_from(self) -> float:
@@ -358,6 +371,8 @@ class GuidedWarmup(_Controller):
         if self.num_steps == 0:
             self._start(loss_at, own_warmup)
         else:
+            if not self.ceiling and slope_at is None and self.needs_slope:
+                raise ValueError("ceiling must be True for an optimizer without momentum, got False: nothing turns")
             if self.needs_slope and slope_at is not None:
                 self._look_for_the_turn(slope_at, own_warmup)
             if self.stretch > 1 and self.ramp_end == self.num_steps - 1:
@@ -367,7 +382,7 @@ class GuidedWarmup(_Controller):
             if self.ramp_end is None:
                 way = max(1.0, self.critical_lr / self.level)
                 self.level *= (way if math.isnan(self.turn_lr) else min(way, _BEYOND)) ** self.rate
-        most = min(self.target_lr, self.peak)
+        most = self._most
         if self._is_held and self.ramp_end is None:
             wait = self.wait_lr / own_warmup
             self.waited += self.level >= wait
@@ -379,7 +394,7 @@ class GuidedWarmup(_Controller):
 
     def _start(self, loss_at: LossAt, own_warmup: float) -> None:
         # To a factor of 2: the staircase knows no better afterwards.
-        found = self._search(loss_at, guess=self.target_lr, target=_FAR * self.target_lr, rtol=1.0)
+        found = self._search(loss_at, guess=self.target_lr, target=self.far, rtol=1.0)
         # A loss that rises however small the step is: the staircase will look further down.
         critical_lr = found.value if 0 < found.value < math.inf else found.lower or found.evals[-1][0]
         self.critical_lr = own_warmup * critical_lr
@@ -414,7 +429,7 @@ class GuidedWarmup(_Controller):
         self.estimates = [*self.estimates, self.critical_lr][-_MEAN:]
         # Not `loss > start`: a loss that is not finite has risen.
         rises = not loss_at(self.critical_lr / own_warmup) <= loss_at(0.0)
-        self.critical_lr = min(self.critical_lr * (1 / _STAIR if rises else _STAIR), _FAR * self.target_lr)
+        self.critical_lr = min(self.critical_lr * (1 / _STAIR if rises else _STAIR), self.far)
         if len(self.estimates) == _MEAN:
             mean = math.exp(math.fsum(map(math.log, self.estimates)) / _MEAN)
             # b is for the way to the turn: of no ramp without slopes, and not behind the ramp.

@@ -14,6 +14,7 @@ from tabulate import tabulate
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_warmup.trainer import warmup_report
+from hf_warmup.trainer.report import target_words
 
 from arguments import Parser
 from running import carry_out
@@ -186,7 +187,7 @@ def summary(trainer: Trainer) -> str:
     rows = [
         ("optimizer", report["optimizer"]),
         ("initial learning rate η_init", f"{report['init_lr']:.3g}" + " (capped)" * report["capped"]),
-        ("target learning rate η_trgt", f"{report['target_lr']:.3g}"),
+        ("target learning rate η_trgt", target_words(report)),
         ("forward passes for the search", str(report["forward_passes"])),
         *(
             (f"{name} before / after", f"{evaluations[0][key]:.3f} / {evaluations[-1][key]:.3f}")

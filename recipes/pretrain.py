@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments, warmup_report
-from hf_warmup.trainer.report import peak_words
+from hf_warmup.trainer.report import peak_words, target_words
 
 from arguments import RecipeArguments, make_config, parse
 from collator import Collator, Numbered
@@ -135,7 +135,7 @@ def summary(trainer: Trainer, entropy: float) -> str:
     rows = [
         ("critical learning rate η_c", critical),
         ("initial learning rate η_init", f"{report['init_lr']:.3g}" + " (capped)" * report["capped"]),
-        ("target learning rate η_trgt", f"{report['target_lr']:.3g}"),
+        ("target learning rate η_trgt", target_words(report)),
         *warmup_rows(report),
         ("validation loss before / after", f"{before['eval_loss']:.3f} / {after['eval_loss']:.3f}"),
         ("perplexity before / after", f"{before['eval_perplexity']:.1f} / {after['eval_perplexity']:.1f}"),

@@ -78,6 +78,58 @@ def test_a_ramp_that_does_not_end_gives_way_to_the_decay_at_half_of_the_run(make
     assert made[30:] == pytest.approx([guide.level * (60 - t) / 31 for t in range(30, 60)])
 
 
+@pytest.mark.parametrize("guess", [1e-9, 1e-4, 1.0, 1e5])
+def test_a_target_that_is_a_guess_is_where_the_first_search_begins_and_nothing_else(guess):
+    asked = []
+
+    def losses(t):
+        def loss_at(lr):
+            if t == 0 and lr > 0:
+                asked.append(lr)
+            return fixed_critical_lr(0.3 if t > 60 else 3.0)(lr)
+
+        return loss_at
+
+    def made(target, **options):
+        guide = GuidedWarmup(target, 400, lambda step: 1 - step / 400, rate=RATE, init_lr=3e-3, **options)
+        rates = [guide.step(losses(t), slope_at=lambda lr, t=t: 1.0 if t < 40 else -1.0) for t in range(400)]
+        return guide, rates
+
+    guide, rates = made(guess, ceiling=False)
+    assert asked[0] == guess
+    _, free = made(1e4)
+    # But for a factor of 2 in the first η_c, which the staircase makes up for.
+    assert guide.peak == pytest.approx(guide.level)
+    assert guide.level < 1e4
+    assert max(rates) == pytest.approx(max(free), rel=0.5)
+    assert guide.ramp_end is not None
+
+
+def test_a_guess_that_is_too_low_is_passed_and_a_ceiling_is_not():
+    for ceiling in (True, False):
+        guide = GuidedWarmup(1e-2, 2000, rate=RATE, ceiling=ceiling)
+        made = [
+            guide.step(
+                fixed_critical_lr(3.0), slope_at=lambda lr, t=t: 1.0 if t < 60 else -1.0, loss_of_step=lambda: 1.0
+            )
+            for t in range(2000)
+        ]
+        assert max(made) == (1e-2 if ceiling else pytest.approx(guide.beyond * guide.turn_lr))
+
+
+def test_a_loss_that_never_rises_is_no_reason_to_overflow_behind_a_guess():
+    guide = GuidedWarmup(1e-3, 400, rate=0.5, every=1, ceiling=False)
+    made = [guide.step(lambda lr: -lr, slope_at=lambda lr: 1.0) for _ in range(400)]
+    assert max(made) <= 1e6
+
+
+def test_a_guess_needs_a_momentum():
+    guide = GuidedWarmup(1.0, 400, ceiling=False)
+    guide.step(fixed_critical_lr(0.5))
+    with pytest.raises(ValueError, match="ceiling must be True for an optimizer without momentum, got False"):
+        guide.step(fixed_critical_lr(0.5))
+
+
 @pytest.mark.parametrize("target", [1.0, 100.0])
 def test_the_peak_is_the_smallest_critical_lr_met_however_high_the_target(target):
     # η_c falls to 0.01 by step 60 and rises again.

@@ -59,6 +59,14 @@ class WarmupArguments:
             "lowered, to the end of the run."
         },
     )
+    guide_target: str = field(
+        default="ceiling",
+        metadata={
+            "help": "What learning_rate is to warmup=guided: `ceiling`, never passed; or `guess`, where the first "
+            "search begins, and nothing else: training goes as far as the run shows to be enough. `guess` is for "
+            "training from scratch, with an optimizer that has momentum."
+        },
+    )
     guide_every: int = field(
         default=EVERY,
         metadata={
@@ -166,6 +174,7 @@ class WarmupArguments:
         for name, words in (
             ("warmup", ("linear", "exponential", "persistent", "guided")),
             ("guide_until", ("target", "end")),
+            ("guide_target", ("ceiling", "guess")),
             ("sharpness_kind", get_args(SharpnessKind)),
         ):
             if getattr(self, name) not in words:
@@ -191,6 +200,11 @@ class WarmupArguments:
         for name in ("catapult_delta", "critical_lr_rtol", "guide_kappa"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
+
+    @property
+    def guesses(self) -> bool:
+        """Whether learning_rate is a guess that training may pass."""
+        return self.warmup == "guided" and self.guide_target == "guess"
 
     @property
     def fixed_init_lr(self) -> float | None:

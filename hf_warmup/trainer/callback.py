@@ -193,13 +193,19 @@ class WarmupCallback(TrainerCallback):
         """Say so if the learning rate is not the one that was asked for.
 
         Raises:
-            ValueError: If warmup would start above it.
+            ValueError: If warmup would start above it, or nothing bounds warmup.
         """
         target, asked, fixed = self._target, self.trainer.args.learning_rate, self.arguments.fixed_init_lr
         if not math.isclose(target, asked, rel_tol=1e-6):
             whose = "the checkpoint has" if schedule.scheduler.last_epoch > 0 else "the optimizer was made with"
-            logger.warning(f"learning_rate is {asked:g}, but {whose} {target:g}: warmup goes to {target:g}")
-        if fixed is not None and fixed > target and not schedule.started:
+            goes = "searches from" if self.arguments.guesses else "goes to"
+            logger.warning(f"learning_rate is {asked:g}, but {whose} {target:g}: warmup {goes} {target:g}")
+        if self.arguments.guesses and not has_momentum(innermost(self.trainer.optimizer)):
+            raise ValueError(
+                "guide_target must be ceiling with an optimizer without momentum, got guess: nothing would turn and "
+                "tell how far to go"
+            )
+        if fixed is not None and fixed > target and not self.arguments.guesses and not schedule.started:
             raise ValueError(f"init_lr must be at most the optimizer's learning rate, {target:g}, got {fixed:g}")
 
     def _watch_steps(self, keeps: Callable[[], bool] = lambda: True, num_batches: int | None = None) -> None:
@@ -335,6 +341,7 @@ class WarmupCallback(TrainerCallback):
                 rate=arguments.guide_rate,
                 kappa=arguments.guide_kappa,
                 every=arguments.guide_every,
+                ceiling=not arguments.guesses,
                 until=arguments.guide_until,
             )
         else:
@@ -390,6 +397,7 @@ class WarmupCallback(TrainerCallback):
         record: dict[str, Any] = {}
         if guide.num_steps == 1:
             logs |= {"warmup/init_lr": lr, "warmup/target_lr": target}
+            record["warmup/guessed"] = self.arguments.guesses
         if guide.num_trials > passes:
             logs |= {"warmup/critical_lr": guide.critical_lr, "warmup/forward_passes": guide.num_trials}
         if isinstance(guide, GuidedWarmup) and turned is None and _turn_lr(guide) is not None:
@@ -491,7 +499,8 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
         or trainer.optimizer_cls_and_kwargs is not None
         or type(trainer).create_optimizer is not Trainer.create_optimizer
     )
-    if fixed is not None and fixed > args.learning_rate and not own_optimizer:  # else once the optimizer is there
+    bounded = not (own_optimizer or arguments.guesses)  # by an optimizer of the user's once that is there
+    if fixed is not None and fixed > args.learning_rate and bounded:
         raise ValueError(f"init_lr must be at most learning_rate={args.learning_rate}, got {arguments.init_lr}")
     if trainer.lr_scheduler is None and args.lr_scheduler_type in (
         SchedulerType.REDUCE_ON_PLATEAU,

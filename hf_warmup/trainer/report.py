@@ -72,6 +72,7 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         "capped": bool(start.get("warmup/capped", False)),
         "init_lr": init_lr,
         "target_lr": target,
+        "guessed": start.get("warmup/guessed", False),
         "peak_lr": last.get("warmup/peak_lr") if mode in TRYING else None if steps_taken is None else target,
         "warmup_steps": warmup_steps,
         "warmup_steps_taken": steps_taken,
@@ -191,6 +192,18 @@ def evaluation(entry: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def target_words(report: dict[str, Any]) -> str:
+    """η_trgt.
+
+    Args:
+        report: From `warmup_report`.
+
+    Returns:
+        The number, and whether it was but a guess.
+    """
+    return f"{report['target_lr']:.3g}" + " (a guess)" * _guessed(report)
+
+
 def peak_words(report: dict[str, Any]) -> str:
     """The learning rate that a warmup ended at which chose it itself.
 
@@ -216,7 +229,7 @@ def _peak_reason(report: dict[str, Any]) -> str | None:
     peak, turn = report["peak_lr"], report["turn_lr"]
     if peak is None:
         return None
-    if peak >= 0.999 * report["target_lr"]:
+    if peak >= 0.999 * report["target_lr"] and not _guessed(report):
         return "target"
     if turn is not None and peak >= 0.999 * report["beyond_turn"] * turn:
         return "turn"
@@ -225,6 +238,11 @@ def _peak_reason(report: dict[str, Any]) -> str | None:
     # The ramp was still going at half of the run, and gave way to the decay.
     steps = report.get("max_steps") or report["train_steps"]  # a report may be older than that
     return "late" if 2 * report["warmup_steps_taken"] >= steps else "critical"
+
+
+def _guessed(report: dict[str, Any]) -> bool:
+    """Whether η_trgt was no more than a guess."""
+    return bool(report.get("guessed"))  # a report may be older than that
 
 
 def _of_critical(report: dict[str, Any]) -> float:
@@ -312,7 +330,7 @@ def init_words(report: dict[str, Any]) -> str:
     if report["asked_init_lr"] != "catapult":
         return "chosen by hand"
     if report["warmup"] == "guided":
-        if report["init_lr"] < report["target_lr"]:
+        if report["init_lr"] < report["target_lr"] or _guessed(report):
             return "a thousandth of the first η_c"
         return "η_trgt, as a thousandth of the first η_c is above it"
     if report["capped"]:
@@ -368,18 +386,23 @@ def _verdict_of_a_ramp(report: dict[str, Any]) -> str:
     if reason == "target":
         return "η_trgt stayed below η_c all the way up: this run would have borne a larger one."
     peak = f"{report['peak_lr']:.3g}"
+    lead = "η_trgt was more than training would bear"
+    if _guessed(report):
+        lead = "η_trgt was a guess, which training went beyond"
+        if report["peak_lr"] <= report["target_lr"]:
+            lead = "η_trgt was a guess, and more than training would bear"
     if reason == "late":
         return f"The ramp had come to {peak} at half of the run, and gave way to the decay."
     if reason == "critical":
         times = _times(report)
         return (
-            f"η_trgt was more than training would bear: on the way up η_c came down to "
+            f"{lead}: on the way up η_c came down to "
             f"{report['peak_lr'] / _of_critical(report):.3g}, and the learning rate was held at "
             f"{times + 'that, ' if times else ''}{peak}."
         )
     turned = f"{report['turn_lr']:.3g} on the momentum pointed uphill on new batches, and"
     if reason == "turn":
-        return f"η_trgt was more than training would bear: from {turned} the learning rate was held at {peak}."
+        return f"{lead}: from {turned} the learning rate was held at {peak}."
     return (
         f"From {turned} in half of the run the loss did not fall by another tenth of its first descent: the learning "
         f"rate waited at {peak} and gave way to the decay. Such a model wants more steps, or a slower ramp: a smaller "

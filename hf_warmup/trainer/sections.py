@@ -21,6 +21,7 @@ from hf_warmup.trainer.report import (
     optimizer_words,
     peak_words,
     sharpness_words,
+    target_words,
     verdict,
 )
 
@@ -91,7 +92,7 @@ def warmup_section(report: dict[str, Any]) -> str:
         rows.append(("Critical learning rate η_c", critical_words(report)))
     rows += [
         ("Initial learning rate η_init", f"{report['init_lr']:.3g} ({init_words(report)})"),
-        ("Target learning rate η_trgt", f"{report['target_lr']:.3g}"),
+        ("Target learning rate η_trgt", target_words(report)),
     ]
     steps = "not finished" if report["warmup_steps_taken"] is None else str(report["warmup_steps_taken"])
     waited = f", {report['waited_steps']} of them waiting for the loss to fall" if report["waited_steps"] else ""

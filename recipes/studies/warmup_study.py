@@ -11,7 +11,8 @@ Every method's target, the length of linear warmup and the growth of the exponen
 A run that is in results/warmup_<part>.csv is not repeated. Parts: `gpt` and `gi` (AdamW and GI-Adam on a GPT),
 `bert` and `modernbert`, `long` and, on word pieces, `bpe_long` (5 times the steps), `modernbert_long` (4 times),
 `short` (fewer steps: how many reach the loss of tuned linear warmup), `random` (200 random settings: which runs
-fail), and on a GPU `gpu` (a GPT of 14M parameters, on which seed 0 chooses).
+fail), `guess` (the settings of the other parts, with a target that bounds nothing), and on a GPU `gpu` (a GPT of 14M
+parameters, on which seed 0 chooses).
 """
 
 import argparse
@@ -50,6 +51,7 @@ FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 GPU_FRACTION = 0.3  # of the lengths that were tried on seed 0 the best one
 NEAR = 0.05  # nats
 NO_TURN = {"turn": False}  # the momentum's turn is not looked for
+GUESS = {"ceiling": False}  # the target is where the first search begins
 UNTUNED = ("sqrt(1-b2^t)", "untuned linear", "untuned exponential", "ramp", "guided")
 
 GPT = Setting("GPT", text="code", width=48, depth=2, beta2=0.95, weight_decay=0.1, clip=1.0)
@@ -86,6 +88,19 @@ TITLES = {
     "long": "GPT, 5 times the steps",
     "bpe_long": "GPT on word pieces, 5 times the steps",
 }
+
+
+# The setting and optimizer of a part, and the target that is the best one of tuned linear warmup there.
+COMPARED = {
+    "gpt": (GPT, "AdamW", 2e-2),
+    "gi": (GPT, "GIAdamW", 2e-2),
+    "long": (LONG, "AdamW", 1e-2),
+    "modernbert": (MODERN, "AdamW", 8e-3),
+    "bpe_long": (BPE_LONG, "AdamW", 1e-2),
+    "bert": (BERT, "AdamW", 8e-3),
+    "modernbert_long": (MODERN_LONG, "AdamW", 8e-3),
+}
+GUESSES = (1e-3, 0.25, 1.0, 8.0)  # times that
 
 
 class Job(NamedTuple):
@@ -189,11 +204,16 @@ def jobs(part: str) -> Iterator[Job]:
     if part == "short":
         for steps in (180, 210, 240, 270):
             yield from grid(replace(GPT, name="short", steps=steps), "AdamW", {"guided": [{}]}, [1e-2, 2e-2], SEEDS)
+    if part == "guess":
+        for times in GUESSES[::-1]:
+            for of, (setting, optimizer, best) in COMPARED.items():
+                yield from grid(setting, optimizer, {"guided": [GUESS]}, [times * best], (*SEEDS, *FRESH.get(of, ())))
     if part == "gpu":
         lrs = targets(5e-4, 7)
         lengths = {"linear": [{"fraction": f} for f in (0.02, 0.1, 0.3)]}
         yield from grid(GPU, "AdamW", {"guided": [{}], **lengths}, lrs, TUNING[:1])
         yield from grid(GPU, "AdamW", {"guided": [{}]}, lrs, SEEDS)
+        yield from grid(GPU, "AdamW", {"guided": [GUESS]}, [1e-5, 1.6e-2], (*TUNING[:1], *SEEDS))
         yield from grid(GPU, "AdamW", {"linear": [{"fraction": GPU_FRACTION}]}, lrs, SEEDS)
     if part == "random":
         generator = torch.Generator().manual_seed(2026)
@@ -217,6 +237,7 @@ def jobs(part: str) -> Iterator[Job]:
             target = 10 ** (-4 + 4 * float(torch.rand((), generator=generator)))
             for optimizer, rule, options in (
                 ("AdamW", "guided", {}),
+                ("AdamW", "guided", GUESS),
                 ("AdamW", "linear", {"fraction": 0.1}),
                 ("AdamW", "linear", {"fraction": 0.0}),
                 ("RAdam", "linear", {"fraction": 0.0}),
@@ -224,7 +245,9 @@ def jobs(part: str) -> Iterator[Job]:
                 yield Job(setting, optimizer, rule, options, target, seed)
 
 
-PARTS = ("gpt", "random", "gi", "long", "short", "bert", "modernbert", "modernbert_long", "bpe_long", "gpu")
+PARTS = (
+    *("gpt", "random", "gi", "long", "short", "bert", "modernbert", "modernbert_long", "bpe_long", "guess", "gpu"),
+)
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from hf_warmup import GIAdamW, loss_after_step, momentum_slope
 from hf_warmup.trainer import WarmupArguments, WarmupCallback, warmup_report
-from hf_warmup.trainer.report import init_words
+from hf_warmup.trainer.report import init_words, verdict
 
 from launching import WAITS
 from tiny import start_of
@@ -289,6 +289,40 @@ def test_a_target_that_is_too_high_is_not_reached(make_trainer):
     assert rates[-1] == report["peak_lr"]  # handed over to the decay, here constant
     losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
     assert all(math.isfinite(loss) for loss in losses)
+
+
+@pytest.mark.parametrize("gi_adam", [True, False])
+def test_a_learning_rate_that_is_a_guess_is_passed(make_trainer, tmp_path, gi_adam):
+    options = GUIDED | {"max_steps": 80, "guide_target": "guess", "gi_adam": gi_adam, "save_strategy": "steps"}
+    trainer = make_trainer(learning_rate=1e-6, save_steps=30, **options)
+    rates = train(trainer)
+    report = warmup_report(trainer)
+    assert (report["target_lr"], report["guessed"]) == (1e-6, True)
+    assert report["init_lr"] == rates[0] > 1e-6
+    assert max(rates) == pytest.approx(report["peak_lr"])
+    ((_, turn_lr),) = logged(trainer, "warmup/turn_lr")
+    assert max(rates) > turn_lr if not gi_adam else max(rates) > 1e-4
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "1e-06 (a guess)" in card
+    assert "a thousandth of the first η_c" in card
+    assert "this run would have borne a larger one" not in card
+    assert "η_trgt was a guess, which training went beyond" in verdict(report)
+    resumed = make_trainer(learning_rate=1e-6, save_steps=30, **options)
+    assert train(resumed, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-30")) == rates[30:]
+
+
+def test_a_first_learning_rate_may_be_above_a_guess(make_trainer):
+    trainer = make_trainer(learning_rate=1e-6, init_lr="1e-4", guide_target="guess", **GUIDED)
+    assert train(trainer)[0] == pytest.approx(1e-4)
+    with pytest.raises(ValueError, match="init_lr must be at most learning_rate=1e-06, got 1e-4"):
+        WarmupCallback.attach(make_trainer(learning_rate=1e-6, init_lr="1e-4", **GUIDED))
+
+
+def test_a_guess_without_momentum_is_refused_before_training(make_trainer):
+    trainer = make_trainer(gi_adam=False, optim="sgd", guide_target="guess", **GUIDED)
+    with pytest.raises(ValueError, match="guide_target must be ceiling with an optimizer without momentum, got guess"):
+        train(trainer)
+    assert trainer.state.global_step == 0
 
 
 def test_gi_adam_is_held_to_what_it_bears_when_its_own_warmup_has_grown(make_trainer):

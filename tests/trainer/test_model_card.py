@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 import __main__
 from hf_warmup.trainer import WarmupCallback, compare_runs, warmup_report
-from hf_warmup.trainer.report import peak_words, verdict
+from hf_warmup.trainer.report import peak_words, target_words, verdict
 
 from tiny import make_model
 
@@ -321,3 +321,14 @@ def test_the_card_says_what_decided_the_peak(taken, turn_lr, peak, waits, words,
     for made in (report, stopped_early):
         assert peak_words(made) == f"{peak:.3g} ({words})"
         assert told in verdict(made)
+
+
+@pytest.mark.parametrize(("target", "told"), [(1e-3, "which training went beyond"), (1.0, "and more than training")])
+def test_the_card_says_what_became_of_a_guess(target, told):
+    report = {
+        **{"warmup": "guided", "target_lr": target, "guessed": True, "peak_lr": 0.062, "turn_lr": 0.02},
+        **{"warmup_steps_taken": 60, "beyond_turn": 3.1, "train_steps": 300, "critical_lr": 0.2, "still_waits": False},
+    }
+    assert peak_words(report) == "0.062 (3.1 times where the momentum turned)"
+    assert f"η_trgt was a guess, {told}" in verdict(report)
+    assert target_words(report) == f"{target:.3g} (a guess)"
