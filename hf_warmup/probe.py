@@ -460,8 +460,13 @@ def _parts(held: Iterable[Shard], size: int, momentum_alone: bool) -> Iterator[_
             values, grad = cut(p), shard.grad(start, stop)
             tensor = values.clone() if momentum_alone else values
             tensor.grad = torch.zeros_like(tensor) if momentum_alone else grad
-            state = {k: cut(v).clone() if k in like_p else copy.deepcopy(v) for k, v in shard.state.items()}
+            state = {k: cut(v).clone() if k in like_p else _copied(v) for k, v in shard.state.items()}
             yield _Part(values, grad, tensor, state)
+
+
+def _copied(value: Any) -> Any:
+    # Of a small tensor, as a step count is, deepcopy takes thirty times as long.
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _like(optimizer: Optimizer, group: dict[str, Any], lr: float, piece: list[_Part]) -> Optimizer:
