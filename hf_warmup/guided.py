@@ -156,7 +156,8 @@ class _Controller(ABC):
             η_t.
 
         Raises:
-            ValueError: If `own_warmup` is out of range, or there is neither a ceiling nor a momentum.
+            ValueError: If `own_warmup` is out of range; or if there is no ceiling, and no momentum or an `init_lr`
+                above η_c.
             RuntimeError: If the loss before the first step is not finite.
         """
         now = own_warmup(0) if callable(own_warmup) else own_warmup
@@ -235,8 +236,8 @@ class GuidedWarmup(_Controller):
         rate: ρ, the part of the way to η_c, in ln η, that a step goes; `ramp_rate` of N if None.
         kappa: κ, what part of b times the smallest η_c met the peak may be.
         every: Steps between trials, at first.
-        ceiling: Whether η_trgt bounds the learning rate. If not it is a guess: where the first search begins, and
-            nothing else. Needs a momentum, whose turn bounds the ramp.
+        ceiling: Whether η_trgt bounds the learning rate. If not it is a guess: where the first search begins (at 1
+            if it is above), and nothing else. Needs a momentum, whose turn bounds the ramp.
         until: `"target"`: no more trials once the ramp has ended. `"end"`: trials go on, and the peak may still be
             lowered, to κ c̄ / f, without the b that is the ramp's.
 
@@ -358,6 +359,24 @@ class GuidedWarmup(_Controller):
         # 1/ρ steps are what a ramp takes from the turn to 9/4 of it: one that turned late is not held for longer.
         return self.turn_step + max(_FEWEST, min(_AFTER * self.turn_step, 1 / self.rate))
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as that of its base, and whether there is a ceiling."""
+        return super().state_dict() | {"ceiling": self.ceiling}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken.
+
+        Args:
+            state: Made by a controller of the same class, with a ceiling or without as this one.
+
+        Raises:
+            ValueError: If it was made by another.
+        """
+        # States of before there was a choice have no word for it.
+        if (ceiling := state.get("ceiling", True)) != self.ceiling:
+            raise ValueError(f"ceiling must be {ceiling} as in the state, got {self.ceiling}")
+        super().load_state_dict({name: value for name, value in state.items() if name != "ceiling"})
+
     def _decide(
         self,
         loss_at: LossAt,
@@ -393,12 +412,19 @@ class GuidedWarmup(_Controller):
         return at_end
 
     def _start(self, loss_at: LossAt, own_warmup: float) -> None:
+        # From 1 at most: the loss far above may not rise either, of logits that have overflowed to be all the same.
+        guess = self.target_lr if self.ceiling else min(self.target_lr, 1.0)
         # To a factor of 2: the staircase knows no better afterwards.
-        found = self._search(loss_at, guess=self.target_lr, target=self.far, rtol=1.0)
+        found = self._search(loss_at, guess=guess, target=self.far, rtol=1.0)
         # A loss that rises however small the step is: the staircase will look further down.
         critical_lr = found.value if 0 < found.value < math.inf else found.lower or found.evals[-1][0]
         self.critical_lr = own_warmup * critical_lr
         self.level = self.critical_lr * self.largest * _START if self.init_lr is None else self.init_lr
+        if not self.ceiling and own_warmup * self.level > self.critical_lr:
+            raise ValueError(
+                f"init_lr must be at most η_c of the first step, {critical_lr:.3g}, where the target is a guess, got "
+                f"{self.level:g}"
+            )
         self.next_trial = self.every
 
     def _look_for_the_turn(self, slope_at: SlopeAt, own_warmup: float) -> None:

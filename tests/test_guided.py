@@ -96,7 +96,7 @@ def test_a_target_that_is_a_guess_is_where_the_first_search_begins_and_nothing_e
         return guide, rates
 
     guide, rates = made(guess, ceiling=False)
-    assert asked[0] == guess
+    assert asked[0] == min(guess, 1.0)
     _, free = made(1e4)
     # But for a factor of 2 in the first η_c, which the staircase makes up for.
     assert guide.peak == pytest.approx(guide.level)
@@ -121,6 +121,31 @@ def test_a_loss_that_never_rises_is_no_reason_to_overflow_behind_a_guess():
     guide = GuidedWarmup(1e-3, 400, rate=0.5, every=1, ceiling=False)
     made = [guide.step(lambda lr: -lr, slope_at=lambda lr: 1.0) for _ in range(400)]
     assert max(made) <= 1e6
+
+
+def test_a_guess_far_beyond_what_a_model_computes_is_not_taken_for_one_that_it_bears():
+    # Overflowing logits are all the same, which is no worse than a model that has learned nothing.
+    guide = GuidedWarmup(1e4, 400, ceiling=False)
+    guide.step(lambda lr: 1.9 if lr > 100 else fixed_critical_lr(0.3)(lr))
+    assert guide.critical_lr == pytest.approx(0.3, rel=1.0)
+
+
+def test_a_first_learning_rate_above_the_critical_one_is_refused_where_nothing_else_bounds_it():
+    GuidedWarmup(1e-4, 400, init_lr=0.2, ceiling=False).step(fixed_critical_lr(0.5))
+    with pytest.raises(ValueError, match="init_lr must be at most η_c of the first step, .* got 10"):
+        GuidedWarmup(1e-4, 400, init_lr=10.0, ceiling=False).step(fixed_critical_lr(0.5))
+
+
+def test_a_state_with_a_ceiling_is_not_for_a_guess():
+    made = GuidedWarmup(1.0, 400)
+    made.step(fixed_critical_lr(0.5))
+    state = made.state_dict()
+    with pytest.raises(ValueError, match="ceiling must be True as in the state, got False"):
+        GuidedWarmup(1.0, 400, ceiling=False).load_state_dict(state)
+    del state["ceiling"]  # as it was before there was a choice
+    again = GuidedWarmup(1.0, 400)
+    again.load_state_dict(state)
+    assert again.state_dict() == made.state_dict()
 
 
 def test_a_guess_needs_a_momentum():

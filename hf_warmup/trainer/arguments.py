@@ -1,6 +1,7 @@
 """Flags: how to warm up, as a dataclass for `HfArgumentParser` and to mix into any TrainingArguments.
 
-The target η_trgt is `learning_rate` and the duration T_wrm of linear warmup is `warmup_steps`, as in any Trainer.
+The target η_trgt is `learning_rate` (unless `guide_target=guess`) and the duration T_wrm of linear warmup is
+`warmup_steps`, as in any Trainer.
 """
 
 import math
@@ -35,9 +36,9 @@ class WarmupArguments:
         default="linear",
         metadata={
             "help": "How the learning rate rises: `linear` over warmup_steps; or, with warmup_steps=0, `exponential` "
-            "(by warmup_growth per step), `guided` (as the critical learning rate, measured along the run, allows, "
-            "which may be less than learning_rate) or `persistent` (the paper's persistent catapult: one search "
-            "after another)."
+            "(by warmup_growth per step), `guided` (as the critical learning rate, measured along the run, allows: "
+            "to less than learning_rate or, with guide_target=guess, to more) or `persistent` (the paper's persistent "
+            "catapult: one search after another)."
         },
     )
     init_lr: str = field(
@@ -54,8 +55,8 @@ class WarmupArguments:
     guide_until: str = field(
         default="target",
         metadata={
-            "help": "`target`: warmup=guided ends when the learning rate has reached learning_rate or the peak that "
-            "the critical learning rate allows, and the decay goes on from there; `end`: that peak may still be "
+            "help": "`target`: warmup=guided ends when the learning rate has reached learning_rate, its ceiling, or the "
+            "peak that the critical learning rate allows, and the decay goes on from there; `end`: that peak may still be "
             "lowered, to the end of the run."
         },
     )
@@ -179,6 +180,8 @@ class WarmupArguments:
         ):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, got {getattr(self, name)!r}")
+        if self.guide_target == "guess" and self.warmup != "guided":
+            raise ValueError(f"guide_target must be ceiling with warmup={self.warmup}, got guess: only guided looks")
         if self.warmup != "linear" and fixed is None and self.init_lr != "catapult":
             raise ValueError(f"init_lr must be catapult or a number with warmup={self.warmup}, got {self.init_lr!r}")
         if self.warmup in TRYING and self.search_batches != 1:
@@ -204,7 +207,7 @@ class WarmupArguments:
     @property
     def guesses(self) -> bool:
         """Whether learning_rate is a guess that training may pass."""
-        return self.warmup == "guided" and self.guide_target == "guess"
+        return self.guide_target == "guess"
 
     @property
     def fixed_init_lr(self) -> float | None:

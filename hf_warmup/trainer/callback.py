@@ -143,7 +143,8 @@ class WarmupCallback(TrainerCallback):
 
         Raises:
             ValueError: If the trainer made another optimizer than GIAdamW although `gi_adam` is on, if the
-                checkpoint is of another warmup, or if `init_lr` is above the learning rate of the optimizer.
+                checkpoint is of another warmup or `guide_target`, or if `init_lr` is above the learning rate of the
+                optimizer.
         """
         self._stop_watching()
         made = innermost(self.trainer.optimizer)
@@ -196,14 +197,14 @@ class WarmupCallback(TrainerCallback):
             ValueError: If warmup would start above it, or nothing bounds warmup.
         """
         target, asked, fixed = self._target, self.trainer.args.learning_rate, self.arguments.fixed_init_lr
-        if not math.isclose(target, asked, rel_tol=1e-6):
+        if not (math.isclose(target, asked, rel_tol=1e-6) or (self.arguments.guesses and schedule.started)):
             whose = "the checkpoint has" if schedule.scheduler.last_epoch > 0 else "the optimizer was made with"
             goes = "searches from" if self.arguments.guesses else "goes to"
             logger.warning(f"learning_rate is {asked:g}, but {whose} {target:g}: warmup {goes} {target:g}")
         if self.arguments.guesses and not has_momentum(innermost(self.trainer.optimizer)):
             raise ValueError(
-                "guide_target must be ceiling with an optimizer without momentum, got guess: nothing would turn and "
-                "tell how far to go"
+                "guide_target must be ceiling with an optimizer without momentum (betas or momentum), got guess: "
+                "nothing would turn and tell how far to go"
             )
         if fixed is not None and fixed > target and not self.arguments.guesses and not schedule.started:
             raise ValueError(f"init_lr must be at most the optimizer's learning rate, {target:g}, got {fixed:g}")
@@ -353,6 +354,12 @@ class WarmupCallback(TrainerCallback):
                 delta=arguments.catapult_delta,
             )
         if schedule.started:
+            made = "ceiling" if schedule.controller.get("ceiling", True) else "guess"
+            if made != arguments.guide_target:
+                raise ValueError(
+                    f"guide_target must be {made} as in the checkpoint, got {arguments.guide_target}: its learning "
+                    "rates were found with that"
+                )
             guide.load_state_dict(schedule.controller)
         if schedule.handed_over:
             return
@@ -511,6 +518,15 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
             f"{SchedulerType(args.lr_scheduler_type).value}: it follows the loss and has no warmup to start; pass "
             "init_lr=zero to use GI-Adam alone"
         )
+    if arguments.guesses and trainer.lr_scheduler is None:
+        kind = SchedulerType(args.lr_scheduler_type).value
+        options = args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}
+        absolute = "lr_end" if kind == "polynomial" else "min_lr" if options.get("min_lr") is not None else None
+        if absolute is not None:
+            raise ValueError(
+                f"lr_scheduler_type must decay to a part of its peak with guide_target=guess, got {kind} with "
+                f"{absolute}: a learning rate that says nothing beside a guess; cosine_with_min_lr has min_lr_rate"
+            )
     tries = arguments.warmup in TRYING
     if tries or fixed is None:
         asked = f"warmup={arguments.warmup}" if tries else "init_lr=catapult"

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from hf_warmup.trainer.plots import runs_figure
-from hf_warmup.trainer.report import critical_words, peak_words
+from hf_warmup.trainer.report import critical_words, peak_words, target_words
 
 _HEADERS = (
     "run",
@@ -111,7 +111,7 @@ def _row(report: dict[str, Any]) -> tuple[str, ...]:
         report["warmup"],
         f"{report['init_lr']:.3g}",
         critical_words(report).split(":")[0] if tells else "",
-        f"{report['target_lr']:.3g}",
+        target_words(report),
         peak_words(report).split(" (")[0],
         "not finished" if taken is None else str(taken),
         "" if saved is None else f"{saved:.1f}",

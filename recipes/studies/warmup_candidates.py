@@ -12,7 +12,8 @@ commit's rule: when slopes are taken, and how the ramp goes on behind the turn. 
 segments, to see what it is that a linear ramp has and a guided one has not. `waits` are variants of the rule of
 commit c2e2bd1, whose ramp waits for the loss to fall; rows of `guided` without options, on a BERT of 3 or 4
 layers, are of commit 8a76557, which waits at 9/4 of the turn, and `holds` are variants of that commit's rule.
-`rises` are variants of commit 65ba141's: the rule as it is. `alone` is what that was with GI-Adam, of which rows
+`rises` are variants of commit 65ba141's: the rule as it is; `sways` are some whose pace depends on how far gradients
+agree with the momentum. `alone` is what that was with GI-Adam, of which rows
 of `guided` at seeds from 400 on have what counts of its own warmup in a run that is short beside it. Seeds 200
 to 202, 300 to 303, 400 to 407 and, of random GPTs, 1000 to 1109: the study has others.
 """
@@ -32,7 +33,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hf_warmup.guided import GuidedWarmup
+from hf_warmup.guided import GuidedWarmup, ramp_rate
 
 from warmup_cases import DEVELOPMENT, LossAt, Rule, Setting, train
 from warmup_rules import Guided, cosine, linear, ramp
@@ -394,6 +395,71 @@ class RisingWarmup(GuidedWarmup):
                 self.waits = False
 
 
+def agreement(optimizer: torch.optim.Optimizer) -> float:
+    """The mean cosine between gradient and momentum, over pieces of 1024 elements of the larger parameters."""
+    cosines = []
+    for p in [p for group in optimizer.param_groups for p in group["params"] if p.numel() >= 256]:
+        gradient, momentum = p.grad.flatten(), optimizer.state[p]["exp_avg"].flatten()
+        size = min(1024, p.numel())
+        pairs = [t[: p.numel() // size * size].view(-1, size) for t in (gradient, momentum)]
+        norms = pairs[0].norm(dim=1) * pairs[1].norm(dim=1)
+        cosines.append(((pairs[0] * pairs[1]).sum(1) / norms)[norms > 0])
+    return float(torch.cat(cosines).mean())
+
+
+class SwayingWarmup(RisingWarmup):
+    """That, and when the loss has fallen by a tenth, a look at the agreement: its mean over six steps.
+
+    Args:
+        target: η_trgt.
+        num_steps: N.
+        agree: Below it the ramp goes on with ρ = `fast` up to the turn.
+        fast: See there.
+        slow: Times ρ where it is not below.
+        by_sum: At the turn, η_turn is taken to be what a ramp of the usual ρ has when its learning rates add up to
+            as much.
+    """
+
+    def __init__(
+        self, target: float, num_steps: int, agree: float, fast: float = 0.05, slow: float = 1.0, by_sum: bool = False
+    ) -> None:
+        super().__init__(target, num_steps)
+        self.agree, self.fast, self.slow, self.by_sum = agree, fast, slow, by_sum
+        self.agreement: Callable[[], float] = lambda: math.nan
+        self.seen: list[tuple[float, float]] = []
+        self.looks, self.sum = True, 0.0
+
+    def _decide(self, loss_at: LossAt, *others: Any) -> bool:
+        rho = self.rates[1]
+        if self.num_steps > 0 and self.looks and self.turn_step is None:
+            self.seen.append((self.agreement(), loss_at(0.0)))
+            if len(self.seen) >= 6 and statistics.mean(loss for _, loss in self.seen[-3:]) < 0.9 * self.first_loss:
+                self.looks = False
+                sways = statistics.mean(cosine for cosine, _ in self.seen[-6:]) < self.agree
+                self.rates = (max(rho, self.fast), rho) if sways else (rho * self.slow,) * 2
+        turned = self.turn_step is not None
+        at_end = super()._decide(loss_at, *others)
+        self.sum += 0.0 if self.turn_step is not None else self.level
+        if self.by_sum and self.turn_step is not None and not turned:
+            way = max(1.0, math.log(self.critical_lr / self.turn_lr))
+            self.turn_lr = min(self.turn_lr, self.sum * ramp_rate(self.num_training_steps) * way)
+            self.peak = min(self.peak, self.beyond * self.turn_lr)
+        return at_end
+
+
+class Swaying(Guided):
+    """`SwayingWarmup`, with the optimizer's gradients and momentum."""
+
+    def __init__(self, setting: Setting, optimizer: str, target: float, **options: Any) -> None:
+        super().__init__(setting, optimizer, target)
+        self.guide: SwayingWarmup = SwayingWarmup(target, setting.steps, **options)
+
+    def begin(self, optimizer: Any, model: Any, loss_fn: Any) -> None:
+        """Remember whose momentum it is."""
+        super().begin(optimizer, model, loss_fn)
+        self.guide.agreement = lambda: agreement(optimizer)
+
+
 class Alone(Guided):
     """Guided warmup as of commit 4ca0723, which takes GI-Adam's factor to come to 1 in any run."""
 
@@ -438,6 +504,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "waits": guided_by(WaitingWarmup),
     "holds": guided_by(HoldingWarmup),
     "rises": guided_by(RisingWarmup),
+    "sways": Swaying,
     "alone": Alone,
     "path": path,
     "linear": linear,

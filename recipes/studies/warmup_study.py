@@ -100,7 +100,7 @@ COMPARED = {
     "bert": (BERT, "AdamW", 8e-3),
     "modernbert_long": (MODERN_LONG, "AdamW", 8e-3),
 }
-GUESSES = (1e-3, 0.25, 1.0, 8.0)  # times that
+GUESSES = (1e-3, 0.25, 8.0)  # times that
 
 
 class Job(NamedTuple):
@@ -357,12 +357,14 @@ def words(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
-def name(curve: Curve) -> str:
-    options = ", ".join("without the turn" if k == "turn" else f"{k} {v}" for k, v in curve.options.items())
-    if curve.rule == "linear":
-        fraction = curve.options.get("fraction", 0.0)
+def name(rule: str, options: dict[str, Any]) -> str:
+    """A method in words."""
+    if rule == "linear":
+        fraction = options.get("fraction", 0.0)
         return f"linear over {fraction:.0%}" if fraction else "no warmup"
-    return f"{curve.rule}, {options}" if options else curve.rule
+    off = {"turn": "without the turn", "ceiling": "the target a guess"}
+    chosen = ", ".join(off[k] if k in off else f"{k} {v}" for k, v in options.items())
+    return f"{rule}, {chosen}" if chosen else rule
 
 
 def window(made: list[Curve]) -> list[float]:
@@ -377,7 +379,7 @@ def part_table(part: str) -> str:
     reference, over = tuned(made), window(made)
     linear = [curve for curve in made if curve.rule == "linear" and curve.optimizer == reference.optimizer]
     tried = ", ".join(
-        f"{name(curve)} {statistics.mean(curve.tuning[curve.chosen]):.3f} at {curve.chosen:g}"
+        f"{name(curve.rule, curve.options)} {statistics.mean(curve.tuning[curve.chosen]):.3f} at {curve.chosen:g}"
         for curve in sorted(linear, key=lambda curve: curve.options.get("fraction", 0.0))
     )
     made = [curve for curve in made if curve.losses]  # others were run on the seeds that choose, and not chosen
@@ -387,7 +389,7 @@ def part_table(part: str) -> str:
         lines.append(
             {
                 "optimizer": curve.optimizer,
-                "warmup": name(curve) + (" (tuned)" if curve is reference else ""),
+                "warmup": name(curve.rule, curve.options) + (" (tuned)" if curve is reference else ""),
                 "loss": words(curve.losses[curve.chosen]),
                 "at η_trgt": f"{curve.chosen:g}",
                 "minus tuned linear": _difference(curve, reference),
@@ -446,6 +448,43 @@ def _difference(curve: Curve, reference: Curve) -> str:
     return f"{statistics.mean(values):+.3f} ± {statistics.stdev(values):.3f}" if any(values) else ""
 
 
+def guesses(part: str) -> dict[float, dict[int, float]]:
+    """The losses of a setting whose target is a guess, by guess and seed."""
+    setting, optimizer, _ = COMPARED[part]
+    made: dict[float, dict[int, float]] = {}
+    for row in read("guess"):
+        if (row["setting"], row["optimizer"]) == Job(setting, optimizer, "", {}, 1.0, 0).key()[:2]:
+            made.setdefault(float(row["target"]), {})[int(row["seed"])] = float(row["loss"])
+    return dict(sorted(made.items()))
+
+
+def guess_table() -> str:
+    """A line per setting: the loss with every guess, the largest excess, and against tuned linear warmup."""
+    lines = []
+    for part, title in TITLES.items():
+        made, linear = guesses(part), tuned(curves(read(part)))
+        means = [statistics.mean(of.values()) for of in made.values()]
+        seeds = sorted(next(iter(made.values())))
+        every = [statistics.mean(of[seed] for of in made.values()) for seed in seeds]
+        differences = [a - b for a, b in zip(every, linear.losses[linear.chosen], strict=True)]
+        lines.append(
+            {
+                "setting": title,
+                "guesses": ", ".join(f"{guess:g}" for guess in made),
+                "losses": ", ".join(f"{mean:.3f}" for mean in means),
+                "largest excess": f"{max(means) - min(means):.3f}",
+                "mean of all": words(every),
+                "linear, tuned": words(linear.losses[linear.chosen]),
+                "difference": f"{statistics.mean(differences):+.3f} ± {statistics.stdev(differences):.3f}",
+            }
+        )
+    note = (
+        "The guesses are 1/1000, 1/4 and 8 times the best target of tuned linear warmup. Means over the seeds; then "
+    )
+    note += "the mean of a seed's three runs, and its difference from that seed's run of tuned linear warmup."
+    return f"{tabulate(lines, headers='keys', tablefmt='github', disable_numparse=True)}\n\n{note}"
+
+
 def trials_table() -> str:
     """The loss against how often guided warmup tries."""
     lines, made = [], [row for row in read("gpt") if row["rule"] == "guided" and int(row["seed"]) in SEEDS]
@@ -494,8 +533,7 @@ def gpu_table() -> str:
     """A line per method and target, with the loss of every seed that was run."""
     made: dict[str, dict[str, Any]] = {}
     for row in sorted(read("gpu"), key=lambda row: (row["rule"], row["options"], float(row["target"]))):
-        options = json.loads(row["options"])
-        warmup = f"linear over {options['fraction']:.0%}" if options else row["rule"]
+        warmup = name(row["rule"], json.loads(row["options"]))
         line = made.setdefault(f"{warmup} {row['target']}", {"warmup": warmup, "η_trgt": row["target"]})
         line[f"seed {row['seed']}: loss"] = f"{float(row['loss']):.3f}"
         line[f"seed {row['seed']}: largest η"] = f"{float(row['peak']):.5f}"
@@ -508,7 +546,7 @@ def gpu_table() -> str:
 def random_table() -> str:
     """How many of 200 runs fail."""
     lines = []
-    for curve in ("guided", "linear 10%", "none", "RAdam"):
+    for curve in ("guided", name("guided", GUESS), "linear 10%", "none", "RAdam"):
         rows = [row for row in read("random") if method(row) == curve]
         line = {"warmup": curve}
         for label, low, high in (
@@ -532,6 +570,8 @@ def claims() -> list[Claim]:
     for part, title in TITLES.items():
         if _is_complete(part):
             made += _part_claims(part, f"({title.replace(' (', ', ').replace(')', '')})")
+            if _is_complete("guess"):
+                made.append(_guess_claim(part, f"({title.replace(' (', ', ').replace(')', '')})"))
     if _is_complete("random"):
         random = [row for row in read("random") if float(row["target"]) >= 1e-3]
         failed = {
@@ -540,10 +580,18 @@ def claims() -> list[Claim]:
         }
         guided, *others = failed.values()
         text = "With guided warmup fewer random trainings fail than over 10% of the steps, without it, or with RAdam"
-        measured = f"{guided} against {', '.join(map(str, others))} of {len(random) // 4}"
+        total = sum(method(row) == "guided" for row in random)
+        measured = f"{guided} against {', '.join(map(str, others))} of {total}"
         verdict = "holds" if guided < min(others) else "does not hold"
         made.append(Claim(f"{text} (GPT, η_trgt from 1e-3 to 1)", "ours", NAME, measured, verdict))
     return made
+
+
+def _guess_claim(part: str, tail: str) -> Claim:
+    made = list(guesses(part).values())
+    apart = [max(of[seed] for of in made) - min(of[seed] for of in made) for seed in made[0]]
+    text = "With the target a guess, from 1/1000 to 8 times the best, guided warmup ends within .05 nats"
+    return evidence.loss_claim(f"{text} {tail}", "asked", NAME, apart, high=0.05)
 
 
 def _is_complete(part: str) -> bool:
@@ -586,7 +634,7 @@ def _sensitivity(losses: evidence.Curve, over: list[float], seed: int) -> float:
 
 def method(row: dict[str, str]) -> str:
     if row["optimizer"] == "RAdam" or row["rule"] == "guided":
-        return "RAdam" if row["optimizer"] == "RAdam" else "guided"
+        return "RAdam" if row["optimizer"] == "RAdam" else name("guided", json.loads(row["options"]))
     return "linear 10%" if json.loads(row["options"])["fraction"] else "none"
 
 
@@ -600,7 +648,7 @@ def plot(path: Path) -> None:
         none = [c for c in made if c.options == {"fraction": 0.0} and c.optimizer != "RAdam"]
         shown = [
             ("guided", ours(made), "o-"),
-            (f"{name(reference)} (tuned)", reference, "s--"),
+            (f"{name(reference.rule, reference.options)} (tuned)", reference, "s--"),
             ("exponential ramp", next((c for c in made if c.rule == "ramp" and not c.options), None), "^:"),
             ("no warmup", next(iter(none), None), "v:"),
             ("RAdam", next((c for c in made if c.optimizer == "RAdam"), None), "x-."),
@@ -618,11 +666,12 @@ def plot(path: Path) -> None:
 def report() -> str:
     """Everything, as a page."""
     parts = [f"## {title}\n\n{part_table(part)}" for part, title in TITLES.items() if read(part)]
+    if _is_complete("guess"):
+        parts.append(f"## Where the target is a guess\n\n{guess_table()}")
     parts.append(f"## How often to try\n\n{trials_table()}")
     if read("gpu"):
-        note = "AdamW (β2 = .95), bf16; one NVIDIA H200, torch 2.11.0, transformers 5.24.0; what a quarter of an hour "
-        note += "there was enough for. Guided warmup as of commit 53ad886, whose long ramps went no further than the "
-        note += "smallest η_c. `warmup_study.py gpu` makes the other runs, with the rule as it is."
+        note = "AdamW (β2 = .95), bf16; one NVIDIA H100, torch 2.11.0, transformers 5.24.0, commit 57d796c; what a "
+        note += "quarter of an hour there was enough for. `warmup_study.py gpu` makes the other runs."
         parts.append(f"## GPT of 14M parameters on a GPU, 1000 steps\n\n{gpu_table()}\n\n{note}")
     if read("short"):
         parts.append(f"## Steps to the loss of tuned linear warmup\n\n{short_table()}")

@@ -125,3 +125,10 @@ def test_a_committed_run_can_be_made_again():
     again = run(job)
     (row,) = [r for r in warmup_study.read("random") if all(r[k] == again[k] for k in warmup_study.KEYS)]
     assert float(row["loss"]) == pytest.approx(float(again["loss"]), rel=0.02)  # another CPU rounds otherwise
+
+
+@pytest.mark.parametrize("part", warmup_study.COMPARED)
+def test_the_guesses_are_multiples_of_the_best_target_of_tuned_linear_warmup(part):
+    reference = tuned(curves(warmup_study.read(part)))
+    assert warmup_study.COMPARED[part][2] == reference.chosen
+    assert [guess / reference.chosen for guess in warmup_study.guesses(part)] == pytest.approx(warmup_study.GUESSES)

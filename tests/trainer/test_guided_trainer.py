@@ -320,9 +320,48 @@ def test_a_first_learning_rate_may_be_above_a_guess(make_trainer):
 
 def test_a_guess_without_momentum_is_refused_before_training(make_trainer):
     trainer = make_trainer(gi_adam=False, optim="sgd", guide_target="guess", **GUIDED)
-    with pytest.raises(ValueError, match="guide_target must be ceiling with an optimizer without momentum, got guess"):
+    with pytest.raises(
+        ValueError, match="guide_target must be ceiling with an optimizer without momentum .*got guess"
+    ):
         train(trainer)
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("until", ["target", "end"])
+@pytest.mark.parametrize("stop", [3, 16])
+@pytest.mark.parametrize(("made", "asked"), [("guess", "ceiling"), ("ceiling", "guess")])
+def test_a_checkpoint_of_the_other_meaning_of_learning_rate_is_refused(
+    make_trainer, tmp_path, made, asked, stop, until
+):
+    options = GUIDED | {"save_strategy": "steps", "save_steps": stop, "guide_until": until}
+    train(make_trainer(**options, guide_target=made))
+    resumed = make_trainer(**options, guide_target=asked)
+    with pytest.raises(ValueError, match=f"guide_target must be {made} as in the checkpoint, got {asked}"):
+        train(resumed, resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [("cosine_with_min_lr", {"min_lr": 1e-6}), ("cosine_warmup_with_min_lr", {"min_lr": 1e-6}), ("polynomial", None)],
+)
+def test_a_decay_to_an_absolute_learning_rate_is_refused_beside_a_guess(make_trainer, schedule, options):
+    given = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": options}
+    with pytest.raises(ValueError, match=f"lr_scheduler_type must decay to a part of its peak .*got {schedule} with"):
+        WarmupCallback.attach(make_trainer(**GUIDED, guide_target="guess", **given))
+    WarmupCallback.attach(make_trainer(**GUIDED, **given))
+
+
+def test_a_guess_needs_guided_warmup(make_trainer):
+    with pytest.raises(ValueError, match="guide_target must be ceiling with warmup=linear, got guess"):
+        make_trainer(guide_target="guess")
+
+
+def test_a_guess_that_another_run_was_resumed_with_is_nothing_to_warn_of(make_trainer, tmp_path, caplog):
+    options = GUIDED | {"save_strategy": "steps", "save_steps": 16, "guide_target": "guess"}
+    rates = train(make_trainer(learning_rate=1e-6, **options))
+    resumed = make_trainer(learning_rate=1e-5, **options)
+    assert train(resumed, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-16")) == rates[16:]
+    assert "learning_rate is" not in caplog.text
 
 
 def test_gi_adam_is_held_to_what_it_bears_when_its_own_warmup_has_grown(make_trainer):
