@@ -55,9 +55,9 @@ class WarmupArguments:
     guide_until: str = field(
         default="target",
         metadata={
-            "help": "`target`: warmup=guided ends when the learning rate has reached learning_rate, its ceiling, or the "
-            "peak that the critical learning rate allows, and the decay goes on from there; `end`: that peak may still be "
-            "lowered, to the end of the run."
+            "help": "`target`: warmup=guided ends when the learning rate has reached learning_rate, its ceiling, or "
+            "the peak that the critical learning rate allows, and the decay goes on from there; `end`: that peak may "
+            "still be lowered, to the end of the run."
         },
     )
     guide_target: str = field(
