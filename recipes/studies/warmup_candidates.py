@@ -416,15 +416,23 @@ class SwayingWarmup(RisingWarmup):
         agree: Below it the ramp goes on with ρ = `fast` up to the turn.
         fast: See there.
         slow: Times ρ where it is not below.
+        jump: There the learning rate is multiplied by it at once.
         by_sum: At the turn, η_turn is taken to be what a ramp of the usual ρ has when its learning rates add up to
             as much.
     """
 
     def __init__(
-        self, target: float, num_steps: int, agree: float, fast: float = 0.05, slow: float = 1.0, by_sum: bool = False
+        self,
+        target: float,
+        num_steps: int,
+        agree: float,
+        fast: float = 0.05,
+        slow: float = 1.0,
+        jump: float = 1.0,
+        by_sum: bool = False,
     ) -> None:
         super().__init__(target, num_steps)
-        self.agree, self.fast, self.slow, self.by_sum = agree, fast, slow, by_sum
+        self.agree, self.fast, self.slow, self.jump, self.by_sum = agree, fast, slow, jump, by_sum
         self.agreement: Callable[[], float] = lambda: math.nan
         self.seen: list[tuple[float, float]] = []
         self.looks, self.sum = True, 0.0
@@ -435,8 +443,11 @@ class SwayingWarmup(RisingWarmup):
             self.seen.append((self.agreement(), loss_at(0.0)))
             if len(self.seen) >= 6 and statistics.mean(loss for _, loss in self.seen[-3:]) < 0.9 * self.first_loss:
                 self.looks = False
-                sways = statistics.mean(cosine for cosine, _ in self.seen[-6:]) < self.agree
-                self.rates = (max(rho, self.fast), rho) if sways else (rho * self.slow,) * 2
+                if statistics.mean(cosine for cosine, _ in self.seen[-6:]) < self.agree:
+                    self.rates = (max(rho, self.fast), rho)
+                    self.level *= self.jump
+                else:
+                    self.rates = (rho * self.slow,) * 2
         turned = self.turn_step is not None
         at_end = super()._decide(loss_at, *others)
         self.sum += 0.0 if self.turn_step is not None else self.level

@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer, TrainerCallback, set_seed
 
 from hf_warmup import GIAdamW, loss_after_step, momentum_slope
-from hf_warmup.trainer import WarmupArguments, WarmupCallback, warmup_report
+from hf_warmup.trainer import WarmupArguments, WarmupCallback, compare_runs, warmup_report
 from hf_warmup.trainer.report import init_words, verdict
 
 from launching import WAITS
@@ -307,6 +307,7 @@ def test_a_learning_rate_that_is_a_guess_is_passed(make_trainer, tmp_path, gi_ad
     assert "a thousandth of the first η_c" in card
     assert "this run would have borne a larger one" not in card
     assert "η_trgt was a guess, which training went beyond" in verdict(report)
+    assert "1e-06 (a guess)" in compare_runs([tmp_path / "run"]).table
     resumed = make_trainer(learning_rate=1e-6, save_steps=30, **options)
     assert train(resumed, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-30")) == rates[30:]
 
