@@ -478,10 +478,8 @@ def guess_table() -> str:
                 "difference": f"{statistics.mean(differences):+.3f} ± {statistics.stdev(differences):.3f}",
             }
         )
-    note = (
-        "The guesses are 1/1000, 1/4 and 8 times the best target of tuned linear warmup. Means over the seeds; then "
-    )
-    note += "the mean of a seed's three runs, and its difference from that seed's run of tuned linear warmup."
+    note = "The guesses are 1/1000, 1/4 and 8 times the best target of tuned linear warmup. Means over the seeds; "
+    note += "then the mean of a seed's three runs, and its difference from that seed's run of tuned linear warmup."
     return f"{tabulate(lines, headers='keys', tablefmt='github', disable_numparse=True)}\n\n{note}"
 
 
