@@ -246,7 +246,8 @@ def jobs(part: str) -> Iterator[Job]:
 
 
 PARTS = (
-    *("gpt", "random", "gi", "long", "short", "bert", "modernbert", "modernbert_long", "bpe_long", "guess", "gpu"),
+    *("gpt", "random", "gi", "long", "short"),
+    *("bert", "modernbert", "modernbert_long", "bpe_long", "guess", "gpu"),
 )
 
 
@@ -443,17 +444,21 @@ def _seeds() -> str:
 def _difference(curve: Curve, reference: Curve) -> str:
     pairs = zip(curve.losses[curve.chosen], reference.losses[reference.chosen], strict=True)
     values = [a - b for a, b in pairs]
-    if not all(map(math.isfinite, values)):
-        return ""
-    return f"{statistics.mean(values):+.3f} ± {statistics.stdev(values):.3f}" if any(values) else ""
+    return signed(values) if all(map(math.isfinite, values)) and any(values) else ""
+
+
+def signed(values: list[float]) -> str:
+    """The mean of differences, with its sign, and their standard deviation."""
+    return f"{statistics.mean(values):+.3f} ± {statistics.stdev(values):.3f}"
 
 
 def guesses(part: str) -> dict[float, dict[int, float]]:
     """The losses of a setting whose target is a guess, by guess and seed."""
-    setting, optimizer, _ = COMPARED[part]
+    setting, optimizer, best = COMPARED[part]
+    whose = Job(setting, optimizer, "guided", GUESS, best, SEEDS[0]).key()[:2]
     made: dict[float, dict[int, float]] = {}
     for row in read("guess"):
-        if (row["setting"], row["optimizer"]) == Job(setting, optimizer, "", {}, 1.0, 0).key()[:2]:
+        if (row["setting"], row["optimizer"]) == whose:
             made.setdefault(float(row["target"]), {})[int(row["seed"])] = float(row["loss"])
     return dict(sorted(made.items()))
 
@@ -475,7 +480,7 @@ def guess_table() -> str:
                 "largest excess": f"{max(means) - min(means):.3f}",
                 "mean of all": words(every),
                 "linear, tuned": words(linear.losses[linear.chosen]),
-                "difference": f"{statistics.mean(differences):+.3f} ± {statistics.stdev(differences):.3f}",
+                "difference": signed(differences),
             }
         )
     note = "The guesses are 1/1000, 1/4 and 8 times the best target of tuned linear warmup. Means over the seeds; "
@@ -564,12 +569,13 @@ def random_table() -> str:
 
 def claims() -> list[Claim]:
     """What we say of guided warmup, against the runs that are there."""
-    made = []
+    made, guessed = [], _is_complete("guess")
     for part, title in TITLES.items():
         if _is_complete(part):
-            made += _part_claims(part, f"({title.replace(' (', ', ').replace(')', '')})")
-            if _is_complete("guess"):
-                made.append(_guess_claim(part, f"({title.replace(' (', ', ').replace(')', '')})"))
+            tail = f"({title.replace(' (', ', ').replace(')', '')})"
+            made += _part_claims(part, tail)
+            if guessed:
+                made.append(_guess_claim(part, tail))
     if _is_complete("random"):
         random = [row for row in read("random") if float(row["target"]) >= 1e-3]
         failed = {
