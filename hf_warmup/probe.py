@@ -92,6 +92,8 @@ class Shards:
         self.module = module
         if module is None and any(isinstance(p, DTensor) for g in self.optimizer.param_groups for p in g["params"]):
             raise ValueError("module must be the model that the sharded parameters belong to, got None")
+        modules = () if module is None else module.modules()
+        self._gathering = [m for m in modules if isinstance(m, FSDPModule)]
 
     def groups(self) -> list[tuple[dict[str, Any], list[Shard]]]:
         """Every parameter group of the optimizer, with its parameters that have a gradient."""
@@ -121,10 +123,8 @@ class Shards:
     def evaluated(self) -> None:
         """Let go of what a forward pass without autograd left behind; called after every one."""
         # FSDP2 keeps the root's weights gathered then, so the next pass would not see that their shards changed.
-        if self.module is not None:
-            for module in self.module.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+        for module in self._gathering:
+            module.reshard()
 
 
 def largest_magnitude(tensors: Sequence[Tensor]) -> float:
@@ -580,9 +580,10 @@ def same_module(module: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    replicas = [(m, m.require_forward_param_sync) for m in module.modules() if isinstance(m, DistributedDataParallel)]
-    modes = [(m, m.training) for m in module.modules()]
-    buffers = [(m, dict(m._buffers)) for m in module.modules() if m._buffers]
+    modules = list(module.modules())
+    replicas = [(m, m.require_forward_param_sync) for m in modules if isinstance(m, DistributedDataParallel)]
+    modes = [(m, m.training) for m in modules]
+    buffers = [(m, dict(m._buffers)) for m in modules if m._buffers]
     values = [(b, b.clone()) for _, named in buffers for b in named.values() if b is not None]
     try:
         for replica, _ in replicas:
