@@ -419,6 +419,7 @@ class SwayingWarmup(RisingWarmup):
         jump: There the learning rate is multiplied by it at once.
         by_sum: At the turn, η_turn is taken to be what a ramp of the usual ρ has when its learning rates add up to
             as much.
+        own_b: b is that of ρ = `fast` from there on, in all but the wait.
     """
 
     def __init__(
@@ -430,9 +431,11 @@ class SwayingWarmup(RisingWarmup):
         slow: float = 1.0,
         jump: float = 1.0,
         by_sum: bool = False,
+        own_b: bool = False,
+        hold: float | None = None,
     ) -> None:
-        super().__init__(target, num_steps)
-        self.agree, self.fast, self.slow, self.jump, self.by_sum = agree, fast, slow, jump, by_sum
+        super().__init__(target, num_steps, hold=hold)
+        self.agree, self.fast, self.slow, self.jump, self.by_sum, self.own_b = agree, fast, slow, jump, by_sum, own_b
         self.agreement: Callable[[], float] = lambda: math.nan
         self.seen: list[tuple[float, float]] = []
         self.looks, self.sum = True, 0.0
@@ -446,6 +449,9 @@ class SwayingWarmup(RisingWarmup):
                 if statistics.mean(cosine for cosine, _ in self.seen[-6:]) < self.agree:
                     self.rates = (max(rho, self.fast), rho)
                     self.level *= self.jump
+                    if self.own_b:
+                        self.stretch *= rho / self.rates[0]
+                        self.beyond *= rho / self.rates[0]
                 else:
                     self.rates = (rho * self.slow,) * 2
         turned = self.turn_step is not None

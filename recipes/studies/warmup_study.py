@@ -674,8 +674,10 @@ def report() -> str:
         parts.append(f"## Where the target is a guess\n\n{guess_table()}")
     parts.append(f"## How often to try\n\n{trials_table()}")
     if read("gpu"):
-        note = "AdamW (β2 = .95), bf16; one NVIDIA H100, torch 2.11.0, transformers 5.24.0, commit 57d796c; what a "
-        note += "quarter of an hour there was enough for. `warmup_study.py gpu` makes the other runs."
+        note = (
+            "AdamW (β2 = .95), bf16; one NVIDIA H100, torch 2.11.0, transformers 5.24.0, commits 57d796c and bf5f515 "
+            "(of the same rule); what half an hour there was enough for. `warmup_study.py gpu` makes the other runs."
+        )
         parts.append(f"## GPT of 14M parameters on a GPU, 1000 steps\n\n{gpu_table()}\n\n{note}")
     if read("short"):
         parts.append(f"## Steps to the loss of tuned linear warmup\n\n{short_table()}")
