@@ -21,11 +21,12 @@ demo: $(READY)
 # Two at a time, of different files: those of one share what they have launched.
 TWO := -n 2 --dist loadfile
 
-# Where DeepSpeed is installed its tests, as many minutes again, are still those of `make test-deepspeed`.
+# Where DeepSpeed is installed its tests, as many minutes again, are still those of `make test-deepspeed` (and of `make smoke`).
 test: $(READY)
 	$(BIN)/python -m pytest $(TWO) --ignore tests/trainer/test_deepspeed.py
 
-# Every recipe for three steps, on one process and on two; kills and signals; fine-tuning; the studies' runner.
+# Every recipe for three steps, on one process and on two; launches that fail, kills and signals; fine-tuning; the
+# studies' runner.
 smoke: $(READY)
 	$(BIN)/python -m pytest -m smoke $(TWO)
 
@@ -37,7 +38,7 @@ test-gpu: $(READY)
 	HF_WARMUP_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -n 4 -W default $(GPU_TESTS)
 
 test-deepspeed: $(DEEPSPEED)
-	$(BIN)/python -m pytest tests/trainer/test_deepspeed.py tests/recipes/test_pretrain.py -k deepspeed
+	$(BIN)/python -m pytest $(TWO) -m 'slow or smoke' -k deepspeed tests/trainer/test_deepspeed.py tests/recipes/test_pretrain.py
 
 # The extra, from source and without compiling its kernels: none is needed on a CPU, and on a GPU they compile when used.
 deepspeed: $(DEEPSPEED)

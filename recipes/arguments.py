@@ -85,7 +85,9 @@ class RecipeArguments:
     )
     smoke: bool = field(
         default=False,
-        metadata={"help": "Shrink the model and the batch, and nothing else, to see that a recipe runs."},
+        metadata={
+            "help": "Shrink the model, the batch and what is shuffled, and nothing else, to see that a recipe runs."
+        },
     )
     plan: int = field(
         default=0,
@@ -189,6 +191,7 @@ def parse(argv: list[str]) -> tuple[WarmupTrainingArguments, RecipeArguments]:
     if recipe.smoke:
         training.per_device_train_batch_size = training.per_device_eval_batch_size = 2
         training.gradient_accumulation_steps = min(2, training.gradient_accumulation_steps)
+        recipe.shuffle_blocks = min(64, recipe.shuffle_blocks)  # read before the first step
     return training, recipe
 
 

@@ -4,13 +4,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from hf_warmup.trainer.plots import runs_figure
 from hf_warmup.trainer.report import critical_words, peak_words, target_words
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _HEADERS = (
     "run",
@@ -38,7 +40,7 @@ class Comparison:
     """
 
     table: str
-    figure: Figure
+    figure: "Figure"
 
     def __str__(self) -> str:
         return self.table

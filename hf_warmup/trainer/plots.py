@@ -1,17 +1,18 @@
 """Plots of runs: learning rate and loss against the optimizer step, and the search for η_c."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast, get_args
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from hf_warmup.trainer.arguments import SharpnessKind
 from hf_warmup.trainer.report import SHARPNESS_NAMES
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 History = Sequence[Mapping[str, Any]]
 
 
-def run_figure(history: History) -> Figure:
+def run_figure(history: History) -> "Figure":
     """Learning rate and loss of one run; with the critical learning rates, or the search, that were.
 
     Args:
@@ -25,7 +26,7 @@ def run_figure(history: History) -> Figure:
     kind = next((k for k in get_args(SharpnessKind) if any(f"sharpness/{k}" in e for e in history)), None)
     rows = 2 + (kind is not None)
     heights = [2.5 * rows] + [2.0] * (len(search) > 1)
-    figure = Figure(figsize=(7, sum(heights)), layout="constrained")
+    figure = _new_figure(sum(heights))
     runs: Any = figure
     if len(search) > 1:
         runs, below = cast(Any, figure.subfigures(2, height_ratios=heights))
@@ -53,6 +54,13 @@ def run_figure(history: History) -> Figure:
     return figure
 
 
+def _new_figure(height: float) -> "Figure":
+    # A tenth of the time that a process takes to start, and of many processes one draws.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(7, height), layout="constrained")
+
+
 def _draw_search(axes: Any, search: list[tuple[float, float]], before: float) -> None:
     drop = before - min(loss for _, loss in search)
     if drop > 0:  # trials far too high would hide where the curve crosses
@@ -63,7 +71,7 @@ def _draw_search(axes: Any, search: list[tuple[float, float]], before: float) ->
     axes.legend()
 
 
-def runs_figure(histories: Mapping[str, History]) -> Figure:
+def runs_figure(histories: Mapping[str, History]) -> "Figure":
     """Learning rate and loss of several runs: training loss thin, validation loss with dots.
 
     Args:
@@ -72,7 +80,7 @@ def runs_figure(histories: Mapping[str, History]) -> Figure:
     Returns:
         The figure.
     """
-    figure = Figure(figsize=(7, 6), layout="constrained")
+    figure = _new_figure(6.0)
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 3))
     for i, (name, history) in enumerate(histories.items()):
         color = f"C{i}"

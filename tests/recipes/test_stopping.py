@@ -87,8 +87,8 @@ def assert_same_run(unbroken, broken):
     assert sorted(losses(broken)) == list(range(1, STEPS + 1))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.smoke)])
+@pytest.mark.smoke
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_streaming_run_killed_at_any_step_sees_the_same_batches_and_losses(workers, start, tmp_path):
     options = ["--dataloader_num_workers", str(workers)]
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
