@@ -432,9 +432,8 @@ class SwayingWarmup(RisingWarmup):
         jump: float = 1.0,
         by_sum: bool = False,
         own_b: bool = False,
-        hold: float | None = None,
     ) -> None:
-        super().__init__(target, num_steps, hold=hold)
+        super().__init__(target, num_steps)
         self.agree, self.fast, self.slow, self.jump, self.by_sum, self.own_b = agree, fast, slow, jump, by_sum, own_b
         self.agreement: Callable[[], float] = lambda: math.nan
         self.seen: list[tuple[float, float]] = []

@@ -10,6 +10,7 @@ Every method's target, the length of linear warmup and the growth of the exponen
 
 A run that is in results/warmup_<part>.csv is not repeated. Parts: `gpt` and `gi` (AdamW and GI-Adam on a GPT),
 `bert` and `modernbert`, `long` and, on word pieces, `bpe_long` (5 times the steps), `modernbert_long` (4 times),
+`longest` (20 times the steps, few targets and two seeds that choose),
 `short` (fewer steps: how many reach the loss of tuned linear warmup), `random` (200 random settings: which runs
 fail), `guess` (the settings of the other parts, with a target that bounds nothing), and on a GPU `gpu` (a GPT of 14M
 parameters, on which seed 0 chooses).
@@ -60,6 +61,7 @@ BERT = replace(DEVELOPMENT["BERT"], width=48, depth=3, steps=2400)
 # LayerNorm before the blocks, rotary positions: one that learns in 600 steps.
 MODERN = replace(BERT, name="modernbert", family="modernbert", steps=600)
 LONG = replace(GPT, name="long", steps=5 * GPT.steps)
+LONGEST = replace(GPT, name="longest", steps=20 * GPT.steps)
 BPE_LONG = replace(LONG, name="bpe_long", tokens="bpe", width=64, depth=3)
 MODERN_LONG = replace(MODERN, name="modernbert_long", steps=4 * MODERN.steps)
 # 14M parameters, 8,192 tokens a step.
@@ -195,6 +197,13 @@ def jobs(part: str) -> Iterator[Job]:
         wide = targets(2.5e-3, 6)
         yield from grid(LONG, "AdamW", both, wide, (*SEEDS, *FRESH[part]))
         yield from grid(LONG, "RAdam", {"linear": [{}]}, wide, (*TUNING, *SEEDS, *FRESH[part]))
+    if part == "longest":
+        lengths = [{"fraction": f} for f in (0.03, 0.1, 0.3)]
+        yield from grid(LONGEST, "AdamW", {"linear": lengths}, [5e-3, 1e-2], TUNING[:2])
+        yield from grid(LONGEST, "AdamW", {"linear": lengths[1:]}, [2.5e-3], TUNING[:2])
+        yield from grid(LONGEST, "AdamW", {"guided": [GUESS]}, [1e-5], SEEDS)
+        yield from grid(LONGEST, "AdamW", {"guided": [{}]}, [2e-2], SEEDS)
+        yield from grid(LONGEST, "AdamW", {"linear": lengths[2:]}, [5e-3], SEEDS)
     if part == "bpe_long":
         rules = {"guided": [{}], "linear": [{"fraction": f} for f in (0.1, 0.3)]}
         lrs = targets(2.5e-3, 6)
@@ -246,7 +255,7 @@ def jobs(part: str) -> Iterator[Job]:
 
 
 PARTS = (
-    *("gpt", "random", "gi", "long", "short"),
+    *("gpt", "random", "gi", "long", "longest", "short"),
     *("bert", "modernbert", "modernbert_long", "bpe_long", "guess", "gpu"),
 )
 
@@ -488,6 +497,27 @@ def guess_table() -> str:
     return f"{tabulate(lines, headers='keys', tablefmt='github', disable_numparse=True)}\n\n{note}"
 
 
+def length_table() -> str:
+    """The same GPT trained for longer, its target a guess, against tuned linear warmup."""
+    lines = []
+    for part, setting in {"gpt": GPT, "long": LONG, "longest": LONGEST}.items():
+        linear = tuned(curves(read(part)))
+        whose = Job(setting, "AdamW", "guided", GUESS, 1.0, 0).key()[:4]
+        made = _losses([r for r in read("guess") + read(part) if tuple(r[k] for k in KEYS[:4]) == whose])
+        guess = min(made)
+        lines.append(
+            {
+                "steps": setting.steps,
+                "linear, tuned": f"{words(linear.losses[linear.chosen])} ({linear.options['fraction']:.0%})",
+                "at η_trgt": f"{linear.chosen:g}",
+                "guided": words(made[guess]),
+                "guess": f"{guess:g}",
+                "difference": signed([a - b for a, b in zip(made[guess], linear.losses[linear.chosen], strict=True)]),
+            }
+        )
+    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
 def trials_table() -> str:
     """The loss against how often guided warmup tries."""
     lines, made = [], [row for row in read("gpt") if row["rule"] == "guided" and int(row["seed"]) in SEEDS]
@@ -672,6 +702,8 @@ def report() -> str:
     parts = [f"## {title}\n\n{part_table(part)}" for part, title in TITLES.items() if read(part)]
     if _is_complete("guess"):
         parts.append(f"## Where the target is a guess\n\n{guess_table()}")
+    if _is_complete("guess") and _is_complete("longest"):
+        parts.append(f"## The same GPT, more steps\n\n{length_table()}")
     parts.append(f"## How often to try\n\n{trials_table()}")
     if read("gpu"):
         note = (
