@@ -5,8 +5,8 @@
     python recipes/studies/warmup_study.py --table    # the tables and the plot from the CSVs alone
 
 Every method's target, the length of linear warmup and the growth of the exponential ramp are chosen on the seeds of
-`TUNING`; what is reported are the runs of others, `SEEDS`, and of `bert` and `long` also those of
-`FRESH`: the rule was changed after a look at their runs on the former, of the BERT twice.
+`TUNING`; what is reported are the runs of others, `SEEDS`, and of `bert`, `long` and `longest` also those of
+`FRESH`: of the first two the rule was changed after a look at their runs on the former, of the BERT twice.
 
 A run that is in results/warmup_<part>.csv is not repeated. Parts: `gpt` and `gi` (AdamW and GI-Adam on a GPT),
 `bert` and `modernbert`, `long` and, on word pieces, `bpe_long` (5 times the steps), `modernbert_long` (4 times),
@@ -46,7 +46,7 @@ NAME = "warmup_study"
 RESULTS = Path(__file__).parent / "results"
 TUNING = (0, 1, 2)
 SEEDS = (10, 11, 12)
-FRESH = {"bert": (20, 21, 22, 30, 31, 32), "long": (30, 31, 32)}
+FRESH = {"bert": (20, 21, 22, 30, 31, 32), "long": (30, 31, 32), "longest": (30, 31, 32)}
 REPORTED = (*SEEDS, *FRESH["bert"])
 FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 GPU_FRACTION = 0.3  # of the lengths that were tried on seed 0 the best one
@@ -201,9 +201,9 @@ def jobs(part: str) -> Iterator[Job]:
         lengths = [{"fraction": f} for f in (0.03, 0.1, 0.3)]
         yield from grid(LONGEST, "AdamW", {"linear": lengths}, [5e-3, 1e-2], TUNING[:2])
         yield from grid(LONGEST, "AdamW", {"linear": lengths[1:]}, [2.5e-3], TUNING[:2])
-        yield from grid(LONGEST, "AdamW", {"guided": [GUESS]}, [1e-5], SEEDS)
+        yield from grid(LONGEST, "AdamW", {"guided": [GUESS]}, [1e-5], (*SEEDS, *FRESH[part]))
+        yield from grid(LONGEST, "AdamW", {"linear": lengths[2:]}, [5e-3], (*SEEDS, *FRESH[part]))
         yield from grid(LONGEST, "AdamW", {"guided": [{}]}, [2e-2], SEEDS)
-        yield from grid(LONGEST, "AdamW", {"linear": lengths[2:]}, [5e-3], SEEDS)
     if part == "bpe_long":
         rules = {"guided": [{}], "linear": [{"fraction": f} for f in (0.1, 0.3)]}
         lrs = targets(2.5e-3, 6)
@@ -444,9 +444,9 @@ def summary_table() -> str:
 def _seeds() -> str:
     seeds, tuning, bert, long = (", ".join(map(str, those)) for those in (SEEDS, TUNING, FRESH["bert"], FRESH["long"]))
     return (
-        f"Means ± standard deviations over seeds {seeds} (BERT also {bert}; GPT, 5 times the steps, also {long}); "
-        f"targets and the length of linear warmup are those of the smallest mean over seeds {tuning} (of the masked "
-        f"models of {BERT.steps} steps, linear warmup's over 0 and 1)."
+        f"Means ± standard deviations over seeds {seeds} (BERT also {bert}; GPT, 5 and 20 times the steps, also "
+        f"{long}); targets and the length of linear warmup are those of the smallest mean over seeds {tuning} (of the "
+        f"masked models of {BERT.steps} steps and the GPT of {LONGEST.steps}, linear warmup's over 0 and 1)."
     )
 
 
