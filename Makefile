@@ -21,7 +21,8 @@ demo: $(READY)
 # Two at a time, of different files: those of one share what they have launched.
 TWO := -n 2 --dist loadfile
 
-# Where DeepSpeed is installed its tests, as many minutes again, are still those of `make test-deepspeed` (and of `make smoke`).
+# Where DeepSpeed is installed its tests, as many minutes again, are still those of `make test-deepspeed`; its launches of
+# recipes are among those of `make smoke` too.
 test: $(READY)
 	$(BIN)/python -m pytest $(TWO) --ignore tests/trainer/test_deepspeed.py
 

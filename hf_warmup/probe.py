@@ -22,6 +22,7 @@ must then probe the same learning rates, and the losses, which are its own, are 
 """
 
 import copy
+import functools
 import math
 import random
 import sys
@@ -92,8 +93,6 @@ class Shards:
         self.module = module
         if module is None and any(isinstance(p, DTensor) for g in self.optimizer.param_groups for p in g["params"]):
             raise ValueError("module must be the model that the sharded parameters belong to, got None")
-        modules = () if module is None else module.modules()
-        self._gathering = [m for m in modules if isinstance(m, FSDPModule)]
 
     def groups(self) -> list[tuple[dict[str, Any], list[Shard]]]:
         """Every parameter group of the optimizer, with its parameters that have a gradient."""
@@ -125,6 +124,11 @@ class Shards:
         # FSDP2 keeps the root's weights gathered then, so the next pass would not see that their shards changed.
         for module in self._gathering:
             module.reshard()
+
+    @functools.cached_property
+    def _gathering(self) -> list[FSDPModule]:
+        """The modules that gather weights; not looked for where no loss is asked for."""
+        return [] if self.module is None else [m for m in self.module.modules() if isinstance(m, FSDPModule)]
 
 
 def largest_magnitude(tensors: Sequence[Tensor]) -> float:

@@ -702,8 +702,8 @@ def report() -> str:
     parts = [f"## {title}\n\n{part_table(part)}" for part, title in TITLES.items() if read(part)]
     if _is_complete("guess"):
         parts.append(f"## Where the target is a guess\n\n{guess_table()}")
-    if _is_complete("guess") and _is_complete("longest"):
-        parts.append(f"## The same GPT, more steps\n\n{length_table()}")
+        if _is_complete("longest"):
+            parts.append(f"## The same GPT, more steps\n\n{length_table()}")
     parts.append(f"## How often to try\n\n{trials_table()}")
     if read("gpu"):
         note = (

@@ -215,7 +215,6 @@ def test_a_process_that_fails_in_the_search_ends_all_with_its_reason_and_the_wei
         assert "process 1 failed while learning rates were tried" in seen.processes[0]["error"]
 
 
-@pytest.mark.smoke
 def test_a_killed_run_goes_on_from_its_checkpoint_with_the_learning_rates_of_an_unbroken_one(one, tmp_path):
     launch(tmp_path, 2, {**RUNS["linear"], "name": "linear", "backend": "fsdp2", "kill": [6, 1]}, fails=True)
     launch(tmp_path, 2, {**resumed(tmp_path, "linear", 4), "name": "again", "backend": "fsdp2"})
