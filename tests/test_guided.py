@@ -634,3 +634,122 @@ BAD = [
 def test_bad_values_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class Movement:
+    """Of a model whose movement has this coherence; notes when it was asked."""
+
+    def __init__(self, coherence):
+        self.value, self.asked = coherence, []
+
+    def where(self):
+        self.asked.append("where")
+        return [[0.5, 2.0]]
+
+    def coherence(self, starts):
+        assert starts == [[0.5, 2.0]]
+        self.asked.append("coherence")
+        return self.value
+
+
+def falling(t):
+    """A loss that has lost a tenth in the mean of the three of steps 21 to 23."""
+    return 2 - 0.011 * max(0, t - 3)
+
+
+def descent(guide, movement, steps, slope=1.0, loss=falling):
+    return [
+        guide.step(
+            fixed_critical_lr(0.5, loss(t)),
+            1.0,
+            None if slope is None else lambda lr: slope,
+            lambda t=t: loss(t),
+            movement,
+        )
+        for t in steps
+    ]
+
+
+@pytest.mark.parametrize("coherence", [0.4, 0.83, 0.84, 1.0, math.nan])
+def test_a_model_that_moves_along_many_directions_has_the_first_descent_of_a_short_run(coherence):
+    guide, movement = GuidedWarmup(100.0, 2500, every=1000), Movement(coherence)
+    made = descent(guide, movement, range(60))
+    assert movement.asked == ["where", "coherence"]
+    slow, fast = ramp_rate(2500), 1 / 80
+    assert guide.fast == pytest.approx(fast)
+    assert guide.spreads == (coherence < 5 / 6)
+    # c stands still: ln(c / η) shrinks by 1 - ρ in every step.
+    left = [math.log(guide.critical_lr / lr) for lr in made]
+    paces = [1 - after / before for before, after in itertools.pairwise(left)]
+    # The mean of steps 21 to 23 is the first below 1.8; the rate of step 23 is the first that knows.
+    assert paces == pytest.approx([slow] * 22 + [fast if coherence < 5 / 6 else slow] * 37)
+
+
+def test_behind_the_turn_the_pace_is_that_of_any_model():
+    guide = GuidedWarmup(100.0, 2500, every=1000)
+    descent(guide, Movement(0.5), range(60))
+    while math.isnan(guide.turn_lr):
+        descent(guide, None, [guide.num_steps], slope=-1.0)
+    guide.waits = False
+    before = guide.level
+    descent(guide, None, [guide.num_steps], slope=-1.0)
+    assert guide.level == pytest.approx(before * 2.25 ** ramp_rate(2500))
+    assert guide.stretch == pytest.approx(450 / 160)  # how far it may go is that of the whole ramp
+
+
+@pytest.mark.parametrize("options", [{"num_training_steps": 316}, {"num_training_steps": 2500, "rate": 0.004}])
+def test_a_short_run_and_a_pace_that_was_asked_for_are_as_they_are(options):
+    guide, movement = GuidedWarmup(100.0, **options), Movement(0.0)
+    assert not guide.needs_movement
+    made = descent(guide, movement, range(60))
+    assert movement.asked == []
+    assert made == descent(GuidedWarmup(100.0, **options), None, range(60))
+
+
+def test_a_model_whose_movement_nobody_knows_or_that_has_no_momentum_rises_slowly():
+    known, unknown = (descent(GuidedWarmup(1.0, 2500), movement, range(60)) for movement in (Movement(0.9), None))
+    assert known == unknown
+    guide, movement = GuidedWarmup(1.0, 2500), Movement(0.1)
+    descent(guide, movement, range(60), slope=None)
+    assert movement.asked == ["where"]
+    assert not guide.needs_movement
+    assert not guide.spreads
+
+
+def test_the_movement_is_not_asked_for_behind_the_turn_or_where_the_loss_does_not_fall():
+    guide, movement = GuidedWarmup(1.0, 2500), Movement(0.1)
+    descent(guide, movement, range(12), slope=-1.0)
+    assert not math.isnan(guide.turn_lr)
+    assert not guide.needs_movement
+    descent(guide, movement, range(12, 60), slope=-1.0)
+    assert movement.asked == ["where"]
+    for loss in (lambda t: 2.0, lambda t: -1.0, lambda t: -1.05, lambda t: math.nan if t else 2.0):
+        guide, movement = GuidedWarmup(1.0, 2500), Movement(0.1)
+        descent(guide, movement, range(60), loss=loss)
+        assert (movement.asked, guide.needs_movement, guide.needs_loss) == (["where"], True, True)
+    guide, movement = GuidedWarmup(1.0, 2500), Movement(0.1)
+    descent(guide, movement, range(60), loss=lambda t: -1.0 - 0.01 * t)  # by a tenth of its size
+    assert guide.spreads
+
+
+@pytest.mark.parametrize("stop", [1, 10, 23, 24, 40])
+def test_a_run_goes_on_from_any_step_of_its_first_descent(stop):
+    whole, movement = GuidedWarmup(1.0, 2500), Movement(0.5)
+    made = descent(whole, movement, range(60))
+    first = GuidedWarmup(1.0, 2500)
+    descent(first, Movement(0.5), range(stop))
+    again = GuidedWarmup(1.0, 2500)
+    again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert descent(again, Movement(0.5), range(stop, 60)) == made[stop:]
+    assert again.state_dict()["starts"] == []
+
+
+def test_a_state_of_before_the_look_goes_on_as_slowly_as_it_was():
+    old = GuidedWarmup(1.0, 2500)
+    made = descent(old, None, range(60))
+    first = GuidedWarmup(1.0, 2500)
+    descent(first, None, range(10))
+    state = {k: v for k, v in first.state_dict().items() if k not in ("starts", "early", "coherence")}
+    again = GuidedWarmup(1.0, 2500)
+    again.load_state_dict(state)
+    assert descent(again, Movement(0.1), range(10, 60)) == made[10:]

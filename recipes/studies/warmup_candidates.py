@@ -12,10 +12,10 @@ commit's rule: when slopes are taken, and how the ramp goes on behind the turn. 
 segments, to see what it is that a linear ramp has and a guided one has not. `waits` are variants of the rule of
 commit c2e2bd1, whose ramp waits for the loss to fall; rows of `guided` without options, on a BERT of 3 or 4
 layers, are of commit 8a76557, which waits at 9/4 of the turn, and `holds` are variants of that commit's rule.
-`rises` are variants of commit 65ba141's: the rule as it is; `sways` are some whose pace depends on how far gradients
-agree with the momentum. `alone` is what that was with GI-Adam, of which rows
-of `guided` at seeds from 400 on have what counts of its own warmup in a run that is short beside it. Seeds 200
-to 202, 300 to 303, 400 to 407 and, of random GPTs, 1000 to 1109: the study has others.
+`rises` are variants of commit 65ba141's; `sways` are some whose pace depends on how far gradients agree with the
+momentum, and `spreads` some of the rule as it is, for models that move along many directions. `alone` is what that
+was with GI-Adam, of which rows of `guided` at seeds from 400 on have what counts of its own warmup in a run that is
+short beside it. Seeds 200 to 202, 300 to 303, 400 to 407 and, of random GPTs, 1000 to 1109: the study has others.
 """
 
 import csv
@@ -185,7 +185,7 @@ class PacedWarmup(GuidedWarmup):
         factor: float,
         own_warmup: float,
         slope_at: LossAt | None,
-        loss_of_step: Callable[[], float],
+        *others: Any,
     ) -> bool:
         if self.num_steps == 0:
             self._start(loss_at, own_warmup)
@@ -265,14 +265,14 @@ class WaitingWarmup(GuidedWarmup):
         factor: float,
         own_warmup: float,
         slope_at: LossAt | None,
-        loss_of_step: Callable[[], float],
+        *others: Any,
     ) -> bool:
         if self.ramp_end is None:
             self.losses.append(loss_at(0.0))
         before, rate = self.level, self.rate
         if self.fell:
             self.rate = max(rate, self.fast)
-        at_end = super()._decide(loss_at, factor, own_warmup, slope_at, loss_of_step)
+        at_end = super()._decide(loss_at, factor, own_warmup, slope_at, *others)
         self.rate = rate
         if self.num_steps == 0:
             self.level = self.start * self.critical_lr
@@ -468,12 +468,50 @@ class Swaying(Guided):
 
     def __init__(self, setting: Setting, optimizer: str, target: float, **options: Any) -> None:
         super().__init__(setting, optimizer, target)
+        self.looks = False
         self.guide: SwayingWarmup = SwayingWarmup(target, setting.steps, **options)
 
     def begin(self, optimizer: Any, model: Any, loss_fn: Any) -> None:
         """Remember whose momentum it is."""
         super().begin(optimizer, model, loss_fn)
         self.guide.agreement = lambda: agreement(optimizer)
+
+
+class SpreadingWarmup(RisingWarmup):
+    """Guided warmup as it is, with more to choose for a model that was seen to move along many directions.
+
+    Args:
+        target: η_trgt.
+        num_steps: N.
+        fast: The least ρ from there to the turn.
+        growth: Of `RisingWarmup`.
+        wait: Whether it waits.
+        below: A coherence below this is one of many directions; that of the rule if None.
+    """
+
+    def __init__(
+        self,
+        target: float,
+        num_steps: int,
+        fast: float = 1 / 80,
+        growth: float = 0.0,
+        wait: bool = True,
+        below: float | None = None,
+    ) -> None:
+        super().__init__(target, num_steps)
+        self.fast, self.there, self.below = fast, (growth, wait), below
+
+    @property
+    def spreads(self) -> bool:
+        """Whether it was seen to."""
+        return super().spreads if self.below is None else self.coherence < self.below
+
+    def _decide(self, *args: Any) -> bool:
+        before = self.spreads
+        at_end = super()._decide(*args)
+        if self.spreads and not before:
+            self.growth, self.waits = self.there
+        return at_end
 
 
 class Alone(Guided):
@@ -489,6 +527,7 @@ def guided_by(controller: Callable[..., GuidedWarmup]) -> Callable[..., Guided]:
     def rule(setting: Setting, optimizer: str, target: float, turn: bool = True, **options: Any) -> Guided:
         made = Guided(setting, optimizer, target, turn)
         made.guide = controller(target, setting.steps, **options)
+        made.looks = controller is SpreadingWarmup  # the others are older
         return made
 
     return rule
@@ -521,6 +560,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "holds": guided_by(HoldingWarmup),
     "rises": guided_by(RisingWarmup),
     "sways": Swaying,
+    "spreads": guided_by(SpreadingWarmup),
     "alone": Alone,
     "path": path,
     "linear": linear,
