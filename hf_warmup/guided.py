@@ -7,6 +7,7 @@ search brackets to a factor of 2), how fast to rise, and where to stop. With c_t
 
     start    η_0 = c_0 / 1000
     rise     η_t = η_{t-1} max(1, c_t / η_{t-1})^ρ: fast far below η_c, slowly near it
+    look     with ρ = 1/80 instead, up to the turn, once the model was seen to move along many directions
     turn     from η_turn on it rises by min(c_t / η_{t-1}, 9/4)^ρ
     wait     at max(1, 9/(4b)) η_turn until L_t <= L_turn - (L_0 - L_turn) / 10; not in a run of up to 316 steps
     stop     at p_t = min(η_trgt, 9/4 b η_turn, b κ c̄_s for all s <= t), c̄ the geometric mean of six estimates
@@ -21,6 +22,12 @@ is where the first search begins.
 
 A ramp of T steps costs a run of N about T/N of its way, and is the safer the longer it is: if the harm of a short
 one falls as 1/T, the best T grows as √N. So 2/ρ = max(160, 9 √N): 160 steps of 300, 440 of 2400, 2800 of 100,000.
+
+What takes harm from a ramp that is too short is a model that can learn nothing at first but how often each token
+comes, as a masked one: its matrices move along one direction, and what is in their way is scrambled. One that moves
+along many directions, as a causal one, only loses the steps. So when the loss has fallen by a tenth (the mean of
+three steps), there is a look at the coherence of the movement since the first step (`hf_warmup.movement`): below 5/6
+the first descent goes on as that of a short run.
 
 The estimate is a staircase (an up-and-down test, as in psychophysics [2]): one trial at c itself, then c times
 1.5 if the loss did not rise and c / 1.5 if it did, which settles where half of the batches rise. A trial costs

@@ -1,7 +1,9 @@
 """Launches processes.py on one machine and reads what it left."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,20 +24,31 @@ SPREADING = {"warmup": "guided", "warmup_steps": 0, "max_steps": 400, "learning_
 SPREADING |= {"tokens": 5, "stop": 20, "max_grad_norm": 100.0, "save_strategy": "no"}
 
 
-def launch(folder, num_processes, *runs, fails=False, **environment):
-    """Every run in turn on that many processes; the global batch is 16 sequences."""
+def launch(folder, num_processes, *runs, fails=False, forks=False, **environment):
+    """Every run in turn on that many processes, or in forks of them; the global batch is 16 sequences."""
     folder.mkdir(exist_ok=True)
+    if forks:
+        runs = [{**run, "port": port} for run, port in zip(runs, free_ports(len(runs)), strict=True)]
     size = {"per_device_train_batch_size": 16 // num_processes, "gradient_accumulation_steps": 1}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--standalone"]
     done = subprocess.run(
         [*launcher, str(SCRIPT), str(folder), json.dumps([{**size, **run} for run in runs])],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=120 + 20 * len(runs) * forks,
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment},
     )
     assert (done.returncode != 0) == fails, done.stderr
     return done
+
+
+def free_ports(num):
+    """So many, that nobody listens at now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(num)]
+        for s in sockets:
+            s.bind(("localhost", 0))
+        return [s.getsockname()[1] for s in sockets]
 
 
 class Seen:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from itertools import accumulate
 from pathlib import Path
 
@@ -241,5 +242,24 @@ def main(folder, runs):
     os._exit(0)
 
 
+def forked(folder, runs):
+    """Every run in a fork of its own, as DeepSpeed takes one Trainer per process, so that imports are made once."""
+    import deepspeed  # noqa: F401
+
+    for options in runs:
+        # torchrun's own store knows the processes of the first run.
+        os.environ |= {"MASTER_PORT": str(options.pop("port")), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        if (child := os.fork()) == 0:
+            try:
+                main(folder, [options])
+            except BaseException:
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        if os.waitpid(child, 0)[1] != 0:
+            sys.exit(1)  # torchrun then ends the others
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    told = json.loads(sys.argv[2])
+    (forked if "port" in told[0] else main)(Path(sys.argv[1]), told)
