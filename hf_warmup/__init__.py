@@ -7,7 +7,6 @@ from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.diagnosis import Diagnosis, diagnose
 from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.guided import GuidedWarmup, PersistentCatapult
-from hf_warmup.movement import MatrixMovement
 from hf_warmup.probe import along_step, has_momentum, loss_after_step, momentum_slope, update_slope
 from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, steps_saved
 from hf_warmup.sharpness import (
@@ -27,7 +26,6 @@ __all__ = [
     "ExponentialSchedule",
     "GIAdamW",
     "GuidedWarmup",
-    "MatrixMovement",
     "PersistentCatapult",
     "Sharpness",
     "SteeredSchedule",

@@ -7,7 +7,6 @@ search brackets to a factor of 2), how fast to rise, and where to stop. With c_t
 
     start    η_0 = c_0 / 1000
     rise     η_t = η_{t-1} max(1, c_t / η_{t-1})^ρ: fast far below η_c, slowly near it
-    look     with ρ = 1/80 instead, up to the turn, once the model was seen to move along many directions
     turn     from η_turn on it rises by min(c_t / η_{t-1}, 9/4)^ρ
     wait     at max(1, 9/(4b)) η_turn until L_t <= L_turn - (L_0 - L_turn) / 10; not in a run of up to 316 steps
     stop     at p_t = min(η_trgt, 9/4 b η_turn, b κ c̄_s for all s <= t), c̄ the geometric mean of six estimates
@@ -22,12 +21,6 @@ is where the first search begins.
 
 A ramp of T steps costs a run of N about T/N of its way, and is the safer the longer it is: if the harm of a short
 one falls as 1/T, the best T grows as √N. So 2/ρ = max(160, 9 √N): 160 steps of 300, 440 of 2400, 2800 of 100,000.
-
-What takes harm from a ramp that is too short is a model that can learn nothing at first but how often each token
-comes, as a masked one: its matrices move along one direction, and what is in their way is scrambled. One that moves
-along many directions, as a causal one, only loses the steps. So when the loss has fallen by a tenth (the mean of
-three steps), there is a look at the coherence of the movement since the first step (`hf_warmup.movement`): below 5/6
-the first descent goes on as that of a short run.
 
 The estimate is a staircase (an up-and-down test, as in psychophysics [2]): one trial at c itself, then c times
 1.5 if the loss did not rise and c / 1.5 if it did, which settles where half of the batches rise. A trial costs
@@ -80,23 +73,12 @@ same losses.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 
 LossAt = Callable[[float], float]  # of η
 SlopeAt = Callable[[float], float]
-
-
-class Movement(Protocol):
-    """Tells how far the model's matrices move along one direction: `hf_warmup.MatrixMovement`."""
-
-    def where(self) -> list[list[float]]:
-        """Where they are now, in numbers."""
-
-    def coherence(self, starts: list[list[float]]) -> float:
-        """The coherence of their movement since `where` gave `starts`; NaN if there is none."""
-
 
 # Chosen on the development settings of recipes/studies/guided.md.
 _START = 1e-3  # of η_c: where the ramp starts
@@ -106,8 +88,6 @@ _MEAN = 6  # estimates in the mean that may lower the peak
 _SLOPES = 6  # steps' slopes of which half must have turned
 _SETTLED = 100  # step after which trials become rarer, in proportion to t
 _LEAST, _ROOT = 160, 9  # 2/ρ is the larger of the first and of the second times √N
-_FALLEN, _LOSSES = 0.1, 3  # part of the first loss that is gone when the movement is looked at; in the mean of so many
-_SPREAD = 5 / 6  # coherence of a model's movement below which it bears a fast first descent
 EVERY = 5  # steps between trials, before that
 _BEYOND = 2.25  # times the learning rate at which the momentum turns: the peak of a short run
 _FALL = 0.1  # of the first descent: how far the loss falls again before a long ramp goes further than the turn
@@ -159,7 +139,6 @@ class _Controller(ABC):
         own_warmup: float | Callable[[float], float] = 1.0,
         slope_at: SlopeAt | None = None,
         loss_of_step: Callable[[], float] | None = None,
-        movement: Movement | None = None,
     ) -> float:
         """Decide the learning rate of the step that is about to be made.
 
@@ -172,8 +151,6 @@ class _Controller(ABC):
                 None for an optimizer without momentum. Asked only if `needs_slope`.
             loss_of_step: The loss of the whole of the step's batch, before the step; that of `loss_at`, which may be
                 of a part of it, if None. Asked only if `needs_loss`.
-            movement: Of the model's matrices: `MatrixMovement`. If None, any model rises as one that moves along one
-                direction. Asked only if `needs_movement`.
 
         Returns:
             η_t.
@@ -189,8 +166,7 @@ class _Controller(ABC):
         factor = self._factor()
         self.largest = self._largest_ahead(own_warmup, factor) if callable(own_warmup) and factor > 0 else 1.0
         part = now * factor / self.largest if self.largest < 1 else now
-        own_loss = loss_of_step or (lambda: loss_at(0.0))
-        at_end = self._decide(loss_at, factor, part, slope_at, own_loss, movement)
+        at_end = self._decide(loss_at, factor, part, slope_at, loss_of_step or (lambda: loss_at(0.0)))
         if self.ramp_end is None and (at_end or self.num_steps + 1 >= _LATEST * self.num_training_steps):
             self.ramp_end = self.num_steps
         self.num_steps += 1
@@ -218,7 +194,6 @@ class _Controller(ABC):
         own_warmup: float,
         slope_at: SlopeAt | None,
         loss_of_step: Callable[[], float],
-        movement: Movement | None,
     ) -> bool:
         """Set `level`; say whether the ramp has reached its end."""
 
@@ -247,10 +222,6 @@ class _Controller(ABC):
         self.num_trials += found.num_evals
         found.check_finite(self.num_steps + 1)
         return found
-
-
-# What a state of before the look at the movement lacks: the ramp goes on as it was.
-_LOOK: dict[str, Any] = {"starts": [], "early": [], "coherence": math.nan}
 
 
 class GuidedWarmup(_Controller):
@@ -284,8 +255,6 @@ class GuidedWarmup(_Controller):
         stretch: b, how many times as long as a short run's the ramp is.
         hold: max(1, 9/(4b)).
         beyond: 9/4 b.
-        fast: ρ of the first descent of a model that `spreads`.
-        coherence: Of the model's movement when its loss had fallen by a tenth; NaN before, and where nobody asks.
         fall: 0.1, the part of its first descent that the loss has to fall by again before a ramp that waits goes on.
         largest: W_t; 1 if the optimizer has no warmup of its own.
         level: η / f: the ramp, then its peak.
@@ -301,7 +270,6 @@ class GuidedWarmup(_Controller):
         *_Controller._saved,
         *("peak", "next_trial", "estimates", "turn_lr", "turn_step", "slopes"),
         *("first_loss", "turn_loss", "recent_loss", "waits", "waited"),
-        *_LOOK,
     )
 
     def __init__(
@@ -329,8 +297,6 @@ class GuidedWarmup(_Controller):
         self.ceiling = ceiling
         self.far = _FAR * (target_lr if ceiling else max(1.0, target_lr))
         self.rate = ramp_rate(num_training_steps) if rate is None else rate
-        # A pace that was asked for is kept, and a short run's is no slower.
-        self.fast = 2 / _LEAST if rate is None else self.rate
         self.stretch = max(1.0, 2 / self.rate / _LEAST)
         self.hold, self.beyond = max(1.0, _BEYOND / self.stretch), _BEYOND * self.stretch
         self.fall = _FALL
@@ -343,9 +309,6 @@ class GuidedWarmup(_Controller):
         self.next_trial = 0
         self.estimates: list[float] = []
         self.slopes: list[float] = []
-        self.coherence = math.nan
-        self.starts: list[list[float]] = []  # of the blocks, as long as the look at their movement is to come
-        self.early: list[float] = []
 
     @property
     def handed_over(self) -> bool:
@@ -365,17 +328,7 @@ class GuidedWarmup(_Controller):
     @property
     def needs_loss(self) -> bool:
         """Whether the next `step` will ask for the step's own loss."""
-        return self.ramp_end is None and (self.num_steps == 0 or bool(self.starts) or self._is_held)
-
-    @property
-    def needs_movement(self) -> bool:
-        """Whether the next `step` may ask for the movement."""
-        return self.ramp_end is None and (bool(self.starts) or (self.num_steps == 0 and self.fast > self.rate))
-
-    @property
-    def spreads(self) -> bool:
-        """Whether the model was seen to move along many directions, so that its first descent is a fast one."""
-        return self.coherence < _SPREAD
+        return self.ramp_end is None and (self.num_steps == 0 or self._is_held)
 
     @property
     def still_waits(self) -> bool:
@@ -419,7 +372,6 @@ class GuidedWarmup(_Controller):
         Raises:
             ValueError: If it was made by another.
         """
-        state = _LOOK | state
         # States of before there was a choice have no word for it.
         if (ceiling := state.get("ceiling", True)) != self.ceiling:
             raise ValueError(f"ceiling must be {ceiling} as in the state, got {self.ceiling}")
@@ -432,17 +384,11 @@ class GuidedWarmup(_Controller):
         own_warmup: float,
         slope_at: SlopeAt | None,
         loss_of_step: Callable[[], float],
-        movement: Movement | None,
     ) -> bool:
         if self.needs_loss:
-            loss = loss_of_step()
-            self._look_at_the_loss(loss)
-            if self.starts:
-                self._look_at_the_movement(loss, movement if slope_at is not None else None)
+            self._look_at_the_loss(loss_of_step())
         if self.num_steps == 0:
             self._start(loss_at, own_warmup)
-            if self.needs_movement and movement is not None:
-                self.starts = movement.where()
         else:
             if not self.ceiling and slope_at is None and self.needs_slope:
                 raise ValueError("ceiling must be True for an optimizer without momentum, got False: nothing turns")
@@ -454,10 +400,7 @@ class GuidedWarmup(_Controller):
                 self._trial(loss_at, factor, own_warmup)
             if self.ramp_end is None:
                 way = max(1.0, self.critical_lr / self.level)
-                if math.isnan(self.turn_lr):
-                    self.level *= way ** (self.fast if self.spreads else self.rate)
-                else:
-                    self.level *= min(way, _BEYOND) ** self.rate
+                self.level *= (way if math.isnan(self.turn_lr) else min(way, _BEYOND)) ** self.rate
         most = self._most
         if self._is_held and self.ramp_end is None:
             wait = self.wait_lr / own_warmup
@@ -489,15 +432,13 @@ class GuidedWarmup(_Controller):
         if len(self.slopes) == _SLOPES and 2 * sum(slope > 0 for slope in self.slopes) <= _SLOPES:
             self.turn_lr = own_warmup * self.level
             self.turn_step = self.num_steps
-            self.starts, self.early = [], []
             self.peak = min(self.peak, self.beyond * self.turn_lr)
 
     def _look_at_the_loss(self, loss: float) -> None:
         if not math.isfinite(loss):
             return  # one such loss would make both means so
-        if self.num_steps == 0:
-            self.first_loss = loss
         if self.turn_step is None:
+            self.first_loss = loss
             return
         if math.isnan(self.recent_loss):
             self.turn_loss = self.recent_loss = loss
@@ -507,18 +448,6 @@ class GuidedWarmup(_Controller):
         else:
             fall = self.fall * max(0.0, self.first_loss - self.turn_loss)
             self.waits = self.recent_loss > self.turn_loss - fall
-
-    def _look_at_the_movement(self, loss: float, movement: Movement | None) -> None:
-        if movement is None:  # or no momentum, whose turn would end a fast descent
-            self.starts = []
-            return
-        if not math.isfinite(loss):
-            return
-        self.early = [*self.early, loss][-_LOSSES:]
-        least = self.first_loss - _FALLEN * abs(self.first_loss)
-        if len(self.early) == _LOSSES and math.fsum(self.early) / _LOSSES < least:
-            self.coherence = movement.coherence(self.starts)
-            self.starts, self.early = [], []
 
     def _trial(self, loss_at: LossAt, factor: float, own_warmup: float) -> None:
         self.next_trial = self.num_steps + trial_interval(self.num_steps, self.every)
@@ -605,11 +534,6 @@ class PersistentCatapult(_Controller):
         """No."""
         return False
 
-    @property
-    def needs_movement(self) -> bool:
-        """No."""
-        return False
-
     def _decide(
         self,
         loss_at: LossAt,
@@ -617,7 +541,6 @@ class PersistentCatapult(_Controller):
         own_warmup: float,
         slope_at: SlopeAt | None,
         loss_of_step: Callable[[], float],
-        movement: Movement | None,
     ) -> bool:
         if not self.handed_over and (self.num_steps == 0 or loss_at(0.0) < self.loss):
             self.loss = loss_at(0.0)

@@ -26,7 +26,6 @@ from torch import Tensor
 from transformers import Trainer
 
 from hf_warmup.gi_adam import GIAdamW
-from hf_warmup.movement import MatrixMovement
 from hf_warmup.probe import Shard, Shards, innermost, largest_magnitude
 from hf_warmup.trainer.wrapping import wrap
 
@@ -59,11 +58,6 @@ class Backend:
         """What this process holds of the parameters, now that the gradients are there; on all processes at once."""
         assert self.trainer.optimizer is not None
         return Shards(self.trainer.optimizer, self.trainer.model)
-
-    def movement(self) -> MatrixMovement:
-        """Of the model's matrices; their numbers take all processes at once."""
-        assert self.trainer.model is not None
-        return MatrixMovement(self.trainer.model)
 
     @property
     def skips_overflows(self) -> bool:
@@ -170,11 +164,6 @@ class ZeroBackend(Backend):
         """This process's partitions."""
         return self._shards(self.zero)
 
-    def movement(self) -> MatrixMovement:
-        """Of the model's matrices, which ZeRO-3 gathers for it one by one."""
-        assert self.trainer.model is not None
-        return MatrixMovement(self.trainer.model, self._shards.whole)
-
     def watch_step(self, before: Callable[[], None]) -> None:
         """Have `before` called by the engine, when the gradients are reduced and nothing else is done."""
 
@@ -234,11 +223,6 @@ class ZeroShards(Shards):
 
         return Shard(p.detach(), cut, self.optimizer.state.get(p, {}))
 
-    @staticmethod
-    def whole(p: Tensor) -> Tensor:
-        """The values of a parameter of the model."""
-        return p.detach()
-
     def largest_gradient(self) -> float:
         """The largest magnitude in this process's gradients, not unscaled."""
         return largest_magnitude([g for group in self._partitions() for _, grads in group for g in grads])
@@ -276,14 +260,6 @@ class Zero3Shards(ZeroShards):
         for i, p in enumerate(self.zero.fp32_partitioned_groups_flat):
             partitions[self.zero.sub_group_to_group_id[i]].append((p, self.zero.averaged_gradients[i]))
         return partitions
-
-    @staticmethod
-    def whole(p: Tensor) -> Tensor:
-        """The values of a parameter of the model; on all processes at once."""
-        import deepspeed  # where this is asked for it is there
-
-        with deepspeed.zero.GatheredParameters([p]):
-            return p.detach().clone()
 
     def changed(self) -> None:
         """Copy the partition to the model's precision; the forward pass gathers it."""

@@ -25,7 +25,6 @@ from transformers.trainer_utils import SchedulerType
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.guided import GuidedWarmup, PersistentCatapult
-from hf_warmup.movement import MatrixMovement
 from hf_warmup.probe import Shards, has_momentum, innermost, loss_after_step, momentum_slope
 from hf_warmup.schedule import (
     ExponentialSchedule,
@@ -57,7 +56,6 @@ class WarmupCallback(TrainerCallback):
         self._guide: GuidedWarmup | PersistentCatapult | None = None
         self._replay: StepReplay | None = None
         self._backend: Backend | None = None
-        self._movement: MatrixMovement | None = None
         self._num_batches = 1
 
     @classmethod
@@ -394,12 +392,8 @@ class WarmupCallback(TrainerCallback):
                 loss_at = self._loss_at(shards, backend, replay)
             if has_slope:
                 slope_at = functools.partial(self._momentum_slope, shards, backend)
-        if guide.needs_movement and self._movement is None:
-            self._movement = backend.movement()
         ramping, passes, turned = guide.ramp_end is None, guide.num_trials, _turn_lr(guide)
-        looks = guide.needs_movement
-        own_loss = functools.partial(backend.together, lambda: [replay.own_loss()])
-        lr = guide.step(loss_at, own_warmup, slope_at, lambda: own_loss()[0], self._movement)
+        lr = guide.step(loss_at, own_warmup, slope_at, lambda: backend.together(lambda: [replay.own_loss()])[0])
         if guide.handed_over:
             # The schedule counts its own steps, of which a resumed or a waiting run may have had more.
             ramp_end = schedule.scheduler.last_epoch
@@ -413,9 +407,6 @@ class WarmupCallback(TrainerCallback):
             record["warmup/guessed"] = self.arguments.guesses
         if guide.num_trials > passes:
             logs |= {"warmup/critical_lr": guide.critical_lr, "warmup/forward_passes": guide.num_trials}
-        if isinstance(guide, GuidedWarmup) and looks and not math.isnan(guide.coherence):
-            logs["warmup/coherence"] = guide.coherence
-            record["warmup/spreads"] = guide.spreads
         if isinstance(guide, GuidedWarmup) and turned is None and _turn_lr(guide) is not None:
             logs["warmup/turn_lr"] = guide.turn_lr
             record["warmup/beyond_turn"] = guide.beyond
@@ -476,7 +467,7 @@ class WarmupCallback(TrainerCallback):
         if self._backend is not None:
             self._backend.unwatch_step()
             self._backend = None
-        self._guide = self._movement = None
+        self._guide = None
 
 
 def _turn_lr(guide: GuidedWarmup | PersistentCatapult) -> float | None:

@@ -62,8 +62,6 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         "smallest_critical_lr": min(
             (e["warmup/critical_lr"] for e in entries if "warmup/critical_lr" in e), default=None
         ),
-        "coherence": last.get("warmup/coherence"),
-        "spreads": last.get("warmup/spreads"),
         "turn_lr": last.get("warmup/turn_lr"),
         "beyond_turn": last.get("warmup/beyond_turn"),
         "of_critical": last.get("warmup/of_critical"),

@@ -12,10 +12,11 @@ commit's rule: when slopes are taken, and how the ramp goes on behind the turn. 
 segments, to see what it is that a linear ramp has and a guided one has not. `waits` are variants of the rule of
 commit c2e2bd1, whose ramp waits for the loss to fall; rows of `guided` without options, on a BERT of 3 or 4
 layers, are of commit 8a76557, which waits at 9/4 of the turn, and `holds` are variants of that commit's rule.
-`rises` are variants of commit 65ba141's; `sways` are some whose pace depends on how far gradients agree with the
-momentum, and `spreads` some of the rule as it is, for models that move along many directions. `alone` is what that
-was with GI-Adam, of which rows of `guided` at seeds from 400 on have what counts of its own warmup in a run that is
-short beside it. Seeds 200 to 202, 300 to 303, 400 to 407 and, of random GPTs, 1000 to 1109: the study has others.
+`rises` are variants of commit 65ba141's: the rule as it is; `sways` are some whose pace depends on how far gradients
+agree with the momentum, and `spreads` on along how many directions the matrices move. `alone` is what that was with
+GI-Adam, of which rows of `guided` at seeds from 400 on have what counts of its own warmup in a run that is short
+beside it. Seeds 0 to 32 are of settings of the study, on which `spreads` was tried too. Seeds 200 to 202, 300 to
+303, 400 to 407 and, of random GPTs, 1000 to 1109: the study has others.
 """
 
 import csv
@@ -185,7 +186,7 @@ class PacedWarmup(GuidedWarmup):
         factor: float,
         own_warmup: float,
         slope_at: LossAt | None,
-        *others: Any,
+        loss_of_step: Callable[[], float],
     ) -> bool:
         if self.num_steps == 0:
             self._start(loss_at, own_warmup)
@@ -265,14 +266,14 @@ class WaitingWarmup(GuidedWarmup):
         factor: float,
         own_warmup: float,
         slope_at: LossAt | None,
-        *others: Any,
+        loss_of_step: Callable[[], float],
     ) -> bool:
         if self.ramp_end is None:
             self.losses.append(loss_at(0.0))
         before, rate = self.level, self.rate
         if self.fell:
             self.rate = max(rate, self.fast)
-        at_end = super()._decide(loss_at, factor, own_warmup, slope_at, *others)
+        at_end = super()._decide(loss_at, factor, own_warmup, slope_at, loss_of_step)
         self.rate = rate
         if self.num_steps == 0:
             self.level = self.start * self.critical_lr
@@ -468,7 +469,6 @@ class Swaying(Guided):
 
     def __init__(self, setting: Setting, optimizer: str, target: float, **options: Any) -> None:
         super().__init__(setting, optimizer, target)
-        self.looks = False
         self.guide: SwayingWarmup = SwayingWarmup(target, setting.steps, **options)
 
     def begin(self, optimizer: Any, model: Any, loss_fn: Any) -> None:
@@ -477,16 +477,36 @@ class Swaying(Guided):
         self.guide.agreement = lambda: agreement(optimizer)
 
 
+class MatrixMovement:
+    """How far blocks of a model's inner matrices have moved since this was made.
+
+    Args:
+        module: The model.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+        inner = [p for p in module.parameters() if p.dim() == 2 and id(p) not in embeddings]
+        kept = min(16, len(inner))
+        self.blocks = [inner[i * (len(inner) - 1) // (kept - 1)].detach()[:32, :32] for i in range(kept)]
+        self.starts = [block.clone() for block in self.blocks]
+
+    def coherence(self) -> float:
+        """The median of ‖D‖₂ / ‖D‖ of their movements D: 1 along one direction, 1/√k along k equal ones."""
+        moves = [block - start for block, start in zip(self.blocks, self.starts, strict=True)]
+        return statistics.median(float(torch.linalg.matrix_norm(d, 2) / d.norm()) for d in moves)
+
+
 class SpreadingWarmup(RisingWarmup):
-    """Guided warmup as it is, with more to choose for a model that was seen to move along many directions.
+    """That, and when the loss has fallen by a tenth, a look at the coherence of the movement.
 
     Args:
         target: η_trgt.
         num_steps: N.
-        fast: The least ρ from there to the turn.
-        growth: Of `RisingWarmup`.
-        wait: Whether it waits.
-        below: A coherence below this is one of many directions; that of the rule if None.
+        fast: Where the coherence is low the ramp goes on with ρ = `fast` up to the turn.
+        wait: Whether it waits there.
+        below: What coherence is low.
+        ceiling: Of `GuidedWarmup`.
     """
 
     def __init__(
@@ -494,24 +514,36 @@ class SpreadingWarmup(RisingWarmup):
         target: float,
         num_steps: int,
         fast: float = 1 / 80,
-        growth: float = 0.0,
         wait: bool = True,
-        below: float | None = None,
+        below: float = 5 / 6,
+        ceiling: bool = True,
     ) -> None:
         super().__init__(target, num_steps)
-        self.fast, self.there, self.below = fast, (growth, wait), below
+        self.fast, self.wait, self.below, self.ceiling = fast, wait, below, ceiling
+        self.movement: MatrixMovement | None = None
+        self.losses: list[float] = []
 
-    @property
-    def spreads(self) -> bool:
-        """Whether it was seen to."""
-        return super().spreads if self.below is None else self.coherence < self.below
+    def _decide(self, loss_at: LossAt, *others: Any) -> bool:
+        if self.num_steps > 0 and self.movement is not None and self.turn_step is None:
+            self.losses = [*self.losses, loss_at(0.0)][-3:]
+            if len(self.losses) == 3 and statistics.mean(self.losses) < 0.9 * self.first_loss:
+                if self.movement.coherence() < self.below:
+                    self.rates, self.waits = (max(self.rates[0], self.fast), self.rates[1]), self.wait
+                self.movement = None
+        return super()._decide(loss_at, *others)
 
-    def _decide(self, *args: Any) -> bool:
-        before = self.spreads
-        at_end = super()._decide(*args)
-        if self.spreads and not before:
-            self.growth, self.waits = self.there
-        return at_end
+
+class Spreading(Guided):
+    """`SpreadingWarmup`, with the model's matrices."""
+
+    def __init__(self, setting: Setting, optimizer: str, target: float, **options: Any) -> None:
+        super().__init__(setting, optimizer, target)
+        self.guide: SpreadingWarmup = SpreadingWarmup(target, setting.steps, **options)
+
+    def begin(self, optimizer: Any, model: Any, loss_fn: Any) -> None:
+        """Remember whose momentum it is, and where the matrices are."""
+        super().begin(optimizer, model, loss_fn)
+        self.guide.movement = MatrixMovement(model)
 
 
 class Alone(Guided):
@@ -527,7 +559,6 @@ def guided_by(controller: Callable[..., GuidedWarmup]) -> Callable[..., Guided]:
     def rule(setting: Setting, optimizer: str, target: float, turn: bool = True, **options: Any) -> Guided:
         made = Guided(setting, optimizer, target, turn)
         made.guide = controller(target, setting.steps, **options)
-        made.looks = controller is SpreadingWarmup  # the others are older
         return made
 
     return rule
@@ -560,7 +591,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "holds": guided_by(HoldingWarmup),
     "rises": guided_by(RisingWarmup),
     "sways": Swaying,
-    "spreads": guided_by(SpreadingWarmup),
+    "spreads": Spreading,
     "alone": Alone,
     "path": path,
     "linear": linear,

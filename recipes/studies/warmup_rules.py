@@ -11,7 +11,6 @@ from typing import Any
 
 from hf_warmup import has_momentum, momentum_slope
 from hf_warmup.guided import GuidedWarmup, PersistentCatapult
-from hf_warmup.movement import MatrixMovement
 
 from warmup_cases import LossAt, Rule, Setting
 
@@ -59,28 +58,21 @@ class Guided:
         target: η_trgt.
         turn: Whether it looks for the turn of the momentum.
         **options: Of `GuidedWarmup`.
-
-    Attributes:
-        guide: The controller.
-        looks: Whether it is told of the model's movement.
-        movement: That, once there is a model.
     """
 
     def __init__(self, setting: Setting, optimizer: str, target: float, turn: bool = True, **options: Any) -> None:
         self.guide = GuidedWarmup(target, setting.steps, lambda step: cosine(step, setting.steps), **options)
         self.beta2 = setting.beta2 if optimizer == "GIAdamW" else 0.0
         self.turn, self.slope_at = turn, None
-        self.looks, self.movement = True, None
 
     def begin(self, optimizer: Any, model: Any, loss_fn: Any) -> None:
-        """Remember whose momentum it is, and whose movement."""
-        self.movement = MatrixMovement(model) if self.looks else None
+        """Remember whose momentum it is."""
         if self.turn and has_momentum(optimizer):
             self.slope_at = functools.partial(momentum_slope, optimizer)
 
     def __call__(self, step: int, loss_at: LossAt) -> float:
         """η of the step."""
-        return self.guide.step(loss_at, self.own_warmup(step), self.slope_at, movement=self.movement)
+        return self.guide.step(loss_at, self.own_warmup(step), self.slope_at)
 
     def own_warmup(self, step: int) -> Callable[[float], float]:
         """GI-Adam's factor of a step and of those after it; 1 of another optimizer."""

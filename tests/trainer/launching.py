@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -19,9 +20,6 @@ WAITS = {"gi_adam": False, "init_lr": "0.03", "learning_rate": 1.0, "guide_rate"
 # Half of it is enough to judge the loss.
 LONGER = {"init_lr": "0.01", "max_steps": 32, "save_strategy": "no"}
 WAITING = {**GUIDED, **WAITS, **LONGER, "guide_every": 9}
-# Long enough that the movement is looked at, of tokens (5 of 50) whose loss falls by a tenth at once; and its start.
-SPREADING = {"warmup": "guided", "warmup_steps": 0, "max_steps": 400, "learning_rate": 1e-2, "init_lr": "0.001"}
-SPREADING |= {"tokens": 5, "stop": 20, "max_grad_norm": 100.0, "save_strategy": "no"}
 
 
 def launch(folder, num_processes, *runs, fails=False, forks=False, **environment):
@@ -43,12 +41,15 @@ def launch(folder, num_processes, *runs, fails=False, forks=False, **environment
 
 
 def free_ports(num):
-    """So many, that nobody listens at now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(num)]
-        for s in sockets:
-            s.bind(("localhost", 0))
-        return [s.getsockname()[1] for s in sockets]
+    """So many, at which nobody listens, below those that the system gives to whoever connects."""
+    found = []
+    for port in random.sample(range(10_000, 30_000), 200):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("localhost", port))
+            found.append(port)
+        if len(found) == num:
+            return found
+    raise RuntimeError(f"fewer than {num} ports are free")
 
 
 class Seen:
@@ -81,17 +82,6 @@ def assert_same_losses_waited_for(seen, reference):
     for process in seen.processes:
         for name in ("turn_step", "turn_loss", "recent_loss"):
             assert process["controller"][name] == pytest.approx(alone[name], rel=1e-4)
-
-
-def assert_same_movement(seen, reference):
-    """Its coherence, on every process, and when it was looked at."""
-    (found,) = reference.numbers("warmup/coherence")
-    assert found < 5 / 6
-    for process in seen.processes:
-        assert process["controller"]["coherence"] == pytest.approx(found, rel=1e-3)
-        assert process["controller"]["coherence"] == seen.processes[0]["controller"]["coherence"]
-    steps = [[e["step"] for e in s.history if "warmup/coherence" in e] for s in (seen, reference)]
-    assert steps[0] == steps[1]
 
 
 def assert_same_run(seen, reference):

@@ -91,10 +91,10 @@ def controller(scheduler):
 
 
 class Watcher(TrainerCallback):
-    """Keeps v and the squared gradient of the first step, and stops or kills where it is told to."""
+    """Keeps v and the squared gradient of the first step, and kills where it is told to."""
 
-    def __init__(self, trainer, kill, stop):
-        self.trainer, self.kill, self.stop, self.kept = trainer, kill, stop, {}
+    def __init__(self, trainer, kill):
+        self.trainer, self.kill, self.kept = trainer, kill, {}
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step == 0 and not self.trainer.is_deepspeed_enabled:
@@ -104,7 +104,6 @@ class Watcher(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 1 and isinstance(innermost(self.trainer.optimizer), GIAdamW):
             self.kept["second_moments"] = second_moments(self.trainer)
-        control.should_training_stop |= state.global_step == self.stop
         if self.kill == [state.global_step, args.process_index]:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -180,7 +179,6 @@ def run(
     resume=None,
     config=None,
     tokens=VOCAB,
-    stop=None,
     **options,
 ):
     set_seed(0)
@@ -195,7 +193,7 @@ def run(
     kwargs = {"optimizer_cls_and_kwargs": (GIAdamW, {"lr": args.learning_rate, "v0": v0})} if v0 else {}
     trainer = (Failing if fails else Trainer)(model, args, train_dataset=make_dataset(vocab=tokens), **kwargs)
     WarmupCallback.attach(trainer)
-    watcher, seen_memory = Watcher(trainer, kill, stop), []
+    watcher, seen_memory = Watcher(trainer, kill), []
     trainer.add_callback(watcher)
     if memory:
         callback.loss_after_step = with_memory(seen_memory)

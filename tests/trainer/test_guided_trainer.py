@@ -7,14 +7,12 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, set_seed
 
-from hf_warmup import GIAdamW, GuidedWarmup, loss_after_step, momentum_slope
-from hf_warmup.guided import ramp_rate
-from hf_warmup.movement import coherence, inner_matrices
+from hf_warmup import GIAdamW, loss_after_step, momentum_slope
 from hf_warmup.trainer import WarmupArguments, WarmupCallback, compare_runs, warmup_report
 from hf_warmup.trainer.report import init_words, verdict
 
 from launching import WAITS
-from tiny import make_dataset, start_of
+from tiny import start_of
 
 GUIDED = {"warmup": "guided", "warmup_steps": 0, "max_steps": 24, "guide_every": 2, "guide_rate": 0.1}
 
@@ -467,70 +465,3 @@ def test_an_error_in_a_trial_leaves_the_trainer_as_it_was(make_trainer):
     assert not {"get_batch_samples", "training_step"} & vars(trainer).keys()
     assert "backward" not in vars(trainer.accelerator)
     assert trainer.state.global_step == 4
-
-
-# Its tokens are 5 of 50, so that the loss falls by more than a tenth before anything else is learned.
-SKEWED = {"warmup": "guided", "warmup_steps": 0, "max_steps": 400, "learning_rate": 1e-2, "init_lr": "0.001"}
-
-
-class StopsAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
-
-
-def descent(make_trainer, steps, resume=None, **options):
-    trainer = make_trainer(**SKEWED | options)
-    trainer.train_dataset = make_dataset(vocab=5)
-    trainer.add_callback(StopsAt(steps))
-    starts = [layer.detach().clone() for layer in inner_matrices(trainer.model)]
-    return trainer, starts, train(trainer, resume_from_checkpoint=resume)
-
-
-@pytest.mark.parametrize("gi_adam", [True, False])
-def test_the_pace_of_the_first_descent_follows_from_how_the_matrices_have_moved(make_trainer, gi_adam):
-    trainer, _, rates = descent(make_trainer, 30, gi_adam=gi_adam)
-    ((step, found),) = logged(trainer, "warmup/coherence")
-    # Where it was seen, and not one step later or earlier.
-    losses = [loss for _, loss in logged(trainer, "loss")]
-    means = [sum(losses[t - 2 : t + 1]) / 3 for t in range(3, 30)]
-    assert step == 3 + next(i for i, mean in enumerate(means) if mean < 0.9 * losses[0])
-    short, starts, before = descent(make_trainer, step, gi_adam=gi_adam)
-    assert before == rates[:step]
-    moves = [p.detach() - start for p, start in zip(inner_matrices(short.model), starts, strict=True)]
-    assert found == pytest.approx(coherence([move[:32, :32] for move in moves]), rel=1e-4)
-    report = warmup_report(trainer)
-    assert (report["coherence"], report["spreads"]) == (found, found < 5 / 6)
-    assert report["spreads"]
-    # With a pace that was asked for, the movement is not looked at.
-    slow = descent(make_trainer, step + 1, gi_adam=gi_adam, guide_rate=ramp_rate(400))[2]
-    assert slow[:step] == rates[:step]
-    paces = [math.log(made[step] / made[step - 1]) for made in (rates, slow)]
-    assert paces[0] / paces[1] == pytest.approx(1 / 80 / ramp_rate(400))
-
-
-@pytest.mark.parametrize("stop", [2, 20])
-def test_a_run_stopped_before_its_movement_was_looked_at_goes_on_bitwise(make_trainer, tmp_path, stop):
-    saving = {"save_strategy": "steps", "save_steps": stop}
-    whole, _, rates = descent(make_trainer, 40, **saving)
-    checkpoint = tmp_path / "run" / f"checkpoint-{stop}"
-    ((step, found),) = logged(whole, "warmup/coherence")
-    assert 2 < step < 20
-    resumed, _, rest = descent(make_trainer, 40, str(checkpoint))
-    assert rest == rates[stop:]
-    assert logged(resumed, "warmup/coherence") == [(step, found)]
-    assert same(weights(resumed), weights(whole))
-    assert (checkpoint / "scheduler.pt").stat().st_size < 400_000
-
-
-def test_a_look_at_the_movement_leaves_no_trace(make_trainer, monkeypatch):
-    looked, _, rates = descent(make_trainer, 30)
-    monkeypatch.setattr(GuidedWarmup, "needs_movement", False)
-    monkeypatch.setattr(GuidedWarmup, "spreads", property(lambda guide: guide.num_steps >= found))
-    found = logged(looked, "warmup/coherence")[0][0]
-    blind, _, others = descent(make_trainer, 30)
-    assert logged(blind, "warmup/coherence") == []
-    assert others == rates
-    assert same(weights(blind), weights(looked))

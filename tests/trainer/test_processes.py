@@ -8,13 +8,11 @@ import pytest
 from launching import (
     GUIDED,
     LINEAR,
-    SPREADING,
     WAITING,
     Seen,
     assert_equal,
     assert_one_copy,
     assert_same_losses_waited_for,
-    assert_same_movement,
     assert_same_run,
     assert_v0_is_squared_gradient,
     launch,
@@ -32,7 +30,6 @@ RUNS = {
     "given": {**GIVEN, "max_grad_norm": 100.0},
     "guided": GUIDED,
     "waiting": WAITING,
-    "spreading": SPREADING,
     "sgd": {**SGD, **FOUND},
     "adam": {**ADAM, **FOUND},
     "random": {**RANDOM, "max_grad_norm": 100.0},
@@ -100,15 +97,11 @@ def test_two_processes_are_two_and_sharded_if_asked(ddp, fsdp2):
         assert seen.processes[0]["wrapped"] == wrapped
 
 
-@pytest.mark.parametrize("name", ["linear", "guided", "waiting", "spreading", "sgd", "adam"])
+@pytest.mark.parametrize("name", ["linear", "guided", "waiting", "sgd", "adam"])
 def test_the_run_is_that_of_one_process_with_the_same_global_batch(name, two, one):
     seen = Seen(two, name)
     assert_same_run(seen, Seen(one, name))
     assert seen.processes[0]["history"] == [*seen.processes[1]["history"][:-1], seen.history[-1]]  # but for times
-
-
-def test_the_movement_is_that_of_whole_matrices(two, one):
-    assert_same_movement(Seen(two, "spreading"), Seen(one, "spreading"))
 
 
 def test_the_losses_that_a_ramp_waits_for_are_averaged_over_the_processes(two, one):
