@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import pretrain
+from launching import free_ports
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -60,22 +61,27 @@ def test_a_recipe_runs_on_one_process(path, tmp_path, monkeypatch, capsys):
     check(tmp_path, capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_a_recipe_runs_on_two_processes(path, tmp_path):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder for each recipe, in which two processes have run it."""
+    folders = {path: tmp_path_factory.mktemp("two") for path in RECIPES}
     launch = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", "accelerate_configs/ddp.yaml"]
-    launch += ["--num_processes", "2", "--main_process_port", "0", "recipes/pretrain.py"]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, *launch, *command(path, tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    check(tmp_path, done.stdout)
-    assert "processes                            │ 2 " in done.stdout
+    launch += ["--num_processes", "2", "--main_process_port", "0", "tests/recipes/forked.py"]
+    told = [
+        {"argv": command(path, folder), "folder": str(folder), "port": port}
+        for (path, folder), port in zip(folders.items(), free_ports(len(folders)), strict=True)
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "recipes")}
+    command_line = [sys.executable, *launch, json.dumps(told)]
+    subprocess.run(command_line, cwd=ROOT, env=environment, timeout=900, check=False)  # the tests say which failed
+    return folders
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_a_recipe_runs_on_two_processes(path, two):
+    printed = (two[path] / "printed.0").read_text()
+    check(two[path], printed)
+    assert "processes                            │ 2 " in printed
 
 
 @pytest.mark.parametrize(
