@@ -15,7 +15,7 @@ layers, are of commit 8a76557, which waits at 9/4 of the turn, and `holds` are v
 `rises` are variants of commit 65ba141's: the rule as it is; `sways` are some whose pace depends on how far gradients
 agree with the momentum, and `spreads` on along how many directions the matrices move. `alone` is what that was with
 GI-Adam, of which rows of `guided` at seeds from 400 on have what counts of its own warmup in a run that is short
-beside it. Seeds 0 to 32 are of settings of the study, on which `spreads` was tried too. Seeds 200 to 202, 300 to
+beside it. Seeds 0 to 45 are of settings of the study, on which `spreads` was tried too. Seeds 200 to 202, 300 to
 303, 400 to 407 and, of random GPTs, 1000 to 1109: the study has others.
 """
 
