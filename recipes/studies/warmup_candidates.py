@@ -15,8 +15,9 @@ layers, are of commit 8a76557, which waits at 9/4 of the turn, and `holds` are v
 `rises` are variants of commit 65ba141's: the rule as it is; `sways` are some whose pace depends on how far gradients
 agree with the momentum, and `spreads` on along how many directions the matrices move. `alone` is what that was with
 GI-Adam, of which rows of `guided` at seeds from 400 on have what counts of its own warmup in a run that is short
-beside it. Seeds 0 to 45 are of settings of the study, on which `spreads` was tried too. Seeds 200 to 202, 300 to
-303, 400 to 407 and, of random GPTs, 1000 to 1109: the study has others.
+beside it. Seeds 0 to 45 are of settings of the study, on which `spreads` was tried too, as of commit cd2b143 (in
+which the step of the turn has the slower ρ already). Seeds 200 to 202, 300 to 303, 400 to 407 and, of random GPTs,
+1000 to 1109: the study has others.
 """
 
 import csv
@@ -351,6 +352,7 @@ class RisingWarmup(GuidedWarmup):
         first_rate: ρ up to the turn; that commit's if None.
         quiet: It does not wait longer than for six trials if their mean is below so many times η_turn.
         start: Times that commit's first learning rate.
+        ceiling: Of `GuidedWarmup`.
     """
 
     def __init__(
@@ -366,8 +368,9 @@ class RisingWarmup(GuidedWarmup):
         first_rate: float | None = None,
         quiet: float = 0.0,
         start: float = 1.0,
+        ceiling: bool = True,
     ) -> None:
-        super().__init__(target, num_steps, lambda step: cosine(step, num_steps), kappa=kappa)
+        super().__init__(target, num_steps, lambda step: cosine(step, num_steps), kappa=kappa, ceiling=ceiling)
         self.beyond *= beyond
         self.hold = self.hold if hold is None else hold
         self.growth, self.fall, self.waits, self.quiet, self.start = growth, fall, wait, quiet, start
@@ -383,7 +386,7 @@ class RisingWarmup(GuidedWarmup):
         before = self.level
         at_end = super()._decide(loss_at, *others)
         if self.turn_step is not None and self.ramp_end is None and not at_end and not self._is_held:
-            most = min(self.target_lr, self.peak)
+            most = self._most
             self.level = min(most, max(self.level, before * math.exp(self.growth / self.num_steps)))
             at_end = self.level >= most
         return at_end
@@ -440,6 +443,10 @@ class SwayingWarmup(RisingWarmup):
         self.seen: list[tuple[float, float]] = []
         self.looks, self.sum = True, 0.0
 
+    def begin(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+        """Remember whose gradients and momentum are looked at."""
+        self.agreement = lambda: agreement(optimizer)
+
     def _decide(self, loss_at: LossAt, *others: Any) -> bool:
         rho = self.rates[1]
         if self.num_steps > 0 and self.looks and self.turn_step is None:
@@ -462,19 +469,6 @@ class SwayingWarmup(RisingWarmup):
             self.turn_lr = min(self.turn_lr, self.sum * ramp_rate(self.num_training_steps) * way)
             self.peak = min(self.peak, self.beyond * self.turn_lr)
         return at_end
-
-
-class Swaying(Guided):
-    """`SwayingWarmup`, with the optimizer's gradients and momentum."""
-
-    def __init__(self, setting: Setting, optimizer: str, target: float, **options: Any) -> None:
-        super().__init__(setting, optimizer, target)
-        self.guide: SwayingWarmup = SwayingWarmup(target, setting.steps, **options)
-
-    def begin(self, optimizer: Any, model: Any, loss_fn: Any) -> None:
-        """Remember whose momentum it is."""
-        super().begin(optimizer, model, loss_fn)
-        self.guide.agreement = lambda: agreement(optimizer)
 
 
 class MatrixMovement:
@@ -518,10 +512,14 @@ class SpreadingWarmup(RisingWarmup):
         below: float = 5 / 6,
         ceiling: bool = True,
     ) -> None:
-        super().__init__(target, num_steps)
-        self.fast, self.wait, self.below, self.ceiling = fast, wait, below, ceiling
+        super().__init__(target, num_steps, ceiling=ceiling)
+        self.fast, self.wait, self.below = fast, wait, below
         self.movement: MatrixMovement | None = None
         self.losses: list[float] = []
+
+    def begin(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+        """Remember where the model's matrices are."""
+        self.movement = MatrixMovement(model)
 
     def _decide(self, loss_at: LossAt, *others: Any) -> bool:
         if self.num_steps > 0 and self.movement is not None and self.turn_step is None:
@@ -533,19 +531,6 @@ class SpreadingWarmup(RisingWarmup):
         return super()._decide(loss_at, *others)
 
 
-class Spreading(Guided):
-    """`SpreadingWarmup`, with the model's matrices."""
-
-    def __init__(self, setting: Setting, optimizer: str, target: float, **options: Any) -> None:
-        super().__init__(setting, optimizer, target)
-        self.guide: SpreadingWarmup = SpreadingWarmup(target, setting.steps, **options)
-
-    def begin(self, optimizer: Any, model: Any, loss_fn: Any) -> None:
-        """Remember whose momentum it is, and where the matrices are."""
-        super().begin(optimizer, model, loss_fn)
-        self.guide.movement = MatrixMovement(model)
-
-
 class Alone(Guided):
     """Guided warmup as of commit 4ca0723, which takes GI-Adam's factor to come to 1 in any run."""
 
@@ -553,11 +538,21 @@ class Alone(Guided):
         return self.guide.step(loss_at, self.own_warmup(step)(0), self.slope_at)
 
 
+class Steered(Guided):
+    """By a controller of our own, which may have a `begin` of optimizer and model."""
+
+    def begin(self, optimizer: Any, model: Any, loss_fn: Any) -> None:
+        """Remember whose momentum it is, and let the controller."""
+        super().begin(optimizer, model, loss_fn)
+        if hasattr(self.guide, "begin"):
+            self.guide.begin(optimizer, model)
+
+
 def guided_by(controller: Callable[..., GuidedWarmup]) -> Callable[..., Guided]:
     """A controller of our own as a rule."""
 
     def rule(setting: Setting, optimizer: str, target: float, turn: bool = True, **options: Any) -> Guided:
-        made = Guided(setting, optimizer, target, turn)
+        made = Steered(setting, optimizer, target, turn)
         made.guide = controller(target, setting.steps, **options)
         return made
 
@@ -590,8 +585,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "waits": guided_by(WaitingWarmup),
     "holds": guided_by(HoldingWarmup),
     "rises": guided_by(RisingWarmup),
-    "sways": Swaying,
-    "spreads": Spreading,
+    "sways": guided_by(SwayingWarmup),
+    "spreads": guided_by(SpreadingWarmup),
     "alone": Alone,
     "path": path,
     "linear": linear,

@@ -8,28 +8,21 @@ Each leaves what it printed in its folder, by process.
 import json
 import os
 import sys
-import traceback
 
 import datasets
+from forking import in_fork
 
 import pretrain
 
+
+def run(argv, folder):
+    with open(f"{folder}/printed.{os.environ['RANK']}", "w") as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
+    datasets.config.HF_DATASETS_CACHE = f"{folder}/cache"
+    sys.argv[1:] = argv
+    return pretrain.run(argv)
+
+
 for told in json.loads(sys.argv[1]):
-    # The launcher's own store knows the processes of the first command.
-    os.environ |= {"MASTER_PORT": str(told["port"]), "TORCHELASTIC_USE_AGENT_STORE": "False"}
-    if (child := os.fork()) == 0:
-        with open(f"{told['folder']}/printed.{os.environ['RANK']}", "w") as printed:
-            os.dup2(printed.fileno(), 1)
-            os.dup2(printed.fileno(), 2)
-        datasets.config.HF_DATASETS_CACHE = f"{told['folder']}/cache"
-        sys.argv[1:] = told["argv"]
-        code = 1
-        try:
-            code = pretrain.run(told["argv"])
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    if os.waitpid(child, 0)[1] != 0:
-        sys.exit(1)  # the launcher then ends the others
+    in_fork(told["port"], lambda told=told: run(told["argv"], told["folder"]))

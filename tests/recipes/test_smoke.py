@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forking import free_ports
 
 import pretrain
-from launching import free_ports
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -63,7 +63,7 @@ def test_a_recipe_runs_on_one_process(path, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A folder for each recipe, in which two processes have run it."""
+    """A folder for each recipe, in which two processes have run it; and the status that they all ended with."""
     folders = {path: tmp_path_factory.mktemp("two") for path in RECIPES}
     launch = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", "accelerate_configs/ddp.yaml"]
     launch += ["--num_processes", "2", "--main_process_port", "0", "tests/recipes/forked.py"]
@@ -71,17 +71,24 @@ def two(tmp_path_factory):
         {"argv": command(path, folder), "folder": str(folder), "port": port}
         for (path, folder), port in zip(folders.items(), free_ports(len(folders)), strict=True)
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "recipes")}
-    command_line = [sys.executable, *launch, json.dumps(told)]
-    subprocess.run(command_line, cwd=ROOT, env=environment, timeout=900, check=False)  # the tests say which failed
-    return folders
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}/recipes{os.pathsep}{ROOT}/tests/trainer"}
+    done = subprocess.run(
+        [sys.executable, *launch, json.dumps(told)],
+        cwd=ROOT,
+        env=environment,
+        timeout=900,
+        check=False,  # the tests say which failed
+    )
+    return folders, done.returncode
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_a_recipe_runs_on_two_processes(path, two):
-    printed = (two[path] / "printed.0").read_text()
-    check(two[path], printed)
+    folders, status = two
+    printed = (folders[path] / "printed.0").read_text()
+    check(folders[path], printed)
     assert "processes                            │ 2 " in printed
+    assert status == 0, printed
 
 
 @pytest.mark.parametrize(

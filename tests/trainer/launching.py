@@ -1,16 +1,14 @@
 """Launches processes.py on one machine and reads what it left."""
 
-import contextlib
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forking import free_ports
 
 SCRIPT = Path(__file__).parent / "processes.py"
 LINEAR = {"max_steps": 20, "warmup_steps": 8, "learning_rate": 3e-3, "save_strategy": "steps", "save_steps": 4}
@@ -38,18 +36,6 @@ def launch(folder, num_processes, *runs, fails=False, forks=False, **environment
     )
     assert (done.returncode != 0) == fails, done.stderr
     return done
-
-
-def free_ports(num):
-    """So many, at which nobody listens, below those that the system gives to whoever connects."""
-    found = []
-    for port in random.sample(range(10_000, 30_000), 200):
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("localhost", port))
-            found.append(port)
-        if len(found) == num:
-            return found
-    raise RuntimeError(f"fewer than {num} ports are free")
 
 
 class Seen:

@@ -3,11 +3,11 @@
 torchrun --nproc_per_node 2 processes.py FOLDER '[{"name": "linear", "backend": "fsdp2", "learning_rate": 3e-3}]'
 """
 
+import importlib
 import json
 import os
 import signal
 import sys
-import traceback
 from itertools import accumulate
 from pathlib import Path
 
@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from accelerate.state import DistributedType, PartialState
+from forking import in_fork
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, set_seed
@@ -241,21 +242,10 @@ def main(folder, runs):
 
 
 def forked(folder, runs):
-    """Every run in a fork of its own, as DeepSpeed takes one Trainer per process, so that imports are made once."""
-    import deepspeed  # noqa: F401
-
+    """Every run in a fork of its own, as DeepSpeed takes one Trainer per process."""
+    importlib.import_module("deepspeed")  # before the forks, which then need not
     for options in runs:
-        # torchrun's own store knows the processes of the first run.
-        os.environ |= {"MASTER_PORT": str(options.pop("port")), "TORCHELASTIC_USE_AGENT_STORE": "False"}
-        if (child := os.fork()) == 0:
-            try:
-                main(folder, [options])
-            except BaseException:
-                traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-        if os.waitpid(child, 0)[1] != 0:
-            sys.exit(1)  # torchrun then ends the others
+        in_fork(options.pop("port"), lambda options=options: main(folder, [options]))
 
 
 if __name__ == "__main__":
