@@ -37,7 +37,8 @@ from torch.optim import Optimizer
 
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.hessian import gradient_differences
-from hf_warmup.probe import RandomNumbers, innermost, loss_after_step, same_module, same_state
+from hf_warmup.probe import innermost, loss_after_step
+from hf_warmup.restore import RandomNumbers, traceless
 from hf_warmup.sharpness import (
     adam_preconditioner,
     inverse_root,
@@ -201,8 +202,9 @@ def diagnose(
         numbers = RandomNumbers()
         restored.callback(numbers.restore)
         if module is not None:
-            restored.enter_context(same_module(module))
-        restored.enter_context(same_state(inner))
+            size = sum(p.numel() * p.element_size() for p in params)
+            restored.enter_context(traceless(module, apart=params, most_bytes=size))
+        restored.enter_context(traceless(vars(inner), apart=params))
         start = [(p, p.detach().clone(), p.grad) for p in params]
         restored.callback(_give_back, start)
         for group in inner.param_groups:

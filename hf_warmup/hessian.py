@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_warmup.probe import RandomNumbers, same_module
+from hf_warmup.restore import RandomNumbers, traceless
 
 LossFn = Callable[[], Tensor] | Sequence[Callable[[], Tensor]]
 
@@ -93,7 +93,8 @@ def _prepared(
         restored.callback(numbers.restore)
         twins: dict[Tensor, Tensor] = {}
         if module is not None:
-            restored.enter_context(same_module(module))
+            size = sum(p.numel() * p.element_size() for p in params)
+            restored.enter_context(traceless(module, apart=params, most_bytes=size))
             twins = restored.enter_context(_in_single_precision(module))
         leaves = [twins.get(p, p) for p in params]
         if any(_is_half(p) for p in leaves):

@@ -9,12 +9,13 @@ which for an update u that does not depend on η is the loss L(θ - η u) of `hf
 the optimizer itself for the step, so that momentum, bias corrections, weight decay, clipping of the update
 and v_0 = g_0² are those of the real step: the loss equals, bit for bit, the loss after a real step.
 
-A probe leaves no trace: parameters, optimizer state, gradients, random numbers, buffers and train/eval mode
-are what they were, bit for bit, also when the loss raises. It costs one optimizer step and one forward pass.
-While it runs it holds one copy of the parameters, on their device or on the CPU. torch's optimizers act on every
-element alone, so the step is made on one piece of the parameters after another, each with its own copy of its
-piece of the state; of an optimizer that is not known to do so the whole state is copied too. A slope of the momentum
-needs no parameter moved: it steps copies of an eighth of them at a time.
+A probe leaves no trace: parameters, optimizer state, gradients, random numbers, and whatever else the loss function
+and the model change (`hf_warmup.restore`) are what they were, bit for bit, also when the loss raises. It costs one
+optimizer step and one forward pass. While it runs it holds one copy of the parameters, on their device or on the
+CPU. torch's optimizers act on every element alone, so the step is made on one piece of the parameters after another,
+each with copies of its piece of the gradients and of the state; of an optimizer that is not known to do so all
+gradients and the whole state are copied. The loss function sees no gradients. A slope of the momentum needs no
+parameter moved: it steps copies of an eighth of them at a time.
 
 On many processes each moves what it holds: everything, or the local shards of DTensors (FSDP2), in place and
 without gathering them. `Shards` says what that is, and can be told of other ways to split a model. Every process
@@ -23,9 +24,8 @@ must then probe the same learning rates, and the losses, which are its own, are 
 
 import copy
 import functools
+import inspect
 import math
-import random
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -36,10 +36,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 
 from hf_warmup.gi_adam import GIAdamW
+from hf_warmup.restore import hidden_gradients, traceless
 
 # Optimizers whose step moves every element by its own gradient and state only.
 _ELEMENTWISE = {
@@ -159,11 +160,12 @@ def loss_after_step(
             or not.
         loss_fn: Returns the loss of one fixed batch at the current parameters, a 0-d tensor or a number, or a
             sequence of the losses of several batches. Runs without autograd, on the same random numbers every
-            time, so the same dropout masks.
+            time, so the same dropout masks. What it changes is put back, in the module and in all that can be
+            reached from the function.
         lr: η. With parameter groups of several learning rates (`initial_lr`, where a scheduler has set it) the
             largest of them is meant, and the others keep their ratio to it. 0 evaluates the loss at θ.
-        module: The model, to restore its buffers (BatchNorm's running statistics) and its train/eval mode. Needed
-            if it is one of FSDP2.
+        module: The model, to put back what its forward pass changes (BatchNorm's running statistics, counters).
+            Needed if it is one of FSDP2.
         copy_on_cpu: Keep the copy of the parameters in the CPU's memory: slower, for when the GPU's is full.
         shards: What this process holds of the parameters, if they are neither whole nor DTensors.
 
@@ -171,14 +173,16 @@ def loss_after_step(
         The loss as a float, possibly not finite; a list of floats if `loss_fn` returned a sequence.
 
     Raises:
-        ValueError: If `lr` is negative or not finite, or the parameters are DTensors and `module` is None.
+        ValueError: If `lr` is negative or not finite, no parameter has a gradient, the optimizer's step needs a
+            closure, or the parameters are DTensors and `module` is None.
         RuntimeError: If a step hook is registered on the optimizer: it might act twice or leave a trace. Or if the
-            optimizer acts on whole parameters and `shards` has parts.
+            optimizer acts on whole parameters and `shards` has parts. Or if the loss moves what cannot be put back:
+            an iterator, or a tensor that is no parameter and larger than all of them.
     """
     if not 0 <= lr < float("inf"):
         raise ValueError(f"lr must be at least 0 and finite, got {lr}")
     shards = Shards(optimizer, module) if shards is None else shards
-    with _evaluating(shards, module, _moved(shards, lr, copy_on_cpu) if lr > 0 else None):
+    with _evaluating(shards, (module, loss_fn), _moved(shards, lr, copy_on_cpu) if lr > 0 else None):
         losses = loss_fn()
         return [float(loss) for loss in losses] if isinstance(losses, Sequence) else float(losses)
 
@@ -197,19 +201,24 @@ def has_momentum(optimizer: Optimizer) -> bool:
 
 
 @contextmanager
-def _evaluating(shards: Shards, module: nn.Module | None, moved: AbstractContextManager[Any] | None) -> Iterator[None]:
-    """Let a loss be computed where `moved` has the parameters, or where they are; leave no trace of it."""
+def _evaluating(shards: Shards, roots: Sequence[Any], moved: AbstractContextManager[Any] | None) -> Iterator[None]:
+    """Let a loss be computed where `moved` has the parameters, or where they are; leave no trace in `roots`."""
+    params = [p for group in shards.optimizer.param_groups for p in group["params"]]
+    held = [p for p in params if p.grad is not None]
+    size = sum(p.numel() * p.element_size() for p in params)
     with ExitStack() as restored:
-        restored.callback(RandomNumbers().restore)
-        if module is not None:
-            restored.enter_context(same_module(module))
-        if moved is not None:
+        if moved is None:  # the parameters are kept as all else is, for a forward pass may write into them
+            roots = [*roots, *(p for p in params if type(p) in (Tensor, nn.Parameter) and type(shards) is Shards)]
+            restored.enter_context(traceless(*roots, apart=[shards.optimizer], most_bytes=2 * size))
+        else:
+            restored.enter_context(traceless(*roots, apart=[shards.optimizer, *held], most_bytes=size))
             # `changed` may be a collective: twice on every process, also where the step raises.
             restored.callback(shards.changed)
             try:
                 restored.enter_context(moved)
             finally:
                 shards.changed()
+        restored.enter_context(hidden_gradients(held))
         restored.callback(shards.evaluated)
         # Inside an autocast region of the caller, autocast would go on with the weights it cast before.
         restored.callback(torch.clear_autocast_cache)
@@ -271,7 +280,7 @@ def momentum_slope(
     shards = _moving(optimizer, lr, module, shards)
     if _is_elementwise(shards.optimizer):
         return _slope(_momentum_updates(shards, lr, _PIECES if copy_on_cpu else _FEW_PIECES)) / lr
-    with _zero_gradients(shards.optimizer) as grads, _moved(shards, lr, copy_on_cpu) as starts:
+    with _other_gradients(shards.optimizer, torch.zeros_like) as grads, _moved(shards, lr, copy_on_cpu) as starts:
         updates = (value.to(shard.tensor.device) - shard.tensor for shard, value in starts)
         return _slope(zip(updates, map(_local, grads), strict=True)) / lr
 
@@ -287,7 +296,8 @@ def _momentum_updates(shards: Shards, lr: float, num_pieces: int) -> Iterator[tu
     """The update, times `lr`, that the momentum alone would make, and the gradient; the parameters stay in place."""
     _check_steps(shards)
     for piece, parts in _pieces(shards, lr, num_pieces, momentum_alone=True):
-        piece.step()
+        with _no_global_hooks():
+            piece.step()
         yield from ((part.values - part.tensor, part.grad) for part in parts)
         del piece, parts  # before the next copies are made
 
@@ -345,7 +355,7 @@ def along_step(
 
     @torch.no_grad()
     def loss_at(eta: float) -> float:
-        with _evaluating(shards, module, moved(eta) if eta > 0 else None):
+        with _evaluating(shards, (module, loss_fn), moved(eta) if eta > 0 else None):
             return float(loss_fn())
 
     yield loss_at, slope
@@ -376,14 +386,23 @@ def _moved(shards: Shards, lr: float, copy_on_cpu: bool) -> Iterator[list[tuple[
     held = [shard for _, members in shards.groups() for shard in members]
     # Copied back: θ - ηu + ηu is not θ in floating point.
     values = [shard.tensor.to("cpu", copy=True) if copy_on_cpu else shard.tensor.clone() for shard in held]
+    # A forward pass may put another tensor in a weight's place, as one that is kept normalized.
+    plain = [
+        p for group in shards.optimizer.param_groups for p in group["params"] if type(p) in (Tensor, nn.Parameter)
+    ]
+    places = [p.data for p in plain]
     try:
-        if _is_elementwise(shards.optimizer):
-            for piece, _ in _pieces(shards, lr, _PIECES):
-                piece.step()
-        else:
-            _step_and_restore_state(shards.optimizer, lr)
+        with _no_global_hooks():
+            if _is_elementwise(shards.optimizer):
+                for piece, _ in _pieces(shards, lr, _PIECES):
+                    piece.step()
+            else:
+                _step_and_restore_state(shards.optimizer, lr)
         yield list(zip(held, values, strict=True))
     finally:
+        for p, place in zip(plain, places, strict=True):
+            if p.data_ptr() != place.data_ptr():
+                p.data = place
         if held:
             torch._foreach_copy_([shard.tensor for shard in held], values)
 
@@ -392,17 +411,28 @@ def _check_steps(shards: Shards) -> None:
     """Refuse an optimizer whose step cannot be made and undone on `shards`.
 
     Raises:
+        ValueError: If its step needs a closure, or there is no gradient.
         RuntimeError: If it has step hooks, or acts on more than the shards.
     """
     optimizer = shards.optimizer
+    name = type(optimizer).__name__
+    _, *arguments = inspect.signature(type(optimizer).step).parameters.values()
+    if any(a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments):
+        raise ValueError(f"cannot probe {name}: its step needs a closure, which makes forward passes of its own")
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise RuntimeError(
-            f"cannot probe {type(optimizer).__name__}: it has step hooks, which a probe would run once per learning "
+            f"cannot probe {name}: it has step hooks, which a probe would run once per learning "
             "rate; remove them before the search and register them again after it"
+        )
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if type(shards) is Shards and params and all(p.grad is None for p in params):
+        raise ValueError(
+            f"cannot probe {name}: none of its {len(params)} parameters has a gradient; call backward() before, on a "
+            "loss of the model that this optimizer was made for"
         )
     if not _is_elementwise(optimizer) and type(shards) is not Shards:
         raise RuntimeError(
-            f"cannot probe {type(optimizer).__name__} on {type(shards).__name__}: its step looks at more than a "
+            f"cannot probe {name} on {type(shards).__name__}: its step looks at more than a "
             "part of a parameter; use GIAdamW or an optimizer of torch.optim that moves every element alone"
         )
 
@@ -463,7 +493,8 @@ def _parts(held: Iterable[Shard], size: int, momentum_alone: bool) -> Iterator[_
 
             values, grad = cut(p), shard.grad(start, stop)
             tensor = values.clone() if momentum_alone else values
-            tensor.grad = torch.zeros_like(tensor) if momentum_alone else grad
+            # A copy: some steps write into the gradient, as foreach SGD's with Nesterov's momentum does.
+            tensor.grad = torch.zeros_like(grad) if momentum_alone else grad.clone()
             state = {k: cut(v).clone() if k in like_p else _copied(v) for k, v in shard.state.items()}
             yield _Part(values, grad, tensor, state)
 
@@ -482,21 +513,22 @@ def _like(optimizer: Optimizer, group: dict[str, Any], lr: float, piece: list[_P
 
 
 def _step_and_restore_state(optimizer: Optimizer, lr: float) -> None:
-    """Step `optimizer` itself, and give it back state, options and attributes."""
-    with same_state(optimizer):
+    """Step `optimizer` itself on copies of its gradients, and give it back state, options and attributes."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    with traceless(vars(optimizer), apart=params), _other_gradients(optimizer, torch.clone):
         for group, group_lr in zip(optimizer.param_groups, _lrs(optimizer, lr), strict=True):
             group.update(_with_lr(group, group_lr))
         optimizer.step()
 
 
 @contextmanager
-def _zero_gradients(optimizer: Optimizer) -> Iterator[list[Tensor]]:
-    """Zeros in the place of the gradients, which are given."""
+def _other_gradients(optimizer: Optimizer, other: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Other tensors in the place of the gradients, which are given."""
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     grads = [p.grad for p in params]
     try:
         for p in params:
-            p.grad = torch.zeros_like(p.grad)
+            p.grad = other(p.grad)
         yield grads
     finally:
         for p, grad in zip(params, grads, strict=True):
@@ -504,41 +536,17 @@ def _zero_gradients(optimizer: Optimizer) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def same_state(optimizer: Optimizer) -> Iterator[None]:
-    """Give an optimizer back its state, options and attributes, in the same tensors.
-
-    Args:
-        optimizer: Without a wrapper.
-
-    Yields:
-        Nothing.
-    """
-    attributes = dict(vars(optimizer))
-    groups = [dict(group) for group in optimizer.param_groups]
-    state = {p: _snapshot(s) for p, s in optimizer.state.items()}
+def _no_global_hooks() -> Iterator[None]:
+    """Keep the hooks that torch calls at every optimizer's step from seeing steps that are undone."""
+    hooks: list[Any] = [torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks]
+    held = [dict(named) for named in hooks]
     try:
+        for named in hooks:
+            named.clear()
         yield
     finally:
-        for p in [p for p in optimizer.state if p not in state]:
-            del optimizer.state[p]
-        for p, (live, copies) in state.items():
-            optimizer.state[p].clear()
-            optimizer.state[p].update(_restored(live, copies))
-        for group, before in zip(optimizer.param_groups, groups, strict=True):
-            group.clear()
-            group.update(before)
-        vars(optimizer).clear()
-        vars(optimizer).update(attributes)
-
-
-def _snapshot(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return dict(state), {k: v.clone() for k, v in state.items() if isinstance(v, Tensor)}
-
-
-def _restored(live: dict[str, Any], copies: dict[str, Tensor]) -> dict[str, Any]:
-    for key, value in copies.items():
-        live[key].copy_(value)
-    return live
+        for named, before in zip(hooks, held, strict=True):
+            named.update(before)
 
 
 def innermost(optimizer: Any) -> Optimizer:
@@ -546,59 +554,3 @@ def innermost(optimizer: Any) -> Optimizer:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-class RandomNumbers:
-    """The state of every random number generator when this was made: Python's, numpy's (if loaded), torch's."""
-
-    def __init__(self) -> None:
-        numpy = sys.modules.get("numpy")
-        self._python, self._numpy = random.getstate(), numpy.random.get_state() if numpy else None
-        self._cpu = torch.get_rng_state()
-        self._devices = [_device_module().get_rng_state(i) for i in range(torch.accelerator.device_count())]
-
-    def restore(self) -> None:
-        """Set every generator to that state."""
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        for i, state in enumerate(self._devices):
-            _device_module().set_rng_state(state, i)
-
-
-def _device_module() -> Any:
-    return torch.get_device_module(torch.accelerator.current_accelerator())
-
-
-@contextmanager
-def same_module(module: nn.Module) -> Iterator[None]:
-    """Give back every submodule's train/eval mode and every buffer.
-
-    DDP sends its buffers around before a forward pass and, after one without autograd, not before the next. The
-    step that is probed has sent them, so no pass does here, and what the next one does is left as it was.
-
-    Args:
-        module: The model.
-
-    Yields:
-        Nothing.
-    """
-    modules = list(module.modules())
-    replicas = [(m, m.require_forward_param_sync) for m in modules if isinstance(m, DistributedDataParallel)]
-    modes = [(m, m.training) for m in modules]
-    buffers = [(m, dict(m._buffers)) for m in modules if m._buffers]
-    values = [(b, b.clone()) for _, named in buffers for b in named.values() if b is not None]
-    try:
-        for replica, _ in replicas:
-            replica.require_forward_param_sync = False
-        yield
-    finally:
-        for replica, broadcasts in replicas:
-            replica.require_forward_param_sync = broadcasts
-        for m, training in modes:
-            m.training = training  # not train(): that would set the children too
-        for m, named in buffers:
-            m._buffers.update(named)  # a forward may put a new tensor in a buffer's place
-        for buffer, value in values:
-            buffer.copy_(value)

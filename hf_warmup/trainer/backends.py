@@ -44,6 +44,7 @@ class Backend:
 
     Attributes:
         trainer: The trainer.
+        collective_forward: Whether a forward pass takes all processes.
         steps_in_backward: Whether the optimizer's step is made inside `accelerator.backward`, before the Trainer's
             `on_pre_optimizer_step`.
     """
@@ -52,7 +53,12 @@ class Backend:
 
     def __init__(self, trainer: Trainer, *, collective_forward: bool) -> None:
         self.trainer = trainer
-        self._collective_forward = collective_forward
+        self.collective_forward = collective_forward
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether a process holds parts of the weights that the model computes with, or is given parts to update."""
+        return self.collective_forward or self.steps_in_backward
 
     def shards(self) -> Shards:
         """What this process holds of the parameters, now that the gradients are there; on all processes at once."""
@@ -111,7 +117,7 @@ class Backend:
         try:
             losses = measure()
         except Exception as error:
-            if self._collective_forward:
+            if self.collective_forward:
                 raise  # the others wait inside the forward pass, not here
             failure = error
         message = "" if failure is None else f"{type(failure).__name__}: {failure}"

@@ -212,16 +212,8 @@ class WarmupCallback(TrainerCallback):
     def _watch_steps(self, keeps: Callable[[], bool] = lambda: True, num_batches: int | None = None) -> None:
         """Be ready to try learning rates before the steps that `keeps` tells of."""
         self._backend = backend_of(self.trainer)
-        in_backward = self._backend.steps_in_backward
-        self._replay = StepReplay(self.trainer, keeps, num_batches, steps_in_backward=in_backward)
+        self._replay = StepReplay(self.trainer, keeps, num_batches, backend=self._backend)
         self._backend.watch_step(self._before_step)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Note the random numbers of the step that the search may replay."""
-        if self._replay is not None:
-            self._replay.step_begins()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -424,16 +416,14 @@ class WarmupCallback(TrainerCallback):
 
     def _losses_after(self, shards: Shards, backend: Backend, replay: StepReplay, lr: float) -> list[float]:
         """The losses of the batches of `replay` after the step that the optimizer would make with `lr`."""
-        return backend.together(
-            lambda: loss_after_step(
-                shards.optimizer,
-                replay.losses,
-                lr,
-                module=self.trainer.model_wrapped,
-                copy_on_cpu=self.arguments.search_copy_on_cpu,
-                shards=shards,
-            )
-        )
+
+        def losses_after(lr: float) -> list[float]:
+            # No module: the replay puts back what it changes there.
+            on_cpu = self.arguments.search_copy_on_cpu
+            return loss_after_step(shards.optimizer, replay.losses, lr, copy_on_cpu=on_cpu, shards=shards)
+
+        replay.check(lambda: losses_after(0.0)[0])
+        return backend.together(lambda: losses_after(lr))
 
     def _momentum_slope(self, shards: Shards, backend: Backend, lr: float) -> float:
         """The slope along the momentum, but for a factor: the mean of the parts of all processes."""

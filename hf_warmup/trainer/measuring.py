@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import Trainer
 
-from hf_warmup.probe import RandomNumbers, Shards, along_step, innermost, loss_after_step
+from hf_warmup.probe import Shards, along_step, innermost, loss_after_step
 from hf_warmup.sharpness import adam_preconditioner, critical_sharpness, sharpness, stability_threshold
 from hf_warmup.trainer.backends import Backend
 from hf_warmup.trainer.replay import StepReplay, loss_before
@@ -47,7 +47,8 @@ def measure_critical(
     Returns:
         Numbers to log by name, and the steepness of the loss curve.
     """
-    optimizer, model = shards.optimizer, trainer.model_wrapped
+    optimizer = shards.optimizer
+    replay.check(lambda: loss_after_step(optimizer, replay.losses, 0.0, shards=shards)[0])
     lr = max(float(group["lr"]) for group in optimizer.param_groups)
     # The first search starts at η_trgt: far below η_c the loss moves less than it is rounded.
     history = trainer.state.log_history
@@ -64,7 +65,7 @@ def measure_critical(
         rtol=_RTOL,
     )
     if _is_exact_along(shards):
-        with along_step(optimizer, lambda: replay.losses()[0], 2 / previous, module=model, shards=shards) as (
+        with along_step(optimizer, lambda: replay.losses()[0], 2 / previous, shards=shards) as (
             loss_along,
             slope,
         ):
@@ -74,9 +75,7 @@ def measure_critical(
             )
     else:
         found = search(
-            lambda eta: backend.together(
-                lambda: loss_after_step(optimizer, replay.losses, eta, module=model, shards=shards)
-            )[0]
+            lambda eta: backend.together(lambda: loss_after_step(optimizer, replay.losses, eta, shards=shards))[0]
         )
     logs = {"forward_passes": float(found.search.num_evals)}
     if math.isfinite(found.value):
@@ -105,21 +104,21 @@ def measure_eigenvalue(
     optimizer = innermost(trainer.optimizer)
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
     mean = functools.partial(trainer.accelerator.reduce, reduction="mean")
-    before = RandomNumbers()
-    try:
-        losses = replay.losses_with_graph()
-        found = sharpness(
-            losses[0] if len(losses) == 1 else losses,
-            model.parameters(),
-            preconditioner=adam_preconditioner(optimizer) if adam else None,
-            tol=tol,
-            max_hvps=max_hvps,
-            start=start,
-            module=model,
-            reduce=mean if trainer.args.world_size > 1 else None,
-        )
-    finally:
-        before.restore()
+    losses = replay.losses_with_graph()
+    preconditioner = adam_preconditioner(optimizer) if adam else None
+    free = [p for p in model.parameters() if p.requires_grad and (preconditioner is None or p in preconditioner)]
+    if start is not None and start.shape[-1] != sum(p.numel() for p in free):
+        start = None  # a parameter was unfrozen, or has its first gradient, as those of LoRA in its second step
+    found = sharpness(
+        losses[0] if len(losses) == 1 else losses,
+        free,
+        preconditioner=preconditioner,
+        tol=tol,
+        max_hvps=max_hvps,
+        start=start,
+        module=model,
+        reduce=mean if trainer.args.world_size > 1 else None,
+    )
     (value,), (residual,) = found.values, found.residuals
     logs = {"hvps": float(found.hvps)}
     if not math.isfinite(value):

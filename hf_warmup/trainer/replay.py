@@ -4,25 +4,38 @@ A Trainer's loss is more than the model's: micro-batches are summed by their tok
 losses computed by the user's function or a subclass, and scaled for accumulation. So the step is replayed through
 the trainer's own `training_step`, only without the backward pass. The losses are those of this process.
 
-Computing a loss may also count and gather: trl's trainers keep entropies and token counts for the next log
-line in attributes of the trainer. A replay works on copies of such attributes, as they were before the step's
-first micro-batch, and the trainer has its own back afterwards.
+That runs code of the user's, which may count, gather, log and draw. So a replay starts where the step did: all that
+can be reached from the trainer is put back to what it was before the step's first micro-batch, and afterwards to
+what it was before the replay (`hf_warmup.restore`). It sees no gradients, and nothing that it logs is heard.
+
+Before the first loss is used, `check` replays the step at unchanged weights: the loss must be the step's own, bit
+for bit. If it is not, as some losses need gradients (a penalty on them, an adversarial step, SAM), the step is
+replayed with its backward passes; and if that does not help, this trainer's steps cannot be replayed.
 """
 
 import copy
 import functools
-from collections import Counter, OrderedDict, defaultdict, deque
+import logging
+import math
+from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
-from transformers import Trainer
+from torch.nn.parallel import DistributedDataParallel
+from transformers import GenerationMixin, Trainer
 
-from hf_warmup.probe import RandomNumbers
+from hf_warmup.probe import innermost
+from hf_warmup.restore import RandomNumbers, Snapshot, hidden_gradients
 from hf_warmup.trainer.backends import Backend
-from hf_warmup.trainer.wrapping import wrap
+from hf_warmup.trainer.wrapping import innermost_method, wrap
+
+logger = logging.getLogger(__name__)
+
+INSTEAD = "set init_lr to a number, with warmup=linear and warmup_steps"
 
 
 class StepReplay:
@@ -32,7 +45,7 @@ class StepReplay:
         trainer: The trainer; its `get_batch_samples` and `training_step` are watched until `stop`.
         keeps: Whether the next step is wanted at all. Of one that is not only `own_loss` is known.
         num_batches: How many of the step's micro-batches the loss is made of, the first ones; all if None.
-        steps_in_backward: Whether the optimizer's step is made before `training_step` has given its loss.
+        backend: How the model is spread over processes.
     """
 
     def __init__(
@@ -41,70 +54,79 @@ class StepReplay:
         keeps: Callable[[], bool] = lambda: True,
         num_batches: int | None = None,
         *,
-        steps_in_backward: bool = False,
+        backend: Backend | None = None,
     ) -> None:
         self.trainer = trainer
         self.keeps = keeps
+        self._backend = Backend(trainer, collective_forward=False) if backend is None else backend
         self._num_batches = num_batches
         # Of each step its batches and their number of items: the step itself, then those that `draw` added.
         self._steps: list[tuple[list[Any], Tensor | int | None]] = []
-        self._random_numbers: RandomNumbers | None = None
-        self._attributes: dict[str, Any] = {}
+        self._before: Snapshot | None = None  # the step's first micro-batch
+        self._now: Snapshot | None = None  # when the first loss is asked for
         self._losses: list[Tensor] = []  # that the step's own micro-batches had so far
-        self._get_batch_samples, self._training_step = trainer.get_batch_samples, trainer.training_step
-        self._ends = [wrap(trainer, "get_batch_samples", self._keep)]
-        if steps_in_backward:
+        self._numbers: list[RandomNumbers] = []  # with which each of them began
+        self._checked = self._goes_backward = self._generated = False
+        self._get_batch_samples = trainer.get_batch_samples
+        self._training_step = innermost_method(trainer.training_step)
+        self._ends = [
+            wrap(trainer, "get_batch_samples", self._keep),
+            wrap(trainer, "training_step", self._step_and_add),
+        ]
+        if self._backend.steps_in_backward:
             self._ends.append(wrap(trainer.accelerator, "backward", self._add_and_go_backward))
-        else:
-            self._ends.append(wrap(trainer, "training_step", self._step_and_add))
 
     def _keep(self, get_batch_samples: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         batches, num_items = get_batch_samples(*args, **kwargs)
         # Copies: a training step may take things out of its batch, put things in, and write into its tensors.
-        self._steps, self._losses = [], []
+        self._steps, self._losses, self._numbers, self._now = [], [], [], None
         if self.keeps():
             self._steps.append(([_copy_of_batch(batch) for batch in batches[: self._num_batches]], num_items))
         return batches, num_items
 
     def _step_and_add(self, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        loss = training_step(*args, **kwargs)
-        self._add(loss)
+        if self._steps:
+            if not self._numbers:
+                self._before = self._snapshot(self._before)
+            self._numbers.append(RandomNumbers())
+        if self._checked or not self._steps:
+            loss = training_step(*args, **kwargs)
+        else:
+            with _noticed_generation() as noticed:
+                loss = training_step(*args, **kwargs)
+            self._generated = self._generated or bool(noticed)
+        if not self._backend.steps_in_backward:
+            self._losses.append(loss.detach().clone())
         return loss
 
     def _add_and_go_backward(self, backward: Callable[..., Any], loss: Tensor, **kwargs: Any) -> Any:
-        self._add(loss.detach())
+        self._losses.append(loss.detach().clone())
         return backward(loss, **kwargs)
-
-    def _add(self, loss: Tensor) -> None:
-        self._losses.append(loss.clone())
 
     def stop(self) -> None:
         """Let go of the batches and of the trainer."""
         for end in self._ends:
             end()
-        self._steps, self._random_numbers, self._attributes, self._losses = [], None, {}, []
-
-    def step_begins(self) -> None:
-        """Note the random numbers, and what the trainer has counted, before the step's first micro-batch."""
-        if self.keeps():
-            self._random_numbers = RandomNumbers()
-            self._attributes = _copies_of_data(vars(self.trainer))
+        self._steps, self._losses, self._numbers, self._before, self._now = [], [], [], None, None
 
     def draw(self, num_steps: int) -> None:
         """Take in the batches of that many further steps, from a data loader of their own.
 
-        Data order and random numbers stay as they are. An epoch that is shorter gives fewer.
+        Data order, random numbers and what the data and their collator keep stay as they are. An epoch that is
+        shorter gives fewer.
 
         Args:
             num_steps: Optimizer steps' worth of batches.
         """
         trainer, num_batches = self.trainer, self.trainer.args.gradient_accumulation_steps
-        before, loaders = RandomNumbers(), list(trainer.accelerator._dataloaders)
+        before, loaders = self._snapshot(None), list(trainer.accelerator._dataloaders)
         try:
             iterator = iter(trainer.get_train_dataloader())
             for i in range(num_steps + 1):
                 batches, num_items = self._get_batch_samples(iterator, num_batches, trainer.args.device)
-                if i > 0 and len(batches) == num_batches:  # the first are the step's own, if the order is seeded
+                if len(batches) < num_batches:
+                    break
+                if i > 0:  # the first are the step's own, if the order is seeded
                     self._steps.append((batches, num_items))
         finally:
             trainer.accelerator._dataloaders = loaders  # preparing a loader adds it there, to be checkpointed
@@ -141,68 +163,212 @@ class StepReplay:
             raise RuntimeError("the step has no loss yet: training_step was not called through the trainer")
         return float(sum(self._losses))
 
+    def check(self, measure: Callable[[], float]) -> None:
+        """Make sure, once, that replays of this trainer's steps mean something; on all processes at once.
+
+        Args:
+            measure: Gives the first of `losses` at unchanged weights, and puts everything back.
+
+        Raises:
+            ValueError: If the loss is not the step's own, or something moves that cannot be put back.
+        """
+        if self._checked:
+            return
+        self._refuse(self._moved())
+        own = float(sum(self._losses[: self._num_batches])) if self._losses else math.nan
+        own = self._backend.together(lambda: [own])[0]
+        reason = self._difference(own, measure)
+        # Not under DDP, whose gradients are reduced in the backward pass, and not where that makes the step.
+        if reason is not None and self.trainer.args.world_size == 1 and not self._backend.steps_in_backward:
+            self._goes_backward = True
+            reason = self._difference(own, measure) and reason
+            if reason is None:
+                logger.info(
+                    f"{type(self.trainer).__name__} computes its loss with gradients: every learning rate that is "
+                    "tried takes a forward and a backward pass"
+                )
+        self._refuse(reason)
+        self._refuse(self._moved())
+        self._checked = True
+
+    def _refuse(self, reason: str | None) -> None:
+        """End training if there is a reason to, on this process or on another."""
+        if self._backend.largest((float(reason is not None),))[0] > 0:
+            raise ValueError(
+                f"the steps of {type(self.trainer).__name__} cannot be replayed to try learning rates: "
+                f"{reason or 'those of another process cannot'}; {INSTEAD}, or init_lr=zero"
+            )
+
+    def _moved(self) -> str | None:
+        """What the step or a replay has done that cannot be put back."""
+        if self._generated:
+            return _GENERATES
+        for snapshot in (self._before, self._now):
+            if snapshot is not None and (moved := snapshot.moved()):
+                return (
+                    f"its training step moves {moved[0]}, which is an iterator that has no way back, or a tensor that "
+                    "is too large to be copied"
+                )
+        return None
+
+    def _difference(self, own: float, measure: Callable[[], float]) -> str | None:
+        """How a replay at unchanged weights differs from the step; on all processes at once."""
+        try:
+            (again,) = self._backend.together(lambda: [measure()])
+        except Exception as error:
+            # The others wait inside the forward pass, not here; or the batch is to be made smaller.
+            if self._backend.collective_forward or isinstance(error, MemoryError) or should_reduce_batch_size(error):
+                raise
+            return str(error)
+        # The compiled graphs with and without gradients may round differently.
+        tolerance = 1e-2 if self.trainer.args.torch_compile else 0.0
+        if again == own or math.isnan(again) and math.isnan(own) or math.isclose(again, own, rel_tol=tolerance):
+            return None
+        return (
+            f"at unchanged weights the loss of its batch was {own!r} in the step and is {again!r} when it is computed "
+            "again. The usual causes are random numbers from elsewhere than torch, numpy and random, data that the "
+            "step reads by itself, and gradients that it needs"
+        )
+
     @torch.no_grad()
     def losses(self) -> list[Tensor]:
         """The training loss of each step's batches at the current weights.
 
         Returns:
             0-d tensors. At unchanged weights the first is, bit for bit, the loss that the step itself had.
+
+        Raises:
+            RuntimeError: If computing it raised something.
         """
-        if self._random_numbers is not None:
-            self._random_numbers.restore()
-        return [self._loss(batches, num_items) for batches, num_items in self._steps]
+        with self._as_before(), torch.set_grad_enabled(self._goes_backward):
+            return [self._loss(batches, num_items) for batches, num_items in self._steps]
 
     def losses_with_graph(self) -> list[Callable[[], Tensor]]:
         """The step's loss as functions, one per micro-batch, whose losses add up to it and can be differentiated.
 
         In single precision where the Trainer would use less, and through the model itself, not DDP's copy of it,
-        so of this process alone. The caller restores the random numbers, which are the step's after this call.
+        so of this process alone.
 
         Returns:
-            Functions to be called in their order.
+            Functions to be called in their order, the first of them again as often as one likes. Each gives the
+            random numbers back as they were.
         """
-        if self._random_numbers is not None:
-            self._random_numbers.restore()
         batches, num_items = self._steps[0]
         model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped, keep_torch_compile=False)
 
-        def loss_of(batch: Any) -> Tensor:
-            trainer = self.trainer
-            with _without_backward(trainer.accelerator) as losses, _same_attributes(trainer), _own_forward(model):
-                vars(trainer).update(_copies_of_data(vars(trainer)) | _copies_of_data(self._attributes))
+        def loss_of(batch: Any, own: Tensor, numbers: RandomNumbers) -> Tensor:
+            with self._as_before() as asked, _own_forward(model), torch.enable_grad():
+                numbers.restore()
                 self._training_step(model, _copy_of_batch(batch), num_items)
-            (loss,) = losses
-            return loss
+            total = sum(asked, torch.zeros((), device=self.trainer.args.device))
+            # Of two backward passes at different weights, as SAM makes, no sum is the loss.
+            if len(asked) != 1 and not math.isclose(float(total.detach()), float(own), rel_tol=1e-2):
+                raise ValueError(
+                    f"the Hessian is that of one loss, but {type(self.trainer).__name__}.training_step goes backward "
+                    f"{len(asked)} times, from losses that are {float(total.detach()):g} together, and returns {float(own):g}: "
+                    "use kind=critical"
+                )
+            return total if len(asked) != 1 else asked[0]
 
-        return [functools.partial(loss_of, batch) for batch in batches]
+        parts = zip(batches, self._losses, self._numbers, strict=True)
+        return [functools.partial(loss_of, *part) for part in parts]
 
     def _loss(self, batches: list[Any], num_items: Tensor | int | None) -> Tensor:
-        trainer = self.trainer
-        total = torch.zeros((), device=trainer.args.device)
-        with _without_backward(trainer.accelerator), _same_attributes(trainer):
-            # The step itself may have made some of them.
-            vars(trainer).update(_copies_of_data(vars(trainer)) | _copies_of_data(self._attributes))
-            for batch in batches:
-                total += self._training_step(trainer.model_wrapped, _copy_of_batch(batch), num_items)
+        total = torch.zeros((), device=self.trainer.args.device)
+        for batch in batches:
+            total += self._training_step(self.trainer.model_wrapped, _copy_of_batch(batch), num_items).detach()
         return total
+
+    @contextmanager
+    def _as_before(self) -> Iterator[list[Tensor]]:
+        """Let losses be computed as at the step's start; gives those that a backward pass was asked for.
+
+        DDP sends its buffers around before a forward pass and, after one without autograd, not before the next. The
+        step has sent them, so no replay does, and what the next step does is left as it was.
+
+        Yields:
+            The losses, so far.
+
+        Raises:
+            RuntimeError: If computing a loss raised something.
+        """
+        trainer, handler = self.trainer, self.trainer.callback_handler
+        if self._before is None:
+            raise RuntimeError("the step cannot be replayed: training_step was not called through the trainer")
+        if self._now is None:
+            self._now = self._snapshot(self._before)
+        asked: list[Tensor] = []
+        with hidden_gradients(self._params()):
+            try:
+                self._before.restore()
+                for module in trainer.model_wrapped.modules():
+                    if isinstance(module, DistributedDataParallel):
+                        module.require_forward_param_sync = False
+                vars(trainer)["log"] = lambda *args, **kwargs: None
+                vars(handler)["call_event"] = lambda event, args, state, control, **kwargs: control
+                if not self._goes_backward:
+                    trainer.accelerator.backward = lambda loss, **kwargs: asked.append(loss)
+                yield asked
+            except Exception as error:
+                # Whoever catches a lack of memory may know its type only.
+                kind = type(error) if isinstance(error, MemoryError | torch.OutOfMemoryError) else RuntimeError
+                raise kind(
+                    f"{type(error).__name__}: {error} (in the step's loss when it was computed again, to try a "
+                    f"learning rate, before step {trainer.state.global_step + 1}; all is as it was before. To train "
+                    f"without, {INSTEAD})"
+                ) from error
+            finally:
+                del vars(handler)["call_event"]
+                self._now.restore()
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in innermost(self.trainer.optimizer).param_groups for p in group["params"]]
+
+    def _snapshot(self, earlier: Snapshot | None) -> Snapshot:
+        """What a training step may change, but for the weights that are trained and their optimizer."""
+        trainer, params = self.trainer, self._params()
+        accelerator, model = trainer.accelerator, trainer.model_wrapped
+        apart: list[Any] = [trainer.callback_handler, *params]
+        optimizer: Any = trainer.optimizer
+        while optimizer is not None:
+            apart.append(optimizer)
+            optimizer = getattr(optimizer, "optimizer", None)
+        # A loss gathers in no data set, and one that is a list may be large.
+        apart += [d for d in (trainer.train_dataset, trainer.eval_dataset) if isinstance(d, list | tuple | dict)]
+        # Which tensor stands for a weight is no state of the model's: FSDP2 changes it while it gathers, and so do
+        # the Hessian's products for single precision.
+        apart += [module._parameters for module in model.modules()]
+        frozen = list(model.parameters())
+        if self._backend.splits_weights:
+            apart, frozen = apart + frozen, []  # gathered or not: its sharding's own affair
+        return Snapshot(
+            [trainer, self._training_step, vars(accelerator), vars(accelerator.gradient_state), *frozen],
+            apart=apart,
+            most_bytes=sum(p.numel() * p.element_size() for p in params),
+            earlier=earlier,
+        )
+
+
+_GENERATES = (
+    "its training steps generate their own completions and may buffer them for later steps, so a step cannot be "
+    "replayed on the same batch"
+)
 
 
 def why_not_replay(trainer: Trainer) -> str | None:
-    """Why a training step of `trainer` cannot be replayed.
+    """Why a training step of `trainer` cannot be replayed, as far as that is known before training.
 
     Args:
         trainer: The trainer.
 
     Returns:
-        The reason; None if it can.
+        The reason; None if it may.
     """
     # What trl's on-policy trainers (GRPO, RLOO, GKD, online DPO, distillation) have in common; the names of their
-    # classes would miss the next one. The model's own `generation_config` is not looked at.
-    if vars(trainer).keys() & {"_buffered_inputs", "generation_config", "generation_kwargs"}:
-        return (
-            "its training steps generate their own completions and may buffer them for later steps, so a step cannot "
-            "be replayed on the same batch without side effects"
-        )
+    # classes would miss the next one. Elsewhere such a name says nothing, and the first step does.
+    of_trl = any(cls.__module__.partition(".")[0] == "trl" for cls in type(trainer).__mro__)
+    if of_trl and vars(trainer).keys() & {"_buffered_inputs", "generation_config", "generation_kwargs"}:
+        return _GENERATES
     return None
 
 
@@ -221,6 +387,24 @@ def loss_before(backend: Backend, replay: StepReplay) -> float | None:
 
 
 @contextmanager
+def _noticed_generation() -> Iterator[list[bool]]:
+    """Notice whether a model of transformers generates."""
+    mixin: Any = GenerationMixin
+    generate, noticed = mixin.generate, []
+
+    @functools.wraps(generate)
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        noticed.append(True)
+        return generate(self, *args, **kwargs)
+
+    mixin.generate = watched
+    try:
+        yield noticed
+    finally:
+        mixin.generate = generate
+
+
+@contextmanager
 def _own_forward(model: Any) -> Iterator[None]:
     """Take accelerate's autocast off the model."""
     wrapped, own = vars(model).get("forward"), vars(model).get("_original_forward")
@@ -233,72 +417,26 @@ def _own_forward(model: Any) -> Iterator[None]:
             model.forward = wrapped
 
 
-@contextmanager
-def _without_backward(accelerator: Any) -> Iterator[list[Tensor]]:
-    """Give the losses that a backward pass is asked for."""
-    watched = vars(accelerator).get("backward")
-    losses: list[Tensor] = []
-    accelerator.backward = lambda loss, **kwargs: losses.append(loss)
-    try:
-        yield losses
-    finally:
-        del accelerator.backward
-        if watched is not None:
-            accelerator.backward = watched
-
-
-@contextmanager
-def _same_attributes(trainer: Trainer) -> Iterator[None]:
-    """Give back every attribute, as the object that it was: a callback may hold it too."""
-    attributes = dict(vars(trainer))
-    try:
-        yield
-    finally:
-        for name in vars(trainer).keys() - attributes.keys():
-            del vars(trainer)[name]
-        vars(trainer).update(attributes)
-
-
-_NUMBERS, _MAPPINGS, _SEQUENCES = (int, float, complex), (dict, defaultdict, OrderedDict, Counter), (list, deque)
-
-
-def _copies_of_data(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Copies of the attributes that a loss may count or gather in.
-
-    Chosen by what they are and not by one library's names: numbers, tensors and the containers of Python.
-    Objects of other classes are left alone, for they may be the model or a thread; so are None and booleans,
-    which say what is set up already: setting it up once more could leave a trace.
-
-    Args:
-        attributes: Those of the trainer.
-
-    Returns:
-        Copies by name, of containers and tensors at any depth.
-    """
-    return {
-        name: _copy(value)
-        for name, value in attributes.items()
-        # A data set may be a list; no loss gathers in it, and it may be large.
-        if name not in ("train_dataset", "eval_dataset")
-        and type(value) in (*_NUMBERS, *_MAPPINGS, *_SEQUENCES, set, Tensor)
-    }
-
-
-def _copy_of_batch(batch: Any) -> Any:
-    if not isinstance(batch, MutableMapping):
-        return _copy(batch)
-    copied = copy.copy(batch)  # a BatchEncoding stays one
-    for key in copied:
-        copied[key] = _copy(copied[key])
-    return copied
-
-
-def _copy(value: Any) -> Any:
-    if type(value) in _MAPPINGS or type(value) in _SEQUENCES:
-        copied = copy.copy(value)  # with a defaultdict's factory and a deque's maxlen
-        for key in copied if type(value) in _MAPPINGS else range(len(copied)):
-            copied[key] = _copy(copied[key])
+def _copy_of_batch(value: Any) -> Any:
+    """A copy in which tensors and containers of any depth are new."""
+    if isinstance(value, Tensor):
+        return value if value.requires_grad else value.clone()  # one that requires a gradient may be the optimizer's
+    copied: Any
+    if isinstance(value, MutableMapping):
+        copied = copy.copy(value)  # a BatchEncoding stays one, a defaultdict keeps its factory
+        for key in copied:
+            copied[key] = _copy_of_batch(copied[key])
         return copied
-    if type(value) is Tensor and not value.requires_grad:  # one that requires it may be the optimizer's
-        return value.clone()
-    return copy.copy(value) if type(value) is set else value
+    if isinstance(value, list | deque):
+        copied = copy.copy(value)
+        for i, element in enumerate(value):
+            copied[i] = _copy_of_batch(element)
+        return copied
+    if type(value) is tuple:
+        return tuple(map(_copy_of_batch, value))
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_copy_of_batch, value))
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # an object that cannot be copied: what a step does to it shows in the check
+        return value

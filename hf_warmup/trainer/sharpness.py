@@ -114,17 +114,15 @@ class SharpnessCallback(TrainerCallback):
                 f"kind=preconditioned is of Adam, AdamW and GIAdamW, got {type(optimizer).__name__}: use kind=hessian"
             )
         backend = self._backend = backend_of(self.trainer)
-        self._replay = StepReplay(self.trainer, self._is_due, steps_in_backward=backend.steps_in_backward)
+        self._replay = StepReplay(self.trainer, self._is_due, backend=backend)
         self._end_watch = wrap(self.trainer.accelerator, "clip_grad_norm_", self._clip)
         backend.watch_step(self._measure)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note the random numbers of a step that is measured."""
+        """Forget the norm of the last step's gradients."""
         self._norm = None
-        if self._replay is not None:
-            self._replay.step_begins()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

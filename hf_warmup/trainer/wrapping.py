@@ -32,6 +32,13 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None
     return end
 
 
+def innermost_method(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method that is watched, without those that watch it."""
+    while isinstance(method, _Wrapper):
+        method = method.method
+    return method
+
+
 class _Wrapper:
     def __init__(self, own: Any, method: Callable[..., Any], around: Callable[..., Any]) -> None:
         functools.update_wrapper(self, method, updated=())  # the attributes may be those of another wrapper

@@ -38,13 +38,9 @@ class Replayer(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.replay, self.seen = StepReplay(self.trainer), []
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        if self.replay is not None:
-            self.replay.step_begins()
-
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self.replay is not None:
-            replayed = loss_after_step(self.trainer.optimizer, self.replay.losses, 0.0, module=self.trainer.model)
+            replayed = loss_after_step(self.trainer.optimizer, self.replay.losses, 0.0)
             self.seen = [self.replay.loss_before(), *replayed]
             self.replay.stop()
             self.replay = None

@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer, TrainerCallback, set_seed
 
 from hf_warmup import GIAdamW, loss_after_step, momentum_slope
-from hf_warmup.trainer import WarmupArguments, WarmupCallback, compare_runs, warmup_report
+from hf_warmup.trainer import WarmupCallback, compare_runs, warmup_report
 from hf_warmup.trainer.report import init_words, verdict
 
 from launching import WAITS
@@ -446,10 +446,23 @@ def test_what_cannot_work_is_refused(make_trainer, options, message):
 
 
 def test_a_trainer_that_generates_its_batches_is_refused(make_trainer):
-    trainer = make_trainer(warmup_steps=0)
-    trainer._buffered_inputs = None
-    with pytest.raises(ValueError, match="warmup=guided does not run with Trainer: .* set warmup to linear"):
-        WarmupCallback.attach(trainer, WarmupArguments(warmup="guided"))
+    class Online(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            made = self.model.generate(inputs["input_ids"][:, :2], max_new_tokens=3, do_sample=False)
+            return super().training_step(model, {"input_ids": made, "labels": made}, num_items_in_batch)
+
+    trainer = make_trainer(Online, **GUIDED)
+    before = [p.clone() for p in trainer.model.parameters()]
+    with pytest.raises(ValueError, match="steps of Online cannot be replayed .* generate their own completions"):
+        train(trainer)
+    assert all(map(torch.equal, before, trainer.model.parameters()))
+
+
+def test_a_trainer_that_generates_in_evaluation_only_is_guided(make_trainer):
+    trainer = make_trainer(**GUIDED)
+    trainer.generation_config = trainer.model.generation_config
+    train(trainer)
+    assert trainer.state.global_step == trainer.args.max_steps
 
 
 def test_an_error_in_a_trial_leaves_the_trainer_as_it_was(make_trainer):

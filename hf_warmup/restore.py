@@ -1,0 +1,647 @@
+"""Leave no trace: what a piece of code may change is noted before it runs and put back after it.
+
+A loss that is measured beside training runs the user's own code: a forward pass counts its calls, a teacher follows
+the weights, a mask is drawn from a generator of the trainer's own. `Snapshot` notes the state of every object that
+can be reached from some roots, and `restore` puts it back, in the same objects:
+
+    before = Snapshot([trainer])
+    loss = anything(trainer)
+    before.restore()
+
+An object is reached through attributes, containers, bound methods and the variables that a function took from where
+it was defined; and, of classes and functions that are no library's, through the attributes of the class and the
+global variables that the function names. What is kept of an object is what it refers to (its attributes, its
+elements), not a copy of that, so cycles and large structures cost no more than a walk. Only tensors, arrays and
+generators of random numbers have their values copied. The random numbers of Python, numpy and torch belong to every
+snapshot.
+
+Two things cannot be put back, and `moved` tells whether they have changed: an iterator (of a data loader, or a
+generator of Python) has no way back; and of a tensor that is larger than all that may be copied only a checksum is
+kept. Not seen are files, other processes, and what an extension in C keeps to itself.
+"""
+
+import builtins
+import functools
+import gc
+import itertools
+import operator
+import random
+import sys
+import threading
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+# Elements of a container that are walked into every time; of a larger one see `quiet`.
+_MANY = 10_000
+# Bytes of a tensor that is always copied: buffers, counters, statistics.
+_SMALL = 2**20
+_MISSING = object()
+_ATOMS = {int, float, complex, bool, str, bytes, type(None), type(...), types.BuiltinFunctionType, types.CodeType}
+_ATOMS |= {types.ModuleType, slice, range, torch.dtype, torch.device, torch.Size, type(object.__init__)}
+# Parts of torch and of the standard library whose objects are data. Others hold locks, threads and caches.
+_DATA_MODULES = ("torch.nn", "torch.optim", "torch.utils.data", "collections", "types", "argparse", "functools")
+# Libraries whose objects have threads, processes or devices behind them.
+_OPAQUE = {"accelerate", "comet_ml", "deepspeed", "hf_warmup", "mlflow", "tensorboard", "torch", "tqdm", "wandb"}
+
+
+# A module has some ten dictionaries of hooks, and hardly ever a hook.
+_HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
+
+
+class Snapshot:
+    """The state of all that can be reached from `roots`, as it is now.
+
+    Args:
+        roots: Objects to start from.
+        apart: Objects that are left alone, with all that is reached only through them.
+        most_bytes: Of tensors and arrays larger than a megabyte so many bytes are copied; of the others it is only
+            noticed when they change. No limit if None.
+        earlier: A snapshot of before, whose copies are shared where the values are still the same. Containers of
+            more than 10,000 elements in which nothing has changed since then are not walked into again.
+    """
+
+    def __init__(
+        self,
+        roots: Iterable[Any],
+        *,
+        apart: Iterable[Any] = (),
+        most_bytes: int | None = None,
+        earlier: "Snapshot | None" = None,
+    ) -> None:
+        self._numbers = RandomNumbers()
+        self._left = float("inf") if most_bytes is None else most_bytes
+        self._copies: dict[int, _Tensor] = {}
+        self._earlier = {} if earlier is None else earlier._copies
+        self._quiet: dict[int, Any] = {} if earlier is None else earlier._quiet | earlier._unchanged()
+        self._large: dict[int, tuple[Any, list[_Part]]] = {}
+        apart = list(apart)
+        # A tensor that shares the memory of one that is left alone is left alone as well.
+        self._apart_memory = {_memory(t) for t in apart if isinstance(t, Tensor)} - {None}
+        self._seen: dict[int, Any] = {id(o): o for o in apart}  # holds them, so that no id is used again
+        self._parts: list[tuple[_Part, _Path]] = []
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            self._walk(deque((root, (None, type(root).__name__), None) for root in roots))
+        self._earlier = {}
+
+    def restore(self) -> None:
+        """Put everything back, in the same objects, and the random numbers."""
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            for part, _ in self._parts:
+                part.put_back()
+        self._numbers.restore()
+
+    def moved(self) -> list[str]:
+        """Where something has changed that cannot be put back, by the way from the root."""
+        with torch.no_grad():
+            return [_name(path) for part, path in self._parts if part.has_moved()]
+
+    def _unchanged(self) -> dict[int, Any]:
+        """The large containers in which nothing has changed since."""
+        return {i: owner for i, (owner, parts) in self._large.items() if all(part.is_same() for part in parts)}
+
+    def _walk(self, waiting: "deque[tuple[Any, _Path, int | None]]") -> None:
+        iterators: list[tuple[Any, _Path]] = []
+        while waiting:
+            value, path, large = waiting.popleft()
+            if type(value) in _ATOMS or id(value) in self._seen:
+                continue
+            self._seen[id(value)] = value
+            kind: Any = type(value)
+            if _is_iterator(kind):
+                iterators.append((value, path))
+                continue
+            for part in self._parts_of(value):
+                self._parts.append((part, path))
+                if large is not None:
+                    self._large[large][1].append(part)
+                children = part.children()
+                inside = large
+                if len(children) > _MANY:
+                    if id(value) in self._quiet:
+                        continue
+                    if large is None:
+                        inside = id(value)
+                        self._large[inside] = (value, [])
+                found = ((label, child) for label, child in children if type(child) not in _ATOMS)
+                waiting.extend((child, (path, label), inside) for label, child in found)
+        for value, path in iterators:
+            self._parts.append((_Iterator(value), path))
+
+    def _parts_of(self, value: Any) -> "Iterator[_Part]":
+        kind: Any = type(value)
+        if isinstance(value, Tensor):
+            if _memory(value) not in self._apart_memory:
+                yield self._tensor(value)
+            if vars(value):
+                yield _Dict(vars(value))
+            return
+        if isinstance(value, dict):
+            yield _Dict(value)
+        elif isinstance(value, (list, deque, set, bytearray)):
+            yield _Elements(value)
+        elif isinstance(value, (tuple, frozenset)):
+            yield _Fixed(list(enumerate(value)))
+        elif isinstance(value, torch.Generator):
+            yield _State(value.get_state, value.set_state)
+        elif isinstance(value, random.Random):
+            yield _State(value.getstate, value.setstate)
+        elif isinstance(value, types.FunctionType):
+            if not _is_library(value.__module__):
+                yield from _parts_of_function(value)
+        elif isinstance(value, types.MethodType):
+            yield _Fixed([("__self__", value.__self__), ("__func__", value.__func__)])
+        elif isinstance(value, (staticmethod, classmethod)):
+            yield _Fixed([("__func__", value.__func__)])
+        elif isinstance(value, property):
+            yield _Fixed([("fget", value.fget), ("fset", value.fset)])
+        elif isinstance(value, functools.partial):
+            yield _Fixed([("func", value.func), ("args", value.args), ("keywords", value.keywords)])
+        elif isinstance(value, types.CellType):
+            yield _Names(lambda: ["cell_contents"], _getter(value), _setter(value), _dropper(value))
+        elif isinstance(value, type):
+            if not _is_library(value.__module__):
+                named = vars(value)
+                yield _Names(
+                    lambda: [name for name in named if not name.startswith("__") or name == "__call__"],
+                    lambda name: named.get(name, _MISSING),
+                    _setter(value),
+                    _dropper(value),
+                )
+                yield _Fixed([("base", base) for base in value.__bases__])
+            return
+        elif isinstance(value, (types.ModuleType, Enum)):
+            return
+        elif "numpy" in sys.modules and kind.__module__.partition(".")[0] == "numpy":
+            yield from self._numpy(value)
+            return
+        if _is_opaque(kind) and not isinstance(value, nn.Module):
+            return
+        if kind.__module__.partition(".")[0] == "deepspeed":
+            yield _Fixed([("module", value.module)])  # the engine's own attributes are not a model's
+            return
+        if isinstance(attributes := getattr(value, "__dict__", None), dict) and attributes is not value:
+            empty = {k for k in _HOOKS if not attributes.get(k, True)} if isinstance(value, nn.Module) else ()
+            yield _Dict(attributes, not_into=empty)
+        if slots := _slots(kind):
+            yield _Names(lambda: slots, _getter(value), _setter(value), _dropper(value))
+        if not _is_library(kind.__module__):
+            yield _Fixed([("__class__", kind)])
+
+    def _tensor(self, value: Tensor) -> "_Part":
+        size = value.numel() * value.element_size()
+        same = self._earlier.get(id(value))
+        copied = size <= _SMALL or size <= self._left
+        if copied and size > _SMALL:
+            self._left -= size
+        part = _Tensor(value, copied, same)
+        self._copies[id(value)] = part
+        return part
+
+    def _numpy(self, value: Any) -> "Iterator[_Part]":
+        random_numbers = sys.modules["numpy"].random
+        if isinstance(value, random_numbers.Generator):
+            yield _Fixed([("bit_generator", value.bit_generator)])
+        elif isinstance(value, random_numbers.BitGenerator):
+            yield _State(lambda: value.state, functools.partial(setattr, value, "state"))
+        elif isinstance(value, random_numbers.RandomState):
+            yield _State(value.get_state, value.set_state)
+        elif isinstance(value, sys.modules["numpy"].ndarray) and value.flags.writeable:
+            if value.dtype.hasobject:
+                yield _Fixed(list(enumerate(value.flat)))
+                yield _Array(value, True)
+            else:
+                copied = value.nbytes <= _SMALL or value.nbytes <= self._left
+                if copied and value.nbytes > _SMALL:
+                    self._left -= value.nbytes
+                yield _Array(value, copied)
+
+
+_Path = tuple[Any, Any]  # the one of the parent, and a label
+_Children = Sequence[tuple[Any, Any]]
+
+
+class _Part:
+    """What is kept of one object."""
+
+    def children(self) -> _Children:
+        """What it refers to, each with a label."""
+        return ()
+
+    def is_same(self) -> bool:
+        """Whether it is as it was."""
+        return True
+
+    def put_back(self) -> None:
+        """Make it so."""
+
+    def has_moved(self) -> bool:
+        """Whether it has changed in a way that cannot be undone."""
+        return False
+
+
+class _Fixed(_Part):
+    """An object that always refers to the same ones."""
+
+    def __init__(self, children: _Children) -> None:
+        self._children = children
+
+    def children(self) -> _Children:
+        return self._children
+
+
+class _Dict(_Part):
+    """A dictionary, or the attributes of an object."""
+
+    def __init__(self, value: dict[Any, Any], not_into: Container[str] = ()) -> None:
+        self.value, self.not_into = value, not_into
+        # A subclass may have methods of its own.
+        self._kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+        self.keys, self.values = list(self._kind.keys(value)), list(self._kind.values(value))
+
+    def children(self) -> _Children:
+        found = [pair for pair in zip(self.keys, self.values, strict=True) if pair[0] not in self.not_into]
+        return found + [("key", key) for key in self.keys if type(key) not in _ATOMS]
+
+    def is_same(self) -> bool:
+        now, kind = self.value, self._kind
+        return _are_same(kind.values(now), self.values) and _are_same(kind.keys(now), self.keys)
+
+    def put_back(self) -> None:
+        if not self.is_same():
+            self._kind.clear(self.value)
+            for key, value in zip(self.keys, self.values, strict=True):
+                self._kind.__setitem__(self.value, key, value)
+
+
+class _Elements(_Part):
+    """A list, deque, set or bytearray."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.elements = value, list(value)
+
+    def children(self) -> _Children:
+        return () if isinstance(self.value, bytearray) else list(enumerate(self.elements))
+
+    def is_same(self) -> bool:
+        return _are_same(self.value, self.elements)  # also of a set, which keeps its order if nothing changes
+
+    def put_back(self) -> None:
+        if self.is_same():
+            return
+        if isinstance(self.value, list):
+            list.__setitem__(self.value, slice(None), self.elements)
+        elif isinstance(self.value, bytearray):
+            self.value[:] = bytes(self.elements)
+        elif isinstance(self.value, deque):
+            deque.clear(self.value)
+            deque.extend(self.value, self.elements)
+        else:
+            set.clear(self.value)
+            set.update(self.value, self.elements)
+
+
+class _Names(_Part):
+    """Things that an owner has by name: slots, the attributes of a class, global variables, a cell's content."""
+
+    def __init__(
+        self,
+        names: Callable[[], Iterable[str]],
+        get: Callable[[str], Any],
+        put: Callable[[str, Any], Any],
+        drop: Callable[[str], Any],
+    ) -> None:
+        self.names, self.get, self.put, self.drop = names, get, put, drop
+        self.held = {name: get(name) for name in names()}
+
+    def children(self) -> _Children:
+        return [(name, child) for name, child in self.held.items() if child is not _MISSING]
+
+    def is_same(self) -> bool:
+        return all(self.get(name) is self.held.get(name, _MISSING) for name in {*self.held, *self.names()})
+
+    def put_back(self) -> None:
+        for name in {*self.held, *self.names()}:
+            now, before = self.get(name), self.held.get(name, _MISSING)
+            if now is before:
+                continue
+            if before is _MISSING:
+                self.drop(name)
+            else:
+                self.put(name, before)
+
+
+class _State(_Part):
+    """A generator of random numbers."""
+
+    def __init__(self, get: Callable[[], Any], put: Callable[[Any], Any]) -> None:
+        self.put, self.state = put, get()
+
+    def is_same(self) -> bool:
+        return False  # not worth a comparison: such states are nested and of several types
+
+    def put_back(self) -> None:
+        self.put(self.state)
+
+
+class _Tensor(_Part):
+    """Values, their place in memory, and the gradient."""
+
+    def __init__(self, value: Tensor, copied: bool, same: "_Tensor | None") -> None:
+        self.value, self.grad = value, value.grad if value.is_leaf else None
+        # `data` counts no versions, so a graph that has saved the tensor is not disturbed.
+        self.place = value.data
+        self.copy: Tensor | None = None
+        self.sum: Tensor | None = None
+        if value.is_meta or _overlaps(value):
+            return
+        if not copied and _is_plain(self.place):
+            self.sum = checksum(self.place)
+        elif same is not None and same.copy is not None and _are_equal(same.copy, self.place):
+            self.copy = same.copy
+        else:
+            self.copy = self.place.clone()
+
+    def children(self) -> _Children:
+        return () if self.grad is None else [("grad", self.grad)]
+
+    def is_same(self) -> bool:
+        now = self.value.data
+        return not self.has_moved() and (self.copy is None or _are_equal(self.copy, now))
+
+    def put_back(self) -> None:
+        value = self.value
+        if _is_plain(self.place) and (value.data_ptr(), value.shape) != (self.place.data_ptr(), self.place.shape):
+            value.data = self.place
+        if self.copy is not None:
+            self.place.copy_(self.copy)
+        if value.is_leaf and value.grad is not self.grad:
+            value.grad = self.grad
+
+    def has_moved(self) -> bool:
+        return self.sum is not None and not torch.equal(self.sum, checksum(self.value.data))
+
+
+class _Array(_Part):
+    """A numpy array."""
+
+    def __init__(self, value: Any, copied: bool) -> None:
+        self.value = value
+        self.copy = value.copy() if copied else None
+        self.sum = None if copied else self._checksum()
+
+    def _checksum(self) -> Tensor:
+        return checksum(torch.from_numpy(self.value.reshape(-1).view("uint8")))
+
+    def is_same(self) -> bool:
+        if self.copy is None:
+            return not self.has_moved()
+        return bool((self.value == self.copy).all())
+
+    def put_back(self) -> None:
+        if self.copy is not None:
+            self.value[...] = self.copy
+
+    def has_moved(self) -> bool:
+        return self.sum is not None and not torch.equal(self.sum, self._checksum())
+
+
+class _Iterator(_Part):
+    """How far an iterator is: what it refers to, and what the iterators inside it do."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.state = value, _position(value)
+
+    def is_same(self) -> bool:
+        return not self.has_moved()
+
+    def has_moved(self) -> bool:
+        now = _position(self.value)
+        return len(now) != len(self.state) or not all(map(_is_same, now, self.state))
+
+
+def _are_same(now: Any, before: Sequence[Any]) -> bool:
+    return len(now) == len(before) and all(map(operator.is_, now, before))
+
+
+def _is_same(left: Any, right: Any) -> bool:
+    return left is right or (type(left) in (int, str) and type(left) is type(right) and left == right)
+
+
+def _position(iterator: Any, inside: int = 3) -> list[Any]:
+    held: list[Any] = []
+    if isinstance(iterator, types.GeneratorType):
+        frame = iterator.gi_frame
+        held = [] if frame is None else [frame.f_lasti, *frame.f_locals.values()]
+    elif isinstance(attributes := getattr(iterator, "__dict__", None), dict):
+        held = list(attributes.values())
+    else:
+        held = gc.get_referents(iterator)
+        held += [e for h in held if type(h) is tuple for e in h]
+        if hasattr(iterator, "__length_hint__"):
+            held.append(iterator.__length_hint__())
+        elif type(iterator) is itertools.count:
+            held.append(repr(iterator))
+    if inside:
+        others = [h for h in held if h is not iterator and _is_iterator(h.__class__)]
+        held += [e for other in others for e in _position(other, inside - 1)]
+    return held
+
+
+def checksum(value: Tensor) -> Tensor:
+    """The sum of the bits of a tensor, in words of eight bytes, on its device."""
+    flat = value.detach().contiguous().view(-1).view(torch.uint8)
+    if flat.data_ptr() % 8:  # words have to begin where words do
+        flat = flat.clone()
+    words = len(flat) // 8 * 8
+    return flat[:words].view(torch.int64).sum() + flat[words:].sum()
+
+
+def _are_equal(left: Tensor, right: Tensor) -> bool:
+    alike = left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
+    return alike and _is_plain(left) and torch.equal(left, right)
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.layout == torch.strided and type(value) in (Tensor, nn.Parameter)
+
+
+def _overlaps(value: Tensor) -> bool:
+    """Whether elements share memory, as those of an expanded tensor do: it is written to through another one."""
+    if value.layout != torch.strided:
+        return False
+    return any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True))
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """Where a tensor's memory begins; None if it has none."""
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _getter(owner: Any) -> Callable[[str], Any]:
+    def get(name: str) -> Any:
+        try:
+            return getattr(owner, name)
+        except (AttributeError, ValueError):  # a slot or a cell that is empty
+            return _MISSING
+
+    return get
+
+
+def _setter(owner: Any) -> Callable[[str, Any], None]:
+    # A frozen dataclass refuses its own way of setting.
+    put = type.__setattr__ if isinstance(owner, type) else object.__setattr__
+    return functools.partial(put, owner)
+
+
+def _dropper(owner: Any) -> Callable[[str], None]:
+    drop = type.__delattr__ if isinstance(owner, type) else object.__delattr__
+    return functools.partial(drop, owner)
+
+
+def _parts_of_function(function: types.FunctionType) -> Iterator[_Part]:
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    yield _Fixed([*(("variable", c) for c in function.__closure__ or ()), *(("default", d) for d in defaults)])
+    yield _Dict(vars(function))
+    names, variables = _names_in(function.__code__), function.__globals__
+    yield _Names(
+        lambda: [name for name in names if name in variables or not hasattr(builtins, name)],
+        lambda name: variables.get(name, _MISSING),
+        variables.__setitem__,
+        variables.__delitem__,
+    )
+
+
+@functools.lru_cache(maxsize=10_000)
+def _names_in(code: types.CodeType) -> tuple[str, ...]:
+    """The names of global variables and attributes in a function's code, and in that of the functions inside it."""
+    inside = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names_in(const)]
+    return tuple(dict.fromkeys([*code.co_names, *inside]))
+
+
+@functools.cache
+def _is_iterator(kind: Any) -> bool:
+    """Whether it can only be moved forward; one of a class of the user's is an object like others."""
+    return hasattr(kind, "__next__") and _is_library(kind.__module__)
+
+
+@functools.cache
+def _is_library(module: str | None) -> bool:
+    """Whether a module is of Python itself, of an installed package, or of this one."""
+    top = (module or "builtins").partition(".")[0]
+    if top == "__main__":
+        return False
+    if top in sys.stdlib_module_names or top == "hf_warmup":
+        return True
+    found = sys.modules.get(top)
+    places = [getattr(found, "__file__", None) or "", *map(str, getattr(found, "__path__", ()))]
+    return any(folder in place for place in places for folder in ("site-packages", "dist-packages"))
+
+
+@functools.cache
+def _is_opaque(kind: Any) -> bool:
+    """Whether objects of that class are no data."""
+    module = kind.__module__ or "builtins"
+    top = module.partition(".")[0]
+    if top == "__main__" or module.startswith(_DATA_MODULES):
+        return issubclass(kind, threading.Thread)
+    return top in _OPAQUE or top in sys.stdlib_module_names
+
+
+@functools.cache
+def _slots(kind: Any) -> tuple[str, ...]:
+    of_classes = [vars(cls).get("__slots__", ()) for cls in kind.__mro__]
+    slots = [name for names in of_classes for name in ((names,) if isinstance(names, str) else names)]
+    return tuple(name for name in slots if not name.startswith("__"))
+
+
+def _name(path: _Path) -> str:
+    words = []
+    while path is not None:
+        path, label = path
+        words.append(f"[{label}]" if isinstance(label, int) else f".{label}")
+    return "".join(reversed(words)).lstrip(".")
+
+
+@contextmanager
+def traceless(*roots: Any, apart: Iterable[Any] = (), most_bytes: int | None = None) -> Iterator[None]:
+    """Put everything that can be reached from `roots` back on the way out.
+
+    DDP sends its buffers around before a forward pass and, after one without autograd, not before the next. The
+    step that is measured has sent them, so no pass does here, and what the next one does is left as it was.
+
+    Args:
+        roots: The model, a loss function, an optimizer's attributes.
+        apart: As for `Snapshot`.
+        most_bytes: As for `Snapshot`.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RuntimeError: If something has changed that cannot be put back.
+    """
+    before = Snapshot(roots, apart=apart, most_bytes=most_bytes)
+    try:
+        for root in roots:
+            for module in root.modules() if isinstance(root, nn.Module) else ():
+                if isinstance(module, DistributedDataParallel):
+                    module.require_forward_param_sync = False
+        yield
+    finally:
+        before.restore()
+    if moved := before.moved():
+        raise RuntimeError(f"a loss was measured that cannot be measured without a trace: it has moved {moved[0]}")
+
+
+@contextmanager
+def hidden_gradients(params: Iterable[Tensor]) -> Iterator[None]:
+    """Let code run that may read, clear or add to gradients: it sees none, and they are the same objects after it.
+
+    Args:
+        params: Parameters.
+
+    Yields:
+        Nothing.
+    """
+    held = [(p, p.grad) for p in params]
+    try:
+        for p, _ in held:
+            p.grad = None
+        yield
+    finally:
+        for p, grad in held:
+            p.grad = grad
+
+
+class RandomNumbers:
+    """The state of every random number generator when this was made: Python's, numpy's (if loaded), torch's."""
+
+    def __init__(self) -> None:
+        numpy = sys.modules.get("numpy")
+        self._python, self._numpy = random.getstate(), numpy.random.get_state() if numpy else None
+        self._cpu = torch.get_rng_state()
+        self._devices = [_device_module().get_rng_state(i) for i in range(torch.accelerator.device_count())]
+
+    def restore(self) -> None:
+        """Set every generator to that state."""
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        for i, state in enumerate(self._devices):
+            _device_module().set_rng_state(state, i)
+
+
+def _device_module() -> Any:
+    return torch.get_device_module(torch.accelerator.current_accelerator())
