@@ -550,7 +550,19 @@ def _no_global_hooks() -> Iterator[None]:
 
 
 def innermost(optimizer: Any) -> Optimizer:
-    """The optimizer inside wrappers that keep it as `optimizer`, as accelerate's do."""
-    while hasattr(optimizer, "optimizer"):
+    """The optimizer inside wrappers that keep it as `optimizer` and step it, as accelerate's and DeepSpeed's do.
+
+    An optimizer that makes something else of another's steps (Lookahead) is none of them.
+
+    Args:
+        optimizer: In wrappers or not.
+
+    Returns:
+        The one whose `step` is what training does.
+    """
+    while hasattr(optimizer, "optimizer") and (
+        not isinstance(optimizer, Optimizer)
+        or type(optimizer).__module__.partition(".")[0] in ("accelerate", "deepspeed")
+    ):
         optimizer = optimizer.optimizer
     return optimizer

@@ -381,7 +381,7 @@ class _Tensor(_Part):
         if _is_plain(self.place) and (value.data_ptr(), value.shape) != (self.place.data_ptr(), self.place.shape):
             value.data = self.place
         if self.copy is not None:
-            self.place.copy_(self.copy)
+            (self.place if _is_plain(self.place) else value).copy_(self.copy)
         if value.is_leaf and value.grad is not self.grad:
             value.grad = self.grad
 

@@ -35,6 +35,7 @@ from hf_warmup.trainer.wrapping import innermost_method, wrap
 
 logger = logging.getLogger(__name__)
 
+_NO_MEMORY = (MemoryError, torch.OutOfMemoryError)
 INSTEAD = "set init_lr to a number, with warmup=linear and warmup_steps"
 
 
@@ -217,7 +218,8 @@ class StepReplay:
             (again,) = self._backend.together(lambda: [measure()])
         except Exception as error:
             # The others wait inside the forward pass, not here; or the batch is to be made smaller.
-            if self._backend.collective_forward or isinstance(error, MemoryError) or should_reduce_batch_size(error):
+            no_memory = isinstance(error, _NO_MEMORY) or should_reduce_batch_size(error)
+            if self._backend.collective_forward or no_memory:
                 raise
             return str(error)
         # The compiled graphs with and without gradients may round differently.
@@ -261,11 +263,12 @@ class StepReplay:
                 numbers.restore()
                 self._training_step(model, _copy_of_batch(batch), num_items)
             total = sum(asked, torch.zeros((), device=self.trainer.args.device))
+            value = float(total.detach())
             # Of two backward passes at different weights, as SAM makes, no sum is the loss.
-            if len(asked) != 1 and not math.isclose(float(total.detach()), float(own), rel_tol=1e-2):
+            if len(asked) != 1 and not math.isclose(value, float(own), rel_tol=1e-2):
                 raise ValueError(
                     f"the Hessian is that of one loss, but {type(self.trainer).__name__}.training_step goes backward "
-                    f"{len(asked)} times, from losses that are {float(total.detach()):g} together, and returns {float(own):g}: "
+                    f"{len(asked)} times, from losses that are {value:g} together, and returns {float(own):g}: "
                     "use kind=critical"
                 )
             return total if len(asked) != 1 else asked[0]
@@ -311,7 +314,7 @@ class StepReplay:
                 yield asked
             except Exception as error:
                 # Whoever catches a lack of memory may know its type only.
-                kind = type(error) if isinstance(error, MemoryError | torch.OutOfMemoryError) else RuntimeError
+                kind = type(error) if isinstance(error, _NO_MEMORY) else RuntimeError
                 raise kind(
                     f"{type(error).__name__}: {error} (in the step's loss when it was computed again, to try a "
                     f"learning rate, before step {trainer.state.global_step + 1}; all is as it was before. To train "
