@@ -144,8 +144,10 @@ class RunCard:
         return saved
 
     def _has_part(self) -> bool:
-        path = self._folder / "README.md"
-        return path.is_file() and _BEGIN.encode() in path.read_bytes()
+        try:
+            return _BEGIN.encode() in (self._folder / "README.md").read_bytes()
+        except OSError:
+            return False
 
     def _plot(self) -> bytes:
         run_figure(self.trainer.state.log_history).savefig(file := io.BytesIO(), dpi=120, format="png")

@@ -177,7 +177,7 @@ def _of_schedule(trainer: Trainer) -> tuple[float | None, float | None, int | No
     target = max(bases, default=None)
     if not factors:
         return None, target, None
-    init_lr = max(base * factor(0) for base, factor in zip(bases, factors, strict=True))
+    init_lr = max(base * factor(0) for base, factor in zip(bases, factors, strict=False))
     if factors[0](0) >= 1 - 1e-6:
         return init_lr, target, 0
     steps = trainer.args.get_warmup_steps(trainer.state.max_steps)
@@ -473,11 +473,13 @@ def init_words(report: dict[str, Any]) -> str:
         return "chosen by hand"
     if report["warmup"] == "guided":
         if report["init_lr"] >= report["target_lr"] and not _guessed(report):
-            return "η_trgt, as the ramp would have started above it"
+            return "η_trgt, as a thousandth of the first η_c is above it"
         fraction = report["init_lr"] / report["critical_lr"]
         if math.isclose(fraction, 1e-3, rel_tol=1e-2):
             return "a thousandth of the first η_c"
-        return f"{fraction:.3g} of the first η_c"  # GI-Adam's own warmup has its part in it
+        if report["v0"] is not None:
+            return f"a thousandth of the first η_c, times {1e3 * fraction:.3g} for GI-Adam's own warmup"
+        return f"{fraction:.3g} of the first η_c"
     if report["capped"]:
         return f"the cap decided: {report['init_lr'] / report['target_lr']:.3g} of η_trgt, η_c being larger"
     if report["search_status"] == "not_descent":
