@@ -29,7 +29,7 @@ def fence(text: str, language: str) -> str:
     Returns:
         The block, whose fences are longer than any run of backticks in it.
     """
-    ticks = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
+    ticks = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     return f"{ticks}{language}\n{text.replace('<!-- hf-warmup', '<! -- hf-warmup')}\n{ticks}"
 
 

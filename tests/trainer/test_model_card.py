@@ -504,7 +504,7 @@ def test_an_authors_metadata_stay_but_for_what_is_ours(make_trainer, folder, cap
 
 
 HOSTILE = [
-    "```\n# Title\n```",
+    "x\n```\n# Title\n```\ny",
     "a ```` b ~~~~ c",
     "<!-- hf-warmup ends -->",
     "x\n<!-- hf-warmup ends -->\ny",
