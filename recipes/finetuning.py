@@ -14,7 +14,7 @@ from tabulate import tabulate
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_warmup.trainer import warmup_report
-from hf_warmup.trainer.report import target_words
+from hf_warmup.trainer.report import number, target_words
 
 from arguments import Parser
 from running import carry_out
@@ -186,7 +186,7 @@ def summary(trainer: Trainer) -> str:
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     rows = [
         ("optimizer", report["optimizer"]),
-        ("initial learning rate η_init", f"{report['init_lr']:.3g}" + " (capped)" * report["capped"]),
+        ("initial learning rate η_init", number(report["init_lr"]) + " (capped)" * report["capped"]),
         ("target learning rate η_trgt", target_words(report)),
         ("forward passes for the search", str(report["forward_passes"])),
         *(

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments, warmup_report
-from hf_warmup.trainer.report import peak_words, target_words
+from hf_warmup.trainer.report import number, peak_words, target_words
 
 from arguments import RecipeArguments, make_config, parse
 from collator import Collator, Numbered
@@ -134,7 +134,7 @@ def summary(trainer: Trainer, entropy: float) -> str:
         critical = f"above {critical}"
     rows = [
         ("critical learning rate η_c", critical),
-        ("initial learning rate η_init", f"{report['init_lr']:.3g}" + " (capped)" * report["capped"]),
+        ("initial learning rate η_init", number(report["init_lr"]) + " (capped)" * report["capped"]),
         ("target learning rate η_trgt", target_words(report)),
         *warmup_rows(report),
         ("validation loss before / after", f"{before['eval_loss']:.3f} / {after['eval_loss']:.3f}"),

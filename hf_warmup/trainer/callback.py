@@ -37,7 +37,7 @@ from hf_warmup.schedule import (
 from hf_warmup.trainer.arguments import TRYING, WarmupArguments
 from hf_warmup.trainer.backends import Backend, backend_of, check_processes, prepare_optimizer, why_not_try
 from hf_warmup.trainer.logs import log
-from hf_warmup.trainer.model_card import kept_words, write_card
+from hf_warmup.trainer.model_card import RunCard
 from hf_warmup.trainer.optimizer import GIAdamWFactory, gi_adam_cls_and_kwargs
 from hf_warmup.trainer.replay import StepReplay, loss_before, why_not_replay
 from hf_warmup.trainer.sharpness import SharpnessCallback
@@ -98,14 +98,10 @@ class WarmupCallback(TrainerCallback):
             self._schedule = self._change(scheduler, num_training_steps)
             return scheduler
 
-        def carded(create_model_card: Any, *args: Any, **kwargs: Any) -> None:
-            with kept_words(trainer):
-                create_model_card(*args, **kwargs)
-            # The Trainer's words for it, and trl's.
-            write_card(trainer, next((kwargs[k] for k in ("dataset", "dataset_name") if kwargs.get(k)), None))
-
         wrap(trainer, "create_scheduler", scheduled)
-        wrap(trainer, "create_model_card", carded)
+        self._card = RunCard(trainer)
+        wrap(trainer, "create_model_card", self._card.create)
+        wrap(trainer, "save_model", self._card.save)
 
     def _change(
         self, scheduler: LRScheduler, num_training_steps: int
@@ -266,7 +262,14 @@ class WarmupCallback(TrainerCallback):
     ) -> None:
         """Write the card."""
         self._stop_watching()
-        write_card(self.trainer)
+        self._card.write()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put an evaluation that follows training into the card."""
+        if self._card.written and not self.trainer.is_in_train:
+            self._card.write()
 
     def _search(self, shards: Shards, backend: Backend, replay: StepReplay) -> CriticalLR:
         arguments, target = self.arguments, self._target

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from hf_warmup.trainer.plots import runs_figure
-from hf_warmup.trainer.report import critical_words, peak_words, target_words
+from hf_warmup.trainer.report import critical_words, number, peak_words, target_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,7 +111,7 @@ def _row(report: dict[str, Any]) -> tuple[str, ...]:
     return (
         report["optimizer"],
         report["warmup"],
-        f"{report['init_lr']:.3g}",
+        number(report["init_lr"]),
         critical_words(report).split(":")[0] if tells else "",
         target_words(report),
         peak_words(report).split(" (")[0],

@@ -5,121 +5,379 @@ its author's, or the Trainer's draft, of which three things are set right: the o
 whatever runs), what it is fine-tuned from, and the empty headings. The evaluation goes into the metadata.
 """
 
+import hashlib
+import io
 import json
+import logging
+import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from huggingface_hub.utils import yaml_dump
 from transformers import Trainer
 
 from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.probe import innermost
+from hf_warmup.trainer.markdown import plain
 from hf_warmup.trainer.plots import run_figure
-from hf_warmup.trainer.report import warmup_report
+from hf_warmup.trainer.report import group_values, has_trained, warmup_report
 from hf_warmup.trainer.sections import sections, task_of
 
+logger = logging.getLogger(__name__)
+
 _BEGIN, _END = "<!-- hf-warmup begins -->", "<!-- hf-warmup ends -->"
+_MARK = re.compile(rf"^(?:{_BEGIN}|{_END})(?=[ \t\r]*$)", re.MULTILINE)
 # Which every card of the Trainer says until its author has worked on it.
 _DRAFT = "This model card has been generated automatically"
+_SEAL = "a draft until its words are changed: "  # and a hash of all that is not our part
 _HELD_OUT = "held out"  # the split that tells our results in the metadata from others
 
 
-def write_card(trainer: Trainer, dataset: str | Sequence[str] | None = None) -> None:
-    """Write `warmup.json`, `warmup.png` and our part of `README.md` into the output folder.
+class RunCard:
+    """What a run leaves in its output folder: `warmup.json`, `warmup.png` and a part of `README.md`.
 
-    A card that is not there is made by the Trainer first; of one that is, only our part is replaced. Only the
-    first process writes.
-
-    Args:
-        trainer: A trainer that has trained.
-        dataset: Names of its data, if the card's metadata do not have them.
+    The run is worth more than its card: what cannot be read or written is a warning, and stays as it is. Only the
+    first process writes, and the others do not wait for it.
     """
-    if not trainer.is_world_process_zero():
-        return
-    folder = Path(str(trainer.args.output_dir))
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "README.md").exists():
-        if hasattr(trainer.model, "config"):
-            trainer.create_model_card()  # comes back here once the card exists
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.written = False
+        self._dataset: str | Sequence[str] | None = None
+        self._drafting = False
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.trainer.args.output_dir))
+
+    def write(self, *, new: bool = False) -> None:
+        """Write all three, of a trainer that has trained.
+
+        A card that is not there is made by the Trainer first; of one that is, only our part is replaced.
+
+        Args:
+            new: Whether the card that is there was made just now, and nobody has written in it.
+        """
+        if not (self.trainer.is_world_process_zero() and has_trained(self.trainer)):
             return
-        # The Trainer cannot describe a plain module.
-        data = ModelCardData(library_name="transformers", tags=["generated_from_trainer"])
-        ModelCard(f"---\n{data}\n---\n\n# {folder.name}\n").save(folder / "README.md")
-    report = warmup_report(trainer)
-    (folder / "warmup.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    run_figure(trainer.state.log_history).savefig(folder / "warmup.png", dpi=120)
-    card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
-    assert isinstance(card.data, ModelCardData)
-    names = _listed(dataset) or _listed(card.data.datasets)
-    _describe(card.data, trainer, report, names, draft=_DRAFT in card.text)
-    card.text = _with_part(_corrected(card.text, trainer), "\n\n".join(sections(trainer, report, names)))
-    card.save(folder / "README.md")
+        failed: dict[str, str] = {}
+
+        def tried(name: str, make: Callable[[], bytes]) -> None:
+            try:
+                _put(self._folder / name, make())
+            except Exception as error:
+                failed[name] = _reason(error)
+
+        try:
+            report = warmup_report(self.trainer)
+        except Exception as error:
+            failed["warmup.json, warmup.png and README.md"] = _reason(error)
+        else:
+            tried("warmup.json", lambda: (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+            tried("warmup.png", self._plot)
+            tried("README.md", lambda: self._card(report, new, failed))
+        self.written = not failed
+        if failed:
+            self._warn(failed)
+
+    def create(self, create_model_card: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around the Trainer's method of this name: a card that somebody wrote outlives it, and ours follows.
+
+        Args:
+            create_model_card: The Trainer's, which would put its draft in the place of any card.
+            *args: For it.
+            **kwargs: For it.
+
+        Returns:
+            What it returns.
+        """
+        if self._drafting or not self.trainer.is_world_process_zero():
+            return create_model_card(*args, **kwargs)
+        # The Trainer's words for it, and trl's.
+        self._dataset = kwargs.get("dataset") or kwargs.get("dataset_name") or self._dataset
+        path, kept, before = self._folder / "README.md", None, b""
+        try:
+            path = path.resolve()
+            if path.is_file() and not _is_draft(before := path.read_bytes()):
+                # A file, as the process may end meanwhile.
+                kept = Path(tempfile.mkdtemp(prefix="README.md.", dir=path.parent)) / "README.md"
+                shutil.copy2(path, kept)
+        except Exception as error:
+            if kept is not None:
+                shutil.rmtree(kept.parent)
+            self._warn({"README.md": _reason(error)})
+            return None
+        try:
+            made = create_model_card(*args, **kwargs)
+        finally:
+            if kept is not None:
+                # Unless it went on from what was there.
+                if not (path.is_file() and before.strip() in path.read_bytes()):
+                    os.replace(kept, path)
+                shutil.rmtree(kept.parent)
+        self.write(new=kept is None)
+        return made
+
+    def save(self, save_model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around the Trainer's `save_model`, as that of sentence-transformers makes a new card.
+
+        Args:
+            save_model: The Trainer's.
+            *args: For it.
+            **kwargs: For it.
+
+        Returns:
+            What it returns.
+        """
+        had_part = self.written and self._has_part()
+        saved = save_model(*args, **kwargs)
+        if had_part and not self._has_part():
+            self.write(new=True)
+        return saved
+
+    def _has_part(self) -> bool:
+        try:
+            return _BEGIN.encode() in (self._folder / "README.md").read_bytes()
+        except OSError:
+            return False
+
+    def _plot(self) -> bytes:
+        run_figure(self.trainer.state.log_history).savefig(file := io.BytesIO(), dpi=120, format="png")
+        return file.getvalue()
+
+    def _card(self, report: dict[str, Any], new: bool, failed: dict[str, str]) -> bytes:
+        """The card with our part; into `failed` goes what else of it cannot be."""
+        trainer, path = self.trainer, self._folder / "README.md"
+        if not path.exists():
+            new = True
+            if hasattr(trainer.model, "config"):
+                self._drafting = True
+                try:
+                    trainer.create_model_card()
+                finally:
+                    self._drafting = False
+            else:  # the Trainer cannot describe a plain module
+                draft = "---\nlibrary_name: transformers\ntags:\n- generated_from_trainer\n---\n\n# "
+                _put(path, f"{draft}{plain(path.parent.name)}\n".encode())
+        _check_file(path)
+        text = path.read_bytes().decode("utf-8-sig")
+        opening, block, closing, body = _split(text)
+        data = _mapping(block)
+        new = new or _is_sealed(text)
+        names = _listed(self._dataset) or _listed(data.get("datasets"))
+        before, _, after = _cut(body, neutral=new)
+        before = _corrected(before, trainer, report)
+        described = _described(data, trainer, report, names, _DRAFT in body, failed)
+        line = "\r\n" if "\r\n" in text else "\n"
+        if described != data:
+            block = _spliced(block, described, line, failed)
+        head = f"{opening or f'---{line}'}{block}{closing or f'{line}---{line}'}" if block else ""
+        seal = f"\n\n<!-- {_SEAL}{_digest(head + before + after)} -->" if new else ""
+        parts = "\n\n".join(sections(trainer, report, names, plotted="warmup.png" not in failed))
+        part = f"{_BEGIN}\n{parts}{seal}\n{_END}".replace("\n", line)
+        return f"{head}{before}{part}{after}".encode()
+
+    def _warn(self, failed: Mapping[str, str]) -> None:
+        what = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        logger.warning(
+            f"hf-warmup could not write what the run leaves in {self._folder} ({what}). The run is not touched by it, "
+            "and what was there stays. Once that is put right, trainer.create_model_card() writes it"
+        )
 
 
-@contextmanager
-def kept_words(trainer: Trainer) -> Iterator[None]:
-    """Keep a card that somebody wrote, which `create_model_card` would replace by its draft.
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}, {' '.join(str(error).split())[:200]}"
+
+
+def _check_file(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path.name} is not a file")
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Write a file beside its place first: a disk that is full, or a process that ends, leaves what was there."""
+    path = path.resolve()
+    _check_file(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        beside.write_bytes(content)
+        if path.exists():
+            shutil.copymode(path, beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _split(text: str) -> tuple[str, str, str, str]:
+    """The metadata between the lines that open and close them, and the rest."""
+    found = REGEX_YAML_BLOCK.search(text)
+    return (found[1], found[2], found[3], text[found.end() :]) if found else ("", "", "", text)
+
+
+def _mapping(block: str) -> dict[str, Any]:
+    data = yaml.safe_load(block)
+    if data is not None and not isinstance(data, dict):
+        raise ValueError(f"its metadata must be a mapping, got {type(data).__name__}")
+    return data or {}
+
+
+def _cut(body: str, *, neutral: bool = False) -> tuple[str, str, str]:
+    """What is before our part, the part, and what is behind it, where it belongs if it is not there yet.
 
     Args:
-        trainer: Its output folder has the card.
+        body: Of a card.
+        neutral: Whether marks that are not in order are of no meaning, as in a draft that has just been made.
 
-    Yields:
-        Nothing.
+    Returns:
+        All three.
+
+    Raises:
+        ValueError: If the marks are not in order: what is ours, and what its author's, cannot be known.
     """
-    path = Path(str(trainer.args.output_dir)) / "README.md"
-    before = path.read_text(encoding="utf-8") if path.exists() and trainer.is_world_process_zero() else ""
+    marks = list(_MARK.finditer(body))
+    if [mark[0] for mark in marks] == [_BEGIN, _END]:
+        return body[: marks[0].start()], body[marks[0].end() : marks[1].start()], body[marks[1].end() :]
+    if marks and not neutral:
+        raise ValueError(f"{_BEGIN} and {_END} must be there once each and in order, or not at all")
+    line = "\r\n" if "\r\n" in body else "\n"
+    return f"{_MARK.sub('', body).rstrip()}{line}{line}", "", line
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_sealed(text: str) -> bool:
+    """Whether a card that was made by a trainer is still as it was."""
+    body = _split(text)[-1]
+    before, part, after = _cut(body, neutral=True)
+    return bool(part) and f"{_SEAL}{_digest(text.removesuffix(body) + before + after)} -->" in part
+
+
+def _is_draft(card: bytes) -> bool:
     try:
-        yield
-    finally:
-        if before and not _is_draft(before):
-            path.write_text(before, encoding="utf-8")
+        text = card.decode("utf-8-sig")
+        tags = _mapping(_split(text)[1]).get("tags")
+    except (ValueError, yaml.YAMLError):  # what cannot be read is kept
+        return False
+    if isinstance(tags, list) and "trl" in tags and "generated_from_trainer" in tags:
+        return True  # trl's drafts say it nowhere else
+    return _DRAFT in text or _is_sealed(text)
 
 
-def _is_draft(card: str) -> bool:
-    tags = ModelCard(card, ignore_metadata_errors=True).data.to_dict().get("tags") or []
-    return _DRAFT in card or {"generated_from_trainer", "trl"} <= set(tags)  # trl's drafts say it nowhere else
+def _listed(names: Any) -> list[str]:
+    names = [names] if isinstance(names, str) else names
+    return [str(name) for name in names] if isinstance(names, list | tuple) else []
 
 
-def _listed(names: str | Sequence[str] | None) -> list[str]:
-    return [names] if isinstance(names, str) else list(names or ())
+def _described(
+    data: dict[str, Any],
+    trainer: Trainer,
+    report: dict[str, Any],
+    datasets: list[str],
+    draft: bool,
+    failed: dict[str, str],
+) -> dict[str, Any]:
+    """The metadata with task and evaluation; an author's results of other evaluations stay."""
+    task, new = task_of(trainer), dict(data)
+    tags = [data["tags"]] if isinstance(data.get("tags"), str) else data.get("tags") or []
+    if isinstance(tags, list) and "hf-warmup" not in tags:
+        new["tags"] = [*tags, "hf-warmup"]
+    if task is not None and not data.get("pipeline_tag"):
+        new["pipeline_tag"] = task
+    index, ours = data.get("model-index"), _results(task, report, datasets) if task is not None else []
+    folder = _one_line(Path(str(trainer.args.output_dir)).name)
+    try:
+        if index:
+            model_index_to_eval_results(index)  # the hub's own reading
+            first = dict(index[0])
+            if draft:
+                first["name"] = _one_line(first["name"])
+            if task is not None:
+                others = [r for r in first["results"] if not draft and r["dataset"].get("split") != _HELD_OUT]
+                first["results"] = others + ours
+            new["model-index"] = [first, *index[1:]]
+        elif ours:
+            new["model-index"] = [{"name": folder, "results": ours}]
+    except Exception as error:
+        failed["the evaluation in the metadata of README.md"] = f"its model-index is malformed, {_reason(error)}"
+    return new
 
 
-def _describe(data: ModelCardData, trainer: Trainer, report: dict[str, Any], datasets: list[str], draft: bool) -> None:
-    """Put the task and the evaluation into the card's metadata; an author's results of other evaluations stay."""
-    task = task_of(trainer)
-    data.tags = [*(data.tags or []), *({"hf-warmup"} - set(data.tags or []))]
-    data.pipeline_tag = data.pipeline_tag or task
-    if not report["evaluation"] or task is None:
-        return
-    name = ", ".join(datasets) or "the run's own data"
-    ours = [
+def _one_line(name: Any) -> str:
+    return " ".join(str(name).split())
+
+
+def _results(task: str, report: dict[str, Any], datasets: list[str]) -> list[dict[str, Any]]:
+    """The evaluation as the hub's metadata have it."""
+    name = _one_line(", ".join(datasets)) or "the run's own data"
+    results = [
         EvalResult(
             task_type=task,
             dataset_type=re.sub(r"[^A-Za-z0-9._/-]+", "-", name),
             dataset_name=name,
             dataset_split=_HELD_OUT,
-            metric_type=metric,
-            metric_name=metric.replace("_", " "),
+            metric_type=_one_line(metric),
+            metric_name=_one_line(metric).replace("_", " "),
             metric_value=value,
         )
         for metric, value in report["evaluation"].items()
     ]
-    others = [] if draft else [result for result in data.eval_results or [] if result.dataset_split != _HELD_OUT]
-    data.model_name = data.model_name or Path(str(trainer.args.output_dir)).name
-    data.eval_results = others + ours
+    return eval_results_to_model_index("", results)[0]["results"] if results else []
 
 
-def _with_part(text: str, part: str) -> str:
-    part = f"{_BEGIN}\n{part}\n{_END}"
-    if _BEGIN in text and _END in text:
-        return text[: text.index(_BEGIN)] + part + text[text.index(_END) + len(_END) :]
-    return text.rstrip() + "\n\n" + part + "\n"
+def _spliced(block: str, new: dict[str, Any], line: str, failed: dict[str, str]) -> str:
+    """The metadata with the keys that changed written anew; all else, comments too, is as it was."""
+    old = _mapping(block)
+    root: Any = yaml.compose(block, Loader=yaml.SafeLoader)
+    places = {key.value: (key.start_mark.index, value.end_mark.index) for key, value in root.value} if old else {}
+    spliced = block
+    # From the end on, as places before stay where they are; keys that are not there yet follow all.
+    for key in sorted((k for k in new if new[k] != old.get(k)), key=lambda k: places.get(k, (-1, -1)), reverse=True):
+        text = yaml_dump({key: new[key]}, sort_keys=False).strip().replace("\n", line)
+        if key not in places:
+            spliced = f"{spliced.rstrip()}{line}{text}".lstrip()
+            continue
+        start, end = places[key]
+        lines = block[start:end].splitlines(keepends=True)
+        # A list ends where the next key begins, behind the comments before that.
+        while not lines[-1].strip() or lines[-1].lstrip().startswith("#"):
+            lines.pop()
+        own = "".join(lines).rstrip()
+        if _has_comments(own):
+            failed[f"{key} in the metadata of README.md"] = "there are comments in it, which would be lost"
+            continue
+        spliced = spliced[:start] + text + spliced[start + len(own) :]
+    expected = {k: old.get(k) if f"{k} in the metadata of README.md" in failed else v for k, v in new.items()}
+    try:
+        if _mapping(spliced) == expected:
+            return spliced
+        reason = "they cannot be written without a change to other keys"
+    except (ValueError, yaml.YAMLError) as error:
+        reason = _reason(error)
+    failed["the metadata of README.md"] = reason
+    return block
 
 
-def _corrected(text: str, trainer: Trainer) -> str:
+def _has_comments(block: str) -> bool:
+    ends = 0
+    for token in yaml.scan(block, Loader=yaml.SafeLoader):  # of which comments are none
+        if "#" in block[ends : token.start_mark.index]:
+            return True
+        ends = token.end_mark.index
+    return False
+
+
+def _corrected(text: str, trainer: Trainer, report: dict[str, Any]) -> str:
     """A draft of the Trainer, with what is wrong in it set right; other cards stay as they are."""
     if _DRAFT not in text:
         return text
@@ -127,17 +385,35 @@ def _corrected(text: str, trainer: Trainer) -> str:
     # It forgets a model that comes from a folder.
     start = str(getattr(getattr(trainer.model, "config", None), "_name_or_path", "") or "")
     if start and Path(start).is_dir():
-        text = text.replace("was trained from scratch on", f"is a fine-tuned version of `{Path(start).name}` on", 1)
+        name = _one_line(Path(start).name).replace("`", "'")
+        text = text.replace("was trained from scratch on", f"is a fine-tuned version of `{name}` on", 1)
     text = re.sub(r"^## [^\n]+\n\nMore information needed\n\n?", "", text, flags=re.MULTILINE)
-    return re.sub(r"^- optimizer: .*$", lambda _: f"- optimizer: {_optimizer_line(trainer)}", text, flags=re.MULTILINE)
+    # It takes the last evaluation, also where the best model was loaded.
+    achieved = "".join(f"- {_one_line(k).capitalize()}: {v:.4f}\n" for k, v in report["evaluation"].items())
+    results = r"^(It achieves the following results on the evaluation set:\n)(?:- [^\n]*\n)+"
+    text = re.sub(results, lambda found: found[1] + achieved if achieved else "", text, flags=re.MULTILINE)
+    for name, value in _hyperparameters(trainer).items():
+        text = re.sub(rf"^- {name}: .*$", f"- {name}: {value}".replace("\\", r"\\"), text, flags=re.MULTILINE)
+    return text
 
 
-def _optimizer_line(trainer: Trainer) -> str:
+def _hyperparameters(trainer: Trainer) -> dict[str, str]:
+    """What the Trainer takes from its arguments, as it is in the optimizer and the batches that were used."""
     optimizer = innermost(trainer.optimizer)
-    wanted = ("betas", "eps", "momentum", "weight_decay")
-    options = {name: optimizer.defaults[name] for name in wanted if name in optimizer.defaults}
-    options["weight_decay"] = trainer.args.weight_decay  # the groups' own, the default is not used
+    options = {name: group_values(optimizer, name) for name in ("betas", "eps", "momentum", "weight_decay")}
     if isinstance(optimizer, GIAdamW):
-        options["v0"] = optimizer.v0
-    words = ", ".join(f"{name}={value}" for name, value in options.items())
-    return f"{type(optimizer).__name__} with {words}"
+        options["v0"] = [optimizer.v0]
+    # Groups may differ; a value for each of many says nothing.
+    words = ", ".join(f"{name}={_either(values)}" for name, values in options.items() if 0 < len(values) < 5)
+    rates = group_values(optimizer, "initial_lr")
+    batch, total = trainer.state.train_batch_size, trainer.get_total_train_batch_size(trainer.args)
+    return {
+        "optimizer": f"{type(optimizer).__name__}{' with ' * bool(words)}{words}",
+        **({"learning_rate": _either(rates)} if 0 < len(rates) < 5 else {}),
+        **({"train_batch_size": str(batch)} if batch else {}),
+        "total_train_batch_size": str(total),
+    }
+
+
+def _either(values: Sequence[Any]) -> str:
+    return " and ".join(map(str, values))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from hf_warmup.trainer.arguments import SharpnessKind
-from hf_warmup.trainer.report import SHARPNESS_NAMES
+from hf_warmup.trainer.report import SHARPNESS_NAMES, evaluation_prefix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +38,10 @@ def run_figure(history: History) -> "Figure":
         upper.set_yscale("log")
         upper.legend()
     _curve(lower, history, "loss", "-", label="training")
-    _curve(lower, history, "eval_loss", "o", label="validation")
+    for key in dict.fromkeys(f"{prefix}_loss" for e in history if (prefix := evaluation_prefix(e)) is not None):
+        # `$` would begin a formula.
+        label = "validation" if key == "eval_loss" else key.removeprefix("eval_").replace("$", r"\$")
+        _curve(lower, history, key, "o", label=label)
     _name(upper, lower)
     for axes in others:
         assert kind is not None

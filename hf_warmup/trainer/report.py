@@ -28,34 +28,42 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         trainer: A trainer that has trained.
 
     Returns:
-        What `warmup.json` holds. A number that was not measured, or is not finite, is None.
+        What `warmup.json` holds. A number that was not measured, is not known or is not finite, is None.
+
+    Raises:
+        ValueError: If it has not trained.
     """
-    history = trainer.state.log_history
+    if not has_trained(trainer):
+        raise ValueError("trainer must have trained, got one that has made no step")
+    history, args = trainer.state.log_history, trainer.args
     # Of the last run in the history.
     begins = max((i for i, e in enumerate(history) if "warmup/init_lr" in e), default=len(history))
     entries = [e for e in history[begins:] if "warmup/mode" in e]
     start: dict[str, Any] = entries[0] if entries else {}
     last: dict[str, Any] = {k: v for entry in entries for k, v in entry.items()}
     mode = start.get("warmup/mode", "linear")
-    target = start.get("warmup/target_lr", trainer.args.learning_rate)
-    init_lr = start.get("warmup/init_lr", 0.0)
+    init_lr, target, warmup_steps = _of_schedule(trainer)
+    init_lr, target = start.get("warmup/init_lr", init_lr), start.get("warmup/target_lr", target)
+    steps_taken: int | None
     if mode == "linear":
-        warmup_steps = start.get("warmup/warmup_steps", trainer.args.get_warmup_steps(trainer.state.max_steps))
-        saved_fraction = min(1.0, init_lr / target) if start else 0.0  # the Trainer's own schedule may have target 0
-        steps_taken: int | None = math.ceil(warmup_steps * (1 - saved_fraction) - 1e-9)
+        warmup_steps = start.get("warmup/warmup_steps", warmup_steps)
+        saved_fraction = min(1.0, start["warmup/init_lr"] / start["warmup/target_lr"]) if start else 0.0
+        steps_taken = None if warmup_steps is None else math.ceil(warmup_steps * (1 - saved_fraction) - 1e-9)
     else:
         warmup_steps, steps_taken = None, last.get("warmup/warmup_steps")
     if mode not in TRYING and steps_taken is not None and steps_taken > trainer.state.global_step:
         steps_taken = None  # what it would have been
-    evals = [e for e in history if "eval_loss" in e]
+    losses = [e for e in history if "eval_loss" in e]
+    model_step = step_of_model(trainer)
+    evaluated, evaluation_step = evaluation(trainer)
     optimizer = innermost(trainer.optimizer)
+    betas = _betas(optimizer)
     parameters = list(trainer.accelerator.unwrap_model(trainer.model).parameters())
-    args = trainer.args
     report = {
         "optimizer": type(optimizer).__name__,
         "v0": optimizer.v0 if isinstance(optimizer, GIAdamW) else None,
-        "betas": [float(beta) for beta in optimizer.defaults["betas"]] if "betas" in optimizer.defaults else None,
-        "gi_adam_ramp_steps": _ramp_steps(optimizer),
+        "betas": betas,
+        "gi_adam_ramp_steps": _ramp_steps(betas[1]) if isinstance(optimizer, GIAdamW) and betas else None,
         "warmup": mode,
         "asked_init_lr": start.get("warmup/asked", "zero"),
         "critical_lr": start.get("warmup/critical_lr"),
@@ -72,6 +80,7 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         "capped": bool(start.get("warmup/capped", False)),
         "init_lr": init_lr,
         "target_lr": target,
+        "smallest_target_lr": min(_numbers(group_values(optimizer, "initial_lr")), default=None),
         "guessed": start.get("warmup/guessed", False),
         "peak_lr": last.get("warmup/peak_lr") if mode in TRYING else None if steps_taken is None else target,
         "warmup_steps": warmup_steps,
@@ -81,18 +90,100 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         "sharpness": sharpness_report(history, beta1_of(optimizer)),
         "train_steps": trainer.state.global_step,
         "max_steps": trainer.state.max_steps,
-        "sequences_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "model_step": model_step,
+        "sequences_per_step": trainer.get_total_train_batch_size(args),  # as auto_find_batch_size left it
         "tokens": trainer.state.num_input_tokens_seen or None,
         "parameters": sum(_whole_size(p) for p in parameters),
         "trained_parameters": sum(_whole_size(p) for p in parameters if p.requires_grad),
-        "initial_eval_loss": evals[0]["eval_loss"] if len(evals) > 1 and evals[0]["step"] == 0 else None,
-        "final_eval_loss": evals[-1]["eval_loss"] if evals else None,
-        "evaluation": evaluation(evals[-1]) if evals else {},
+        "initial_eval_loss": losses[0]["eval_loss"] if len(losses) > 1 and losses[0]["step"] == 0 else None,
+        "final_eval_loss": evaluated.get("loss"),
+        "evaluation": evaluated,
+        "evaluation_step": evaluation_step,
         "processes": args.world_size,
         "seed": args.seed,
         "versions": {name: version(name) for name in ("hf-warmup", "torch", "transformers", "accelerate")},
     }
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
+
+
+def has_trained(trainer: Trainer) -> bool:
+    """Whether there is anything to report.
+
+    Args:
+        trainer: A trainer, which may have evaluated only.
+
+    Returns:
+        Whether it has made a step.
+    """
+    return trainer.optimizer is not None and trainer.state.global_step > 0
+
+
+def step_of_model(trainer: Trainer) -> int | None:
+    """The step of the weights that are left.
+
+    Args:
+        trainer: A trainer that has trained.
+
+    Returns:
+        That of the best model where it was loaded at the end.
+    """
+    state = trainer.state
+    ended = any("total_flos" in e for e in state.log_history)
+    best = ended and trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return state.best_global_step if best else state.global_step
+
+
+def group_values(optimizer: Any, option: str) -> list[Any]:
+    """What the parameter groups of an optimizer have for an option.
+
+    Args:
+        optimizer: Without a wrapper, of any kind.
+        option: Its name.
+
+    Returns:
+        Each value once; none of groups without parameters.
+    """
+    found: list[Any] = []
+    for group in getattr(optimizer, "param_groups", ()):
+        value = group.get(option)
+        if isinstance(value, tuple | list):
+            value = tuple(map(_python, value))
+        if group.get("params") and option in group and (value := _python(value)) not in found:
+            found.append(value)
+    return found
+
+
+def _python(value: Any) -> Any:
+    # A tensor, as of an optimizer that is captured into a graph, or numpy's.
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _numbers(values: Sequence[Any]) -> list[float]:
+    return [float(value) for value in values if isinstance(value, int | float)]
+
+
+def _betas(optimizer: Any) -> list[float] | None:
+    """The betas, if all groups have the same."""
+    found = group_values(optimizer, "betas")
+    betas = _numbers(found[0]) if len(found) == 1 and isinstance(found[0], tuple) else []
+    return betas if betas and len(betas) == len(found[0]) else None
+
+
+def _of_schedule(trainer: Trainer) -> tuple[float | None, float | None, int | None]:
+    """First learning rate, target and steps of warmup of a schedule that is not ours; None where it does not say."""
+    scheduler: Any = trainer.lr_scheduler
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper has it inside
+    factors, bases = getattr(scheduler, "lr_lambdas", ()), [float(lr) for lr in getattr(scheduler, "base_lrs", ())]
+    target = max(bases, default=None)
+    if not factors:
+        return None, target, None
+    init_lr = max(base * factor(0) for base, factor in zip(bases, factors, strict=False))
+    if factors[0](0) >= 1 - 1e-6:
+        return init_lr, target, 0
+    steps = trainer.args.get_warmup_steps(trainer.state.max_steps)
+    # Of another schedule than `args` asks for, their number says nothing.
+    rises = steps > 0 and (steps >= trainer.state.max_steps or math.isclose(factors[0](steps), 1.0, rel_tol=1e-6))
+    return init_lr, target, steps if rises else None
 
 
 def beta1_of(optimizer: Any) -> float:
@@ -104,7 +195,7 @@ def beta1_of(optimizer: Any) -> float:
     Returns:
         β1; 0 of another optimizer.
     """
-    return float(optimizer.defaults["betas"][0]) if "betas" in optimizer.defaults else 0.0
+    return (_betas(optimizer) or [0.0])[0]
 
 
 def sharpness_report(history: Sequence[Mapping[str, Any]], beta1: float = 0.0) -> dict[str, Any] | None:
@@ -172,24 +263,66 @@ def sharpness_words(measured: Mapping[str, Any]) -> str:
     )
 
 
-def evaluation(entry: dict[str, Any]) -> dict[str, float]:
-    """The metrics of an entry of the log history, without the evaluation's own speed.
+def evaluation_prefix(entry: Mapping[str, Any]) -> str | None:
+    """What the names of an evaluation's metrics begin with.
 
     Args:
-        entry: Of one evaluation.
+        entry: Of the log history.
 
     Returns:
-        Finite numbers by their names without `eval_`.
+        `eval`, `eval_` and the name of its data, or the `metric_key_prefix`; None of another entry, or of an
+        evaluation of training data.
     """
+    ends = "_samples_per_second"
+    found = min((name.removesuffix(ends) for name in entry if name.endswith(ends)), key=len, default=None)
+    if found is None:
+        return "eval" if any(name.startswith("eval_") for name in entry) else None
+    return None if found.split("_")[0] == "train" else found
+
+
+def evaluation(trainer: Trainer) -> tuple[dict[str, float], int | None]:
+    """The metrics of the model that is left, without the evaluation's own speed.
+
+    Args:
+        trainer: A trainer that has trained.
+
+    Returns:
+        Finite numbers by their names without `eval_`, and the step at which they were measured: the model's own, or
+        else the last one before it that was evaluated. Nothing if the best model was loaded and was not evaluated.
+    """
+    history, step = trainer.state.log_history, step_of_model(trainer)
+    chosen: list[Any]
+    ended = max((i for i, e in enumerate(history) if "total_flos" in e), default=len(history))
+    evaluations = [(i, e) for i, e in enumerate(history) if evaluation_prefix(e) is not None]
+    chosen = [e for i, e in evaluations if i > ended or e.get("step") == step]
+    if not chosen and evaluations and step == trainer.state.global_step:
+        step = int(evaluations[-1][1]["step"])
+        chosen = [e for _, e in evaluations if e.get("step") == step]
+    if not chosen:
+        return {}, None
     speed = ("runtime", "per_second", "jit_compilation_time", "preparation_time")
-    return {
+    metrics = {
         name.removeprefix("eval_"): float(value)
+        for entry in chosen
         for name, value in entry.items()
-        if name.startswith("eval_")
+        if name.startswith(f"{evaluation_prefix(entry)}_")
         and not name.endswith(speed)
         and isinstance(value, int | float)
         and math.isfinite(value)
     }
+    return metrics, step
+
+
+def number(value: float | None) -> str:
+    """A number of a report.
+
+    Args:
+        value: Which may not be known.
+
+    Returns:
+        Three digits of it, or words.
+    """
+    return "not known" if value is None else f"{value:.3g}"
 
 
 def target_words(report: dict[str, Any]) -> str:
@@ -199,9 +332,12 @@ def target_words(report: dict[str, Any]) -> str:
         report: From `warmup_report`.
 
     Returns:
-        The number, and whether it was but a guess.
+        The number, and whether it was but a guess, or that of some parameters.
     """
-    return f"{report['target_lr']:.3g}" + " (a guess)" * _guessed(report)
+    target, smallest = report["target_lr"], report.get("smallest_target_lr")  # a report may be older than that
+    if target is not None and smallest is not None and smallest < 0.999 * target and not _guessed(report):
+        return f"{target:.3g} (the largest: that of other parameters is {smallest:.3g} at the least)"
+    return number(target) + " (a guess)" * _guessed(report)
 
 
 def peak_words(report: dict[str, Any]) -> str:
@@ -221,13 +357,15 @@ def peak_words(report: dict[str, Any]) -> str:
         "target": "η_trgt",
     }
     reason = _peak_reason(report)
+    if report["target_lr"] is None or (report["warmup"] == "linear" and report["warmup_steps"] is None):
+        return "not known"
     return f"{report['peak_lr']:.3g} ({words[reason]})" if reason else "not reached: the run ended before its warmup"
 
 
 def _peak_reason(report: dict[str, Any]) -> str | None:
     """What decided the learning rate at the ramp's end; None if it was not reached."""
     peak, turn = report["peak_lr"], report["turn_lr"]
-    if peak is None:
+    if peak is None or report["target_lr"] is None:
         return None
     if peak >= 0.999 * report["target_lr"] and not _guessed(report):
         return "target"
@@ -268,27 +406,31 @@ def optimizer_words(report: dict[str, Any]) -> str:
     start = {"gradient": "v_0 = g_0²", "random": "v_0 random (RI-Adam)"}.get(
         report["v0"], f"v_0 = {report['v0']} g_0²"
     )
+    if report["gi_adam_ramp_steps"] is None:  # the groups have different betas
+        return f"{report['optimizer']}, {start}: a built-in warmup"
     return (
         f"{report['optimizer']}, {start}: a built-in warmup to 0.9 of the step length over "
         f"{report['gi_adam_ramp_steps']} steps at β2 = {report['betas'][1]:g}"
     )
 
 
-def mode_words(mode: str) -> str:
-    """What a kind of warmup does.
+def mode_words(report: dict[str, Any]) -> str:
+    """What the warmup did.
 
     Args:
-        mode: As `--warmup` names it.
+        report: From `warmup_report`.
 
     Returns:
         Words.
     """
+    if report["warmup"] == "linear" and not report["warmup_steps"]:
+        return "none" if report["warmup_steps"] == 0 else "that of the trainer's own schedule"
     return {
         "linear": "linear",
         "exponential": "exponential: a fixed growth per step",
         "guided": "guided by the critical learning rate along the run",
         "persistent": "persistent catapult: one search for the critical learning rate after another",
-    }[mode]
+    }[report["warmup"]]
 
 
 def critical_words(report: dict[str, Any]) -> str:
@@ -324,15 +466,20 @@ def init_words(report: dict[str, Any]) -> str:
         Words.
     """
     if report["asked_init_lr"] == "zero":
-        return "the Trainer's own schedule"
+        return "there was no warmup" if report["warmup_steps"] == 0 else "the Trainer's own schedule"
     if report["warmup"] == "persistent":
         return "the first η_c" if report["init_lr"] < report["target_lr"] else "η_trgt, as the first η_c is above it"
     if report["asked_init_lr"] != "catapult":
         return "chosen by hand"
     if report["warmup"] == "guided":
-        if report["init_lr"] < report["target_lr"] or _guessed(report):
+        if report["init_lr"] >= report["target_lr"] and not _guessed(report):
+            return "η_trgt, as a thousandth of the first η_c is above it"
+        fraction = report["init_lr"] / report["critical_lr"]
+        if math.isclose(fraction, 1e-3, rel_tol=1e-2):
             return "a thousandth of the first η_c"
-        return "η_trgt, as a thousandth of the first η_c is above it"
+        if report["v0"] is not None:
+            return f"a thousandth of the first η_c, times {1e3 * fraction:.3g} for GI-Adam's own warmup"
+        return f"{fraction:.3g} of the first η_c"
     if report["capped"]:
         return f"the cap decided: {report['init_lr'] / report['target_lr']:.3g} of η_trgt, η_c being larger"
     if report["search_status"] == "not_descent":
@@ -370,11 +517,8 @@ def _whole_size(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _ramp_steps(optimizer: Any) -> int | None:
+def _ramp_steps(beta2: float) -> int:
     """Steps until GI-Adam's step √(1-β2^t) reaches 0.9 of its length, on a constant gradient."""
-    if not isinstance(optimizer, GIAdamW):
-        return None
-    beta2 = float(optimizer.defaults["betas"][1])
     return math.ceil(math.log(1 - 0.9**2) / math.log(beta2)) if 0 < beta2 < 1 else 1
 
 

@@ -9,15 +9,16 @@ from typing import Any
 import transformers
 import yaml
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from tabulate import tabulate
 from transformers import PreTrainedTokenizerBase, Trainer
 
 import __main__
 from hf_warmup.trainer.arguments import TRYING
+from hf_warmup.trainer.markdown import fence, plain, table
 from hf_warmup.trainer.report import (
     critical_words,
     init_words,
     mode_words,
+    number,
     optimizer_words,
     peak_words,
     sharpness_words,
@@ -52,63 +53,64 @@ _CITATION = """```bibtex
 ```"""
 
 
-def sections(trainer: Trainer, report: dict[str, Any], datasets: list[str]) -> Iterator[str]:
+def sections(trainer: Trainer, report: dict[str, Any], datasets: list[str], *, plotted: bool = True) -> Iterator[str]:
     """All sections of the card.
 
     Args:
         trainer: A trainer that has trained.
         report: From `warmup_report`.
         datasets: The names of its data.
+        plotted: Whether there is a plot.
 
     Yields:
         Markdown of one section each.
     """
-    yield warmup_section(report)
+    yield warmup_section(report, plotted=plotted)
     if (usage := _usage(trainer)) is not None:
-        yield f"## How to use\n\n```python\n{usage}\n```"
-    yield f"## This run\n\n{_table(('What', 'This run'), _run_rows(trainer, report, datasets))}"
+        yield f"## How to use\n\n{fence(usage, 'python')}"
+    yield f"## This run\n\n{table(('What', 'This run'), _run_rows(trainer, report, datasets))}"
     if (again := _again(trainer)) is not None:
         yield f"## The same run again\n\n{again}"
     yield f"## Limits\n\n{_limits(report)}"
     yield f"## Citation\n\n{_CITATION}"
     if HF_HUB_OFFLINE:
+        upload = fence(f"hf upload NAME {shlex.quote(str(trainer.args.output_dir))}", "bash")
         yield (
-            "*Written offline (`HF_HUB_OFFLINE=1`): neither checked against the hub nor sent to it. "
-            f"`hf upload NAME {shlex.quote(str(trainer.args.output_dir))}` sends it.*"
+            "*Written offline (`HF_HUB_OFFLINE=1`): neither checked against the hub nor sent to it. This sends it:*"
+            f"\n\n{upload}"
         )
 
 
-def warmup_section(report: dict[str, Any]) -> str:
+def warmup_section(report: dict[str, Any], *, plotted: bool = True) -> str:
     """The model card's section on warmup.
 
     Args:
         report: From `warmup_report`.
+        plotted: Whether there is a plot.
 
     Returns:
         Markdown, with the plot as `warmup.png`.
     """
-    rows = [("Optimizer", optimizer_words(report)), ("Warmup", mode_words(report["warmup"]))]
+    rows = [("Optimizer", plain(optimizer_words(report))), ("Warmup", mode_words(report))]
     if report["asked_init_lr"] == "catapult" or report["warmup"] in TRYING:
         rows.append(("Critical learning rate η_c", critical_words(report)))
-    rows += [
-        ("Initial learning rate η_init", f"{report['init_lr']:.3g} ({init_words(report)})"),
-        ("Target learning rate η_trgt", target_words(report)),
-    ]
+    if report["init_lr"] is not None:
+        rows.append(("Initial learning rate η_init", f"{number(report['init_lr'])} ({init_words(report)})"))
+    rows.append(("Target learning rate η_trgt", target_words(report)))
     steps = "not finished" if report["warmup_steps_taken"] is None else str(report["warmup_steps_taken"])
     waited = f", {report['waited_steps']} of them waiting for the loss to fall" if report["waited_steps"] else ""
     taken = ("Warmup steps taken", steps + waited)
     passes = f"{report['forward_passes']} forward passes"
     if report["warmup"] == "linear":
-        rows += [
-            ("Warmup steps asked for (T_wrm)", str(report["warmup_steps"])),
-            taken,
-            ("Steps saved (T_save)", f"{report['steps_saved']:.1f}, after {passes}"),
-        ]
+        if report["warmup_steps"]:
+            rows += [("Warmup steps asked for (T_wrm)", str(report["warmup_steps"])), taken]
+        if report["asked_init_lr"] != "zero":
+            rows.append(("Steps saved (T_save)", f"{report['steps_saved']:.1f}, after {passes}"))
     else:
         rows += [("Learning rate at its end, before decay", peak_words(report)), taken, ("Cost of the search", passes)]
     if report["final_eval_loss"] is not None:
         rows.append(("Final validation loss", f"{report['final_eval_loss']:.4f}"))
-    parts = ["## Learning-rate warmup", _table(("Warmup", "This run"), rows), verdict(report)]
+    parts = ["## Learning-rate warmup", table(("Warmup", "This run"), rows), verdict(report)]
     if report["sharpness"] is not None:
         parts.append(sharpness_words(report["sharpness"]))
     if report["search_evals"]:
@@ -117,14 +119,15 @@ def warmup_section(report: dict[str, Any]) -> str:
             for lr, loss in sorted(report["search_evals"], key=lambda tried: tried[0])
         ]
         header = ("Learning rate of the first step", "Loss of its batch after it")
-        parts += ["The search for η_c:", _table(header, tried)]
-    shown = "Learning rate above, training and validation loss below, against the optimizer step"
-    if report["sharpness"] is not None:
-        shown = shown.replace(", against", ", then the sharpness and the threshold of stability, against")
-    if sum(lr > 0 for lr, _ in report["search_evals"] or ()) > 1:
-        shown += "; at the bottom the loss after the first step against its learning rate"
+        parts += ["The search for η_c:", table(header, tried)]
+    if plotted:
+        shown = "Learning rate above, training and validation loss below, against the optimizer step"
+        if report["sharpness"] is not None:
+            shown = shown.replace(", against", ", then the sharpness and the threshold of stability, against")
+        if sum(lr > 0 for lr, _ in report["search_evals"] or ()) > 1:
+            shown += "; at the bottom the loss after the first step against its learning rate"
+        parts.append(f"![{shown}](warmup.png)")
     parts += [
-        f"![{shown}](warmup.png)",
         "Measured and written by hf-warmup, after Kalra and Barkeshli, *Why Warmup the Learning Rate?* (NeurIPS 2024, "
         "[arXiv:2406.09405](https://arxiv.org/abs/2406.09405)).",
     ]
@@ -149,11 +152,14 @@ def _run_rows(trainer: Trainer, report: dict[str, Any], datasets: list[str]) -> 
     trained, whole = report["trained_parameters"], report["parameters"]
     size = f"{whole:,} parameters" + f", of which {trained:,} were trained" * (trained != whole)
     steps = f"{report['train_steps']:,} of {report['sequences_per_step']:,} sequences"
-    rows = [("Model", f"{type(model).__name__}, {size}"), ("Data", ", ".join(datasets) or "not named")]
+    if report["model_step"] not in (None, report["train_steps"]):
+        steps += f"; the model is that of step {report['model_step']:,}, the best"
+    rows = [("Model", f"{plain(type(model).__name__)}, {size}")]
+    rows += [("Data", ", ".join(map(plain, datasets)) or "not named")]
     rows += [("Steps", steps)]
     if report["tokens"]:
         rows.append(("Tokens", f"{report['tokens']:,}, {report['tokens'] / whole:.3g} per parameter"))
-    rows += [(f"Evaluation: {name}", f"{value:.4f}") for name, value in report["evaluation"].items()]
+    rows += [(f"Evaluation: {plain(name)}", f"{value:.4f}") for name, value in report["evaluation"].items()]
     rows += [("Seed", str(report["seed"])), ("Processes", str(report["processes"]))]
     return rows + [(name, number) for name, number in report["versions"].items()]
 
@@ -190,7 +196,7 @@ def _again(trainer: Trainer) -> str | None:
         config["deepspeed_config"] = {"zero_stage": state.deepspeed_plugin.zero_stage}
     command = shlex.join(["accelerate", "launch", "--config_file", "accelerate.yaml", *_without_secrets(sys.argv)])
     text = yaml.safe_dump(config, sort_keys=False).rstrip()
-    return f"```bash\n{command}\n```\n\nwith `accelerate.yaml`:\n\n```yaml\n{text}\n```"
+    return f"{fence(command, 'bash')}\n\nwith `accelerate.yaml`:\n\n{fence(text, 'yaml')}"
 
 
 def _without_secrets(words: list[str]) -> list[str]:
@@ -211,12 +217,12 @@ def _limits(report: dict[str, Any]) -> str:
         "η_c belongs to this model, this batch size and these data. It does not carry over to others, nor from one "
         "optimizer to another.",
     ]
-    if report["evaluation"]:
-        limits.append("The evaluation is of held-out data of the run's own; nothing else was evaluated.")
-    else:
+    if report["evaluation_step"] is None:
         limits.append("The model was not evaluated.")
+    elif not report["evaluation"]:
+        limits.append("No metric of the evaluation was finite.")
+    else:
+        limits.append("The evaluation is of held-out data of the run's own; nothing else was evaluated.")
+        if report["evaluation_step"] != report["model_step"]:
+            limits.append(f"It is of step {report['evaluation_step']:,}, the model of step {report['model_step']:,}.")
     return "\n".join(f"* {limit}" for limit in limits)
-
-
-def _table(headers: tuple[str, str], rows: list[tuple[str, str]]) -> str:
-    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)

@@ -412,7 +412,7 @@ def test_what_guided_warmup_did_is_on_the_card_and_in_the_logs(make_trainer, tmp
     assert report["smallest_critical_lr"] == min(lr for _, lr in critical_lrs(trainer))
     text = (folder / "README.md").read_text()
     assert "guided by the critical learning rate along the run" in text
-    assert f"{rates[0]:.3g} (a thousandth of the first η_c)" in text
+    assert f"{rates[0]:.3g} (a thousandth of the first η_c" in text
 
 
 def test_the_first_step_waits_for_a_gradient(make_trainer):

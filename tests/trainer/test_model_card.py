@@ -1,5 +1,9 @@
 import json
 import re
+import resource
+import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +11,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from huggingface_hub import EvalResult, ModelCard, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from markdown_it import MarkdownIt
 from PIL import Image
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
@@ -14,7 +19,7 @@ import __main__
 from hf_warmup.trainer import WarmupCallback, compare_runs, warmup_report
 from hf_warmup.trainer.report import peak_words, target_words, verdict
 
-from tiny import make_model
+from tiny import make_dataset, make_model
 
 
 def train(trainer):
@@ -29,9 +34,10 @@ def folder(tmp_path):
 
 
 def test_training_leaves_a_card_with_the_optimizer_that_ran(make_trainer, folder):
-    trainer = train(make_trainer(adam_beta2=0.95, weight_decay=0.1))
+    trainer = train(make_trainer(gi_adam=True, adam_beta2=0.95, weight_decay=0.1))
     text = (folder / "README.md").read_text()
-    assert "- optimizer: GIAdamW with betas=(0.9, 0.95), eps=1e-08, weight_decay=0.1, v0=gradient" in text
+    # Biases and norms do not decay.
+    assert "- optimizer: GIAdamW with betas=(0.9, 0.95), eps=1e-08, weight_decay=0.1 and 0.0, v0=gradient" in text
     assert "ADAMW_TORCH" not in text
     assert "fine-tuned version of" not in text
     assert "the cap decided: 0.1 of η_trgt, η_c being larger" in text
@@ -264,6 +270,460 @@ def test_what_is_pushed_to_the_hub_has_the_card(make_trainer, folder, monkeypatc
     card = pushed["README.md"].decode()
     assert card.count("## Learning-rate warmup") == 1
     assert "LlamaForCausalLM.from_pretrained('me/tiny')" in card
+
+
+def warnings_of(caplog):
+    return [r.getMessage() for r in caplog.records if r.name == "hf_warmup.trainer.model_card"]
+
+
+def part_of(folder):
+    text = (folder / "README.md").read_text()
+    assert text.count("\n<!-- hf-warmup begins -->\n") == text.count("\n<!-- hf-warmup ends -->") == 1
+    return text.split("\n<!-- hf-warmup begins -->\n")[1].split("\n<!-- hf-warmup ends -->\n")[0]
+
+
+BEGIN, END = b"<!-- hf-warmup begins -->\n", b"<!-- hf-warmup ends -->\n"
+
+
+@pytest.mark.parametrize(
+    ("card", "reason"),
+    [
+        ("# Modèle".encode("latin-1"), "UnicodeDecodeError"),
+        (bytes(range(256)), "UnicodeDecodeError"),
+        (b"---\n: : [\n---\n# Mine", "ParserError"),
+        (b"---\n- a\n- b\n---\n# Mine", "must be a mapping, got list"),
+        (b"---\n3\n---\n# Mine", "must be a mapping, got int"),
+        (b"# Mine\n" + END + b"My words.\n" + BEGIN, "once each and in order"),
+        (b"# Mine\n" + BEGIN + b"My words.\n", "once each and in order"),
+        (b"# Mine\n" + END + b"My words.\n", "once each and in order"),
+        (b"# Mine\n" + (BEGIN + b"My words.\n" + END) * 2, "once each and in order"),
+    ],
+)
+def test_a_card_that_cannot_be_read_stays_and_training_ends_as_ever(make_trainer, folder, caplog, card, reason):
+    folder.mkdir()
+    (folder / "README.md").write_bytes(card)
+    trainer = train(make_trainer(max_steps=2, warmup_steps=1))
+    (warning,) = warnings_of(caplog)
+    assert f"README.md: {reason}" in warning or reason in warning
+    assert "trainer.create_model_card()" in warning
+    trainer.evaluate()
+    trainer.save_model()
+    assert {p.name for p in folder.iterdir()} >= {"model.safetensors", "warmup.json", "warmup.png"}
+    assert (folder / "README.md").read_bytes() == card
+    assert len(warnings_of(caplog)) == 1
+
+
+@pytest.mark.parametrize("name", ["README.md", "warmup.json", "warmup.png"])
+def test_a_folder_in_the_place_of_a_file_is_a_warning(make_trainer, folder, caplog, name):
+    (folder / name).mkdir(parents=True)
+    trainer = train(make_trainer(max_steps=2, warmup_steps=1))
+    (warning,) = warnings_of(caplog)
+    assert f"{name}: OSError, {name} is not a file" in warning
+    trainer.save_model()
+    written = {p.name for p in folder.iterdir() if p.is_file()}
+    assert written >= {"README.md", "warmup.json", "warmup.png", "model.safetensors"} - {name}
+    assert name == "README.md" or ("(warmup.png)" in part_of(folder)) == (name != "warmup.png")
+
+
+def at_the_end(trainer, act):
+    class AtTheEnd(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            act()
+
+    trainer.add_callback(AtTheEnd())  # before ours
+    return train(trainer)
+
+
+def test_on_a_full_disk_an_authors_card_stays_whole(make_trainer, folder, caplog):
+    folder.mkdir()
+    card = b"# Mine\n\nMy words.\n" * 100
+    (folder / "README.md").write_bytes(card)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # noqa: E731
+        trainer = at_the_end(make_trainer(max_steps=2, warmup_steps=1), full)
+        trainer.create_model_card()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    written, kept = warnings_of(caplog)
+    assert all(f"{name}: OSError" in written for name in ("README.md", "warmup.json", "warmup.png"))
+    assert "README.md: OSError" in kept
+    assert {p.name for p in folder.iterdir()} == {"README.md"}
+    assert (folder / "README.md").read_bytes() == card
+    trainer.create_model_card()  # there is room again
+    assert (folder / "README.md").read_bytes().startswith(b"---\ntags:\n- hf-warmup\n")
+    assert card.rstrip() in (folder / "README.md").read_bytes()
+
+
+def test_a_file_in_the_place_of_the_output_folder_is_a_warning(make_trainer, folder, caplog):
+    def replace():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.touch()
+
+    at_the_end(make_trainer(max_steps=2, warmup_steps=1), replace)
+    assert len(warnings_of(caplog)) == 1
+
+
+def test_without_matplotlib_the_card_has_no_plot(make_trainer, folder, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    train(make_trainer(max_steps=2, warmup_steps=1))
+    assert "warmup.png: " in warnings_of(caplog)[0]
+    assert "warmup.png" not in part_of(folder)
+    assert (folder / "warmup.json").exists()
+
+
+class NoCard(Trainer):
+    error = RuntimeError("no card today")
+
+    def create_model_card(self, *args, **kwargs):
+        (Path(self.args.output_dir) / "README.md").write_text("half a ca")
+        raise self.error
+
+
+def test_a_trainer_that_cannot_make_its_card_trains_and_ctrl_c_gets_through(make_trainer, folder, caplog):
+    trainer = train(make_trainer(NoCard, max_steps=2, warmup_steps=1))
+    assert "README.md: RuntimeError, no card today" in warnings_of(caplog)[0]
+    (folder / "README.md").write_text("# Mine\n")
+    with pytest.raises(RuntimeError, match="no card today"):  # the trainer's own, as without us
+        trainer.create_model_card()
+    assert {p.name for p in folder.iterdir()} == {"README.md", "warmup.json", "warmup.png"}
+    assert (folder / "README.md").read_text() == "# Mine\n"
+    (folder / "README.md").unlink()
+    NoCard.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        train(make_trainer(NoCard, max_steps=2, warmup_steps=1))
+
+
+def test_only_the_first_process_writes(make_trainer, folder):
+    class Second(Trainer):
+        def is_world_process_zero(self):
+            return False
+
+    trainer = train(make_trainer(Second, max_steps=2, warmup_steps=1))
+    trainer.create_model_card()
+    assert not any(folder.iterdir())
+
+
+class Overwriting(Trainer):
+    """Makes new cards in the place of any, also where it saves, as trl's and sentence-transformers' do."""
+
+    named = "?"
+
+    def create_model_card(self, model_name="?", **kwargs):
+        self.named = model_name
+        self.write(self.args.output_dir)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        super().save_model(output_dir, _internal_call)
+        self.write(output_dir or self.args.output_dir)
+
+    def write(self, folder):
+        index = {"name": "n", "results": [{"task": {"type": "t"}, "dataset": {"name": "d", "type": "d"}}]}
+        index["results"][0]["metrics"] = [{"type": "m", "value": 1}]
+        head = f"---\ntags:\n- theirs\nmodel-index: {json.dumps([index])}\n---\n"
+        Path(folder, "README.md").write_text(f"{head}\n# {self.named}\n\nModel of step {self.state.global_step}.\n")
+
+
+def test_a_card_that_a_trainer_makes_anew_has_our_part_again(make_trainer, folder):
+    every = {"save_strategy": "steps", "save_steps": 12, "eval_strategy": "steps", "eval_steps": 12}
+    trainer = train(make_trainer(Overwriting, **every))
+    for _ in range(2):
+        trainer.create_model_card(model_name="me/tiny")
+        assert "# me/tiny\n\nModel of step 12.\n\n<!-- hf-warmup begins -->" in (folder / "README.md").read_text()
+        trainer.save_model()
+        assert "## Learning-rate warmup" in part_of(folder)
+    found = eval_results(metadata_load(folder / "README.md"))
+    assert [(r.dataset_name, r.metric_type) for r in found] == [("d", "m"), ("the run's own data", "loss")]
+    assert "hf-warmup" not in (folder / "checkpoint-12" / "README.md").read_text()
+    text = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(text.replace("# me/tiny", "# me/tiny\n\nMy words."))
+    trainer.create_model_card(model_name="other")
+    assert "# me/tiny\n\nMy words." in (folder / "README.md").read_text()
+
+
+def test_a_card_that_cannot_be_read_outlives_a_trainer_that_overwrites_it(make_trainer, folder):
+    folder.mkdir()
+    card = "# Modèle".encode("latin-1")
+    (folder / "README.md").write_bytes(card)
+    trainer = train(make_trainer(Overwriting, max_steps=2, warmup_steps=1))
+    trainer.create_model_card()
+    assert (folder / "README.md").read_bytes() == card
+
+
+def test_a_trainer_that_goes_on_from_an_authors_card_does_so(make_trainer, folder):
+    class Appending(Trainer):
+        def create_model_card(self, *args, **kwargs):
+            with (folder / "README.md").open("a") as file:
+                file.write("More.\n")
+
+    folder.mkdir()
+    (folder / "README.md").write_text("# Mine\n")
+    trainer = train(make_trainer(Appending, max_steps=2, warmup_steps=1))
+    trainer.create_model_card()
+    text = (folder / "README.md").read_text()
+    assert text.index("# Mine") < text.index("hf-warmup begins") < text.index("More.")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "kept", "warned"),
+    [
+        ("license: mit  # ours\n# of the tests\ndatasets: 3", "license: mit  # ours\n# of the tests\ndatasets: 3", ""),
+        ("tags:\n- a\n- b\n# on the licence\nlicense: mit", "# on the licence\nlicense: mit", ""),
+        ("tags: [a, b]  # two\nx: {y: 1}", "x: {y: 1}", ""),
+        ("tags:\n- a  # why\n- b", "tags:\n- a  # why\n- b", "tags in the metadata of README.md: there are comments"),
+        ("tags: &t [a]\nkeywords: *t", "tags: &t [a]\nkeywords: *t", "the metadata of README.md"),
+        ("{license: mit}", "{license: mit}", "the metadata of README.md"),
+        ("license: mit\nmodel-index: nonsense", "model-index: nonsense", "its model-index is malformed"),
+        ("model-index:\n- name: x\n  results:\n  - 3", "- name: x\n  results:\n  - 3", "its model-index is malformed"),
+    ],
+)
+@pytest.mark.parametrize("line", ["\n", "\r\n"])
+def test_an_authors_metadata_stay_but_for_what_is_ours(make_trainer, folder, caplog, metadata, kept, warned, line):
+    folder.mkdir()
+    before = f"---\n{metadata}\n---\n# Mine\n\nMy words.\n"
+    (folder / "README.md").write_bytes(before.replace("\n", line).encode())
+    old = metadata_load(folder / "README.md")
+    for _ in range(2):
+        train(make_trainer(max_steps=2, warmup_steps=1, eval_strategy="steps", eval_steps=2))
+    text = (folder / "README.md").read_bytes().decode()
+    assert text.count("\n") == text.count(line)
+    text = text.replace("\r\n", "\n")
+    assert f"{kept}\n" in text
+    assert "\n---\n# Mine\n\nMy words.\n\n<!-- hf-warmup begins -->\n" in text
+    new = metadata_load(folder / "README.md")
+    ours = {"tags", "pipeline_tag", "model-index"}
+    assert {k: v for k, v in new.items() if k not in ours} == {k: v for k, v in old.items() if k not in ours}
+    assert set(old.get("tags", [])) <= set(new.get("tags", []))
+    if warned:
+        assert all(warned in warning for warning in warnings_of(caplog))
+        assert len(warnings_of(caplog)) == 2
+    else:
+        assert not warnings_of(caplog)
+        assert "hf-warmup" in new["tags"]
+        assert [r.metric_type for r in eval_results(new)] == ["loss"]
+
+
+HOSTILE = [
+    "x\n```\n# Title\n```\ny",
+    "a ```` b ~~~~ c",
+    "<!-- hf-warmup ends -->",
+    "x\n<!-- hf-warmup ends -->\ny",
+    "x\n<!-- hf-warmup begins -->\ny",
+    "<script>alert(1)<\\script> & [click](javascript:alert(1)) ![i](x)",
+    "a | b *c* _d_ `e` \\ $f$ ~~g~~",
+    "a\n---\nb",
+    "---\ntags: x\n---",
+    "'\": {} [] # ! % @ &a *b - ?",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_and_commands_break_neither_marks_nor_fences_nor_metadata(make_trainer, tmp_path, name, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--run_name", name])
+    monkeypatch.setattr(__main__, "__file__", "train.py", raising=False)
+    folder = tmp_path / name
+    metric = name.replace("\n", " ")
+    options = {"output_dir": str(folder), "max_steps": 2, "warmup_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(trainer_kwargs={"compute_metrics": lambda _: {metric: 0.5}}, **options)
+    train(trainer)
+    lengths = set()
+    for _ in range(3):
+        trainer.create_model_card(dataset=name)
+        lengths.add(len((folder / "README.md").read_text()))
+        part = part_of(folder)
+    assert len(lengths) == 1
+    assert metadata_load(folder / "README.md")["model-index"][0]["name"] == " ".join(name.split())
+    tokens = MarkdownIt().enable(["table", "strikethrough"]).parse(part)
+    after = list(zip(tokens, tokens[1:], strict=False))
+    assert [t.content for t in tokens if t.type == "html_block"] == re.findall(r"<!-- a draft .*-->", part)
+    assert not any(t.type == "hr" for t in tokens)
+    titles = ["Learning-rate warmup", "How to use", "This run", "The same run again", "Limits", "Citation"]
+    assert [text.content for t, text in after if t.type == "heading_open"] == titles
+    found = [text.children for t, text in after if t.type == "td_open"]
+    assert {child.type for cell in found for child in cell} == {"text"}
+    texts = [cell[0].content if cell else "" for cell in found]
+    shown = " ".join(name.split())
+    assert texts[texts.index("Data") + 1] == shown
+    assert f"Evaluation: {shown}" in texts
+    command, *_ = [t.content for t in tokens if t.type == "fence" and t.info == "bash"]
+    launch = ["accelerate", "launch", "--config_file", "accelerate.yaml", *sys.argv]
+    assert command == shlex.join(launch).replace("<!-- hf", "<! -- hf") + "\n"
+
+
+def test_a_mark_in_a_sentence_is_none(make_trainer, folder):
+    folder.mkdir()
+    words = "Between `<!-- hf-warmup ends -->` and <!-- hf-warmup begins --> all is ours.\n"
+    (folder / "README.md").write_text(words)
+    for _ in range(2):
+        train(make_trainer(max_steps=2, warmup_steps=1))
+    assert (folder / "README.md").read_text().split("---\n")[2].startswith(words)
+    part_of(folder)
+
+
+def test_the_evaluation_of_a_card_is_that_of_the_model_that_is_left(make_trainer, folder):
+    options = {"learning_rate": 3.0, "init_lr": "0.003", "gi_adam": False, "max_steps": 8, "warmup_steps": 6}
+    every = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = train(make_trainer(**options, **every, load_best_model_at_end=True))
+    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    best = min(losses, key=losses.get)
+    assert best != 8
+    report, text = json.loads((folder / "warmup.json").read_text()), (folder / "README.md").read_text()
+    assert (report["final_eval_loss"], report["model_step"]) == (losses[best], best)
+    assert cells(text)["Final validation loss"] == cells(text)["Evaluation: loss"] == f"{losses[best]:.4f}"
+    assert f"the model is that of step {best}, the best" in text
+    assert f"on the evaluation set:\n- Loss: {losses[best]:.4f}\n" in text
+    assert [r.metric_value for r in eval_results(metadata_load(folder / "README.md"))] == [losses[best]]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best])
+
+
+def test_an_evaluation_of_an_earlier_step_is_said_to_be_one(make_trainer, folder):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 8
+
+    trainer = make_trainer(eval_strategy="steps", eval_steps=6)
+    trainer.add_callback(Stop())
+    train(trainer)
+    assert "It is of step 6, the model of step 8." in (folder / "README.md").read_text()
+
+
+def test_an_evaluation_after_training_gets_into_the_card(make_trainer, folder):
+    trainer = train(make_trainer())
+    assert "The model was not evaluated." in (folder / "README.md").read_text()
+    loss = trainer.evaluate()["eval_loss"]
+    assert "The model was not evaluated." not in (folder / "README.md").read_text()
+    test = trainer.evaluate(metric_key_prefix="test")["test_loss"]
+    trainer.evaluate(metric_key_prefix="train")
+    report = json.loads((folder / "warmup.json").read_text())
+    assert (report["final_eval_loss"], report["evaluation"]) == (loss, {"loss": loss, "test_loss": test})
+    found = eval_results(metadata_load(folder / "README.md"))
+    assert {r.metric_type: r.metric_value for r in found} == {"loss": loss, "test_loss": test}
+
+
+def test_several_evaluation_sets_are_told_apart(make_trainer, folder):
+    trainer = make_trainer(eval_strategy="steps", eval_steps=12)
+    trainer.eval_dataset = {"wiki": make_dataset(8), "bo$ok$s": make_dataset(4)}
+    train(trainer)
+    losses = {k: v for e in trainer.state.log_history for k, v in e.items() if re.fullmatch("eval_.*_loss", k)}
+    report, text = json.loads((folder / "warmup.json").read_text()), (folder / "README.md").read_text()
+    assert report["evaluation"] == {k.removeprefix("eval_"): v for k, v in losses.items()}
+    assert cells(text)["Evaluation: wiki_loss"] == f"{losses['eval_wiki_loss']:.4f}"
+    assert "The model was not evaluated." not in text
+
+
+def test_metrics_without_a_loss_are_an_evaluation(make_trainer, folder):
+    class NoLoss(Trainer):
+        def evaluation_loop(self, *args, **kwargs):
+            output = super().evaluation_loop(*args, **kwargs)
+            output.metrics.pop("eval_loss")
+            output.metrics.update(eval_accuracy=0.25, eval_nan=float("nan"))
+            return output
+
+    train(make_trainer(NoLoss, eval_strategy="steps", eval_steps=12))
+    report, text = json.loads((folder / "warmup.json").read_text()), (folder / "README.md").read_text()
+    assert (report["evaluation"], report["final_eval_loss"]) == ({"accuracy": 0.25}, None)
+    assert cells(text)["Evaluation: accuracy"] == "0.2500"
+    assert "The model was not evaluated." not in text
+
+
+def test_without_training_the_card_is_the_trainers(make_trainer, folder, caplog):
+    trainer = make_trainer()
+    WarmupCallback.attach(trainer)
+    trainer.evaluate()
+    trainer.create_model_card()
+    assert {p.name for p in folder.iterdir()} == {"README.md"}
+    assert "hf-warmup" not in (folder / "README.md").read_text()
+    assert not warnings_of(caplog)
+    with pytest.raises(ValueError, match="trainer must have trained"):
+        warmup_report(trainer)
+
+
+def groups_of(model, **options):
+    """Two groups, of which the second has other options."""
+    first, *others = model.parameters()
+    return [{"params": others}, {"params": [first], **options}, {"params": [], "weight_decay": 7.0}]
+
+
+def test_an_optimizer_of_ones_own_is_described_by_its_groups(make_trainer, folder):
+    model = make_model()
+    other = {"lr": 1e-3, "weight_decay": 0.0, "betas": (0.8, 0.9)}
+    optimizer = torch.optim.AdamW(groups_of(model, **other), lr=1e-2, weight_decay=0.3, eps=1e-6)
+    given = {"optimizers": (optimizer, None)}
+    train(make_trainer(model=model, gi_adam=False, weight_decay=0.1, trainer_kwargs=given))
+    text = (folder / "README.md").read_text()
+    options = "betas=(0.9, 0.999) and (0.8, 0.9), eps=1e-06, weight_decay=0.3 and 0.0"
+    assert f"- optimizer: AdamW with {options}\n" in text
+    assert "- learning_rate: 0.01 and 0.001\n" in text
+    words = "0.01 (the largest: that of other parameters is 0.001 at the least)"
+    assert cells(text)["Target learning rate η_trgt"] == words
+
+
+def test_an_optimizer_that_says_nothing_of_itself_gets_a_card(make_trainer, folder, caplog):
+    class Odd(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {"lr": torch.tensor(0.1), "betas": (None, "x"), "weights": torch.ones(3)})
+
+        def step(self, closure=None):
+            return closure and closure()
+
+    model = make_model()
+    given = {"optimizers": (Odd(model.parameters()), None)}
+    train(make_trainer(model=model, init_lr="zero", gi_adam=False, trainer_kwargs=given))
+    assert not warnings_of(caplog)
+    assert cells((folder / "README.md").read_text())["Target learning rate η_trgt"] == "0.1"
+
+
+def test_the_batch_that_auto_find_batch_size_found_is_the_cards(make_trainer, folder):
+    class Small(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if len(inputs["input_ids"]) > 2:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    train(make_trainer(Small, auto_find_batch_size=True, gradient_accumulation_steps=1))
+    text = (folder / "README.md").read_text()
+    assert cells(text)["Steps"] == "12 of 2 sequences"
+    assert "- train_batch_size: 2\n" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({"warmup_steps": 0}, {"Warmup": "none", "Initial learning rate η_init": "0.003 (there was no warmup)"}),
+        ({"lr_scheduler_type": "constant"}, {"Warmup": "none"}),
+        ({"warmup_steps": 3}, {"Warmup": "linear", "Initial learning rate η_init": "0 (the Trainer's own schedule)"}),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, {"Target learning rate η_trgt": "not known"}),
+        ({"learning_rate": float("inf")}, {"Target learning rate η_trgt": "not known"}),
+    ],
+)
+def test_a_schedule_that_is_not_ours_is_described_by_itself(make_trainer, folder, caplog, options, shown):
+    train(make_trainer(init_lr="zero", gi_adam=False, eval_strategy="steps", eval_steps=12, **options))
+    found = cells((folder / "README.md").read_text())
+    assert {k: found.get(k) for k in shown} == shown
+    assert ("Warmup steps taken" in found) == (found["Warmup"] == "linear")
+    assert "Steps saved (T_save)" not in found
+    assert not warnings_of(caplog)
+    compare_runs_with(folder)
+
+
+def compare_runs_with(folder):
+    state = {"log_history": [{"step": 1, "loss": 1.0}]}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert "AdamW" in compare_runs([folder]).table
+
+
+@pytest.mark.parametrize("gi_adam", [False, True])
+def test_the_start_of_guided_warmup_is_the_part_of_the_first_critical_lr_that_it_is(make_trainer, folder, gi_adam):
+    train(make_trainer(warmup="guided", warmup_steps=0, gi_adam=gi_adam, learning_rate=10.0))
+    report = json.loads((folder / "warmup.json").read_text())
+    words = cells((folder / "README.md").read_text())["Initial learning rate η_init"]
+    if gi_adam:
+        factor = 1000 * report["init_lr"] / report["critical_lr"]  # √(1 - .999^t) at the most
+        assert factor < 0.2
+        assert f"(a thousandth of the first η_c, times {factor:.3g} for GI-Adam's own warmup)" in words
+    else:
+        assert report["init_lr"] == pytest.approx(report["critical_lr"] / 1000)
+        assert "(a thousandth of the first η_c)" in words
 
 
 def test_several_runs_are_compared(make_trainer, folder, tmp_path):
