@@ -165,7 +165,9 @@ class StepReplay:
         return float(sum(self._losses))
 
     def check(self, measure: Callable[[], float]) -> None:
-        """Make sure, once, that replays of this trainer's steps mean something; on all processes at once.
+        """Make sure that a replay of this step leaves no trace and, once, that it gives the step's own loss.
+
+        To be called before the loss is asked for, on all processes at once.
 
         Args:
             measure: Gives the first of `losses` at unchanged weights, and puts everything back.
@@ -173,9 +175,10 @@ class StepReplay:
         Raises:
             ValueError: If the loss is not the step's own, or something moves that cannot be put back.
         """
+        if self._now is None:  # of this step nothing was replayed yet
+            self._refuse(self._moved())
         if self._checked:
             return
-        self._refuse(self._moved())
         own = float(sum(self._losses[: self._num_batches])) if self._losses else math.nan
         own = self._backend.together(lambda: [own])[0]
         reason = self._difference(own, measure)
