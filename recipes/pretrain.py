@@ -24,7 +24,7 @@ from transformers import (
 from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments, warmup_report
 from hf_warmup.trainer.report import peak_words, target_words
 
-from arguments import RecipeArguments, make_config, parse
+from arguments import RecipeArguments, make_config, one_line, parse
 from collator import Collator, Numbered
 from data import bytes_per_token, load_text, load_tokenizer, mask_once, pack, unigram_entropy
 from framing import Framing
@@ -46,7 +46,9 @@ def make_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerFast) -> P
                 raise ValueError(f"{option} must be at most {most}, init_from's {name}, got {value}")
     else:
         special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        model = cls.from_config(make_config(recipe, len(tokenizer), **special))
+        config = make_config(recipe, len(tokenizer), **special)
+        with one_line("model must be a configuration that a model can be made of", recipe.model):
+            model = cls.from_config(config)
     if recipe.document_mask:
         # With a cache, which models make for themselves, transformers does not look where positions begin anew.
         model.config.use_cache = False

@@ -19,6 +19,7 @@ from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.probe import innermost
 from hf_warmup.trainer.plots import run_figure
 from hf_warmup.trainer.report import warmup_report
+from hf_warmup.trainer.secrets import hide_known
 from hf_warmup.trainer.sections import sections, task_of
 
 _BEGIN, _END = "<!-- hf-warmup begins -->", "<!-- hf-warmup ends -->"
@@ -55,8 +56,10 @@ def write_card(trainer: Trainer, dataset: str | Sequence[str] | None = None) -> 
     assert isinstance(card.data, ModelCardData)
     names = _listed(dataset) or _listed(card.data.datasets)
     _describe(card.data, trainer, report, names, draft=_DRAFT in card.text)
-    card.text = _with_part(_corrected(card.text, trainer), "\n\n".join(sections(trainer, report, names)))
-    card.save(folder / "README.md")
+    card.text = _with_part(_corrected(card.text, trainer), hide_known("\n\n".join(sections(trainer, report, names))))
+    # In a draft every name is of the run; what an author says stays.
+    text = hide_known(str(card)) if _is_draft(str(card)) else str(card)
+    ModelCard(text, ignore_metadata_errors=True).save(folder / "README.md")
 
 
 @contextmanager

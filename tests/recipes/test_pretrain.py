@@ -342,7 +342,7 @@ def test_options_on_the_command_line_are_checked_too(tmp_path):
 @pytest.mark.parametrize("content", ["", " \n\n"], ids=["nothing", "white space"])
 def test_empty_text_is_named(content, tmp_path):
     (tmp_path / "empty.txt").write_text(content)
-    with pytest.raises(ValueError, match=r"text must hold some text, got only white space in .*empty.txt"):
+    with pytest.raises(ValueError, match=r"text must hold some text, got none in .*empty.txt"):
         pretrain.run([yaml_with(tmp_path, text="empty.txt")])
 
 
