@@ -14,9 +14,9 @@ from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
+from accelerate.utils import DynamoBackend
 from transformers import AutoConfig, HfArgumentParser, PretrainedConfig, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_warmup.trainer import WarmupTrainingArguments
 from hf_warmup.trainer.secrets import hide_known
@@ -210,7 +210,7 @@ def parse(argv: list[str]) -> tuple[WarmupTrainingArguments, RecipeArguments]:
         )
     available = get_available_reporting_integrations()
     for name in training.report_to:
-        if name in INTEGRATION_TO_CALLBACK and name not in available:
+        if name not in available:
             raise ValueError(
                 f"report_to must be of what is installed, got {name}: pip install it, or pass --report_to none"
             )
@@ -221,17 +221,21 @@ def parse(argv: list[str]) -> tuple[WarmupTrainingArguments, RecipeArguments]:
     return training, recipe
 
 
-# From, and below; of None and of words nothing is known.
+# From, and below; None and words are not looked at.
 _RANGES = {
     "adam_beta1": (0, 1),
     "adam_beta2": (0, 1),
     "adam_epsilon": (0, math.inf),
     "data_seed": (0, 2**32),
     "dataloader_num_workers": (0, math.inf),
+    "eval_steps": (0, math.inf),
     "gradient_accumulation_steps": (1, math.inf),
+    "label_smoothing_factor": (0, 1),
+    "logging_steps": (0, math.inf),
     "num_train_epochs": (0, math.inf),
     "per_device_eval_batch_size": (1, math.inf),
     "per_device_train_batch_size": (1, math.inf),
+    "save_steps": (0, math.inf),
     "seed": (0, 2**32),
     "weight_decay": (0, math.inf),
 }
@@ -248,6 +252,8 @@ def as_dataclasses(parser: Parser, argv: Sequence[str]) -> tuple[Any, ...]:
     except Exception as error:
         raise ValueError(_named(parser, list(argv), error)) from error
     training = parsed[0]
+    if not training.output_dir:
+        raise ValueError(f"output_dir must be the name of a folder, got {training.output_dir!r}")
     for name, (least, below) in _RANGES.items():
         value = getattr(training, name, None)
         if isinstance(value, int | float) and not least <= value < below:
@@ -257,6 +263,9 @@ def as_dataclasses(parser: Parser, argv: Sequence[str]) -> tuple[Any, ...]:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     with one_line(f"lr_scheduler_kwargs must be those of lr_scheduler_type={getattr(kind, 'value', kind)}", options):
         get_scheduler(kind, optimizer, 1, 10, scheduler_specific_kwargs=dict(options or {}))
+    if (backend := training.torch_compile_backend) is not None:
+        with one_line("torch_compile_backend must be one that accelerate knows", backend):
+            DynamoBackend(backend.upper())
     if training.run_name is not None:
         training.run_name = hide_known(training.run_name)  # which is written into many files
     return parsed
@@ -269,15 +278,23 @@ def _named(parser: Parser, argv: list[str], error: Exception) -> str:
     if isinstance(error, ValueError) and (reason.split()[0] in known or reason.startswith("argument -")):
         return reason
     begins = [i for i, word in enumerate(argv) if word.startswith("--")]
+    given = []
     for begin, end in zip(begins, [*begins[1:], len(argv)], strict=True):
         name, _, value = argv[begin].lstrip("-").partition("=")
-        try:
-            parser.parse_args_into_dataclasses(argv[:begin] + argv[end:], look_for_args_file=False)
-        except Exception:  # noqa: S112
-            continue
-        value = " ".join([*filter(None, [value]), *argv[begin + 1 : end]])
-        return reason if name in reason and value in reason else f"{name} cannot be {value}: {reason}"
+        given.append((name, " ".join([*filter(None, [value]), *argv[begin + 1 : end]]), argv[:begin] + argv[end:]))
+    # What is asked for must be there, so that leaving it out is no cure: then the value tells.
+    for name, value, others in given:
+        if _is_cured(parser, others) or len(value) > 9 and value in reason:
+            return reason if name in reason and value in reason else f"{name} cannot be {value}: {reason}"
     return reason
+
+
+def _is_cured(parser: Parser, argv: list[str]) -> bool:
+    try:
+        parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except Exception:
+        return False
+    return True
 
 
 def _as_typed(options: dict[str, Any]) -> list[str]:
@@ -312,7 +329,7 @@ def _read(path: Path) -> dict[str, Any]:
         _check_type(name, value, annotations[name])
     if options.get("text"):
         files = [options["text"]] if isinstance(options["text"], str) else options["text"]
-        options["text"] = [str(path.parent / file) for file in files]
+        options["text"] = [str(path.parent / str(file)) for file in files]
     return options
 
 

@@ -38,17 +38,18 @@ def make_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerFast) -> P
     cls = AutoModelForMaskedLM if recipe.objective == "mlm" else AutoModelForCausalLM
     if recipe.init_from:
         model = cls.from_pretrained(recipe.init_from)
-        for option, value, name in (
-            ("context", recipe.context, "max_position_embeddings"),
-            ("tokenizer", len(tokenizer), "vocab_size"),
-        ):
-            if value > (most := getattr(model.config, name)):
-                raise ValueError(f"{option} must be at most {most}, init_from's {name}, got {value}")
     else:
         special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         config = make_config(recipe, len(tokenizer), **special)
         with one_line("model must be a configuration that a model can be made of", recipe.model):
             model = cls.from_config(config)
+    for option, value, name in (
+        ("context", recipe.context, "max_position_embeddings"),
+        ("tokenizer", len(tokenizer), "vocab_size"),
+    ):
+        if value > (most := getattr(model.config, name, value)):
+            whose = "init_from's" if recipe.init_from else "the model's"
+            raise ValueError(f"{option} must be at most {most}, {whose} {name}, got {value}")
     if recipe.document_mask:
         # With a cache, which models make for themselves, transformers does not look where positions begin anew.
         model.config.use_cache = False

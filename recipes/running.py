@@ -353,7 +353,8 @@ def num_steps(trainer: Trainer) -> int | None:
 def _end_here(trainer: Trainer, checkpoint: str) -> bool:
     """Let no step follow a checkpoint of the last one, behind which the Trainer would make another.
 
-    It still loads the checkpoint and tells its callbacks: with nothing to train on, no epoch is left.
+    It still loads the checkpoint and tells its callbacks: with data of one step, as many epochs are over as there
+    were steps, and none is left that reads the data.
 
     Returns:
         Whether the checkpoint is of the last step.
@@ -362,7 +363,7 @@ def _end_here(trainer: Trainer, checkpoint: str) -> bool:
     if steps is None or not path.exists() or json.loads(path.read_text(encoding="utf-8"))["global_step"] < steps:
         return False
     trainer.args.max_steps = steps
-    trainer.train_dataset = []
+    trainer.train_dataset = [{"input_ids": []}] * (trainer.args.train_batch_size * trainer.args.world_size)
     return True
 
 

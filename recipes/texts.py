@@ -6,6 +6,7 @@ out, always the same, and said. A file that is no text at all is refused when it
 
 import bz2
 import codecs
+import contextlib
 import gzip
 import io
 import itertools
@@ -13,7 +14,7 @@ import json
 import logging
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _BEGINNING = 1 << 20  # bytes whose encoding is looked at before all else
+_PEEK = 1 << 16
 _CHUNK = 10 << 20  # characters that paragraphs are looked for in
 
 
@@ -51,31 +53,45 @@ def open_text(path: str, option: str) -> TextIO:
     return io.TextIOWrapper(opened(path, "rb"), encoding="utf-8-sig", errors="surrogateescape")
 
 
-def json_rows(path: str, option: str) -> Iterator[tuple[int, Any]]:
-    """The values of a file of JSON lines, or of one JSON list, with their numbers."""
+def json_rows(path: str, option: str) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
+    """The mappings of a file of JSON lines, or of one JSON list, with their numbers."""
     with open_text(path, option) as file:
-        if file.read(_CHUNK).lstrip()[:1] == "[":
-            file.seek(0)
-            try:
-                rows = json.load(file)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{option} must be JSON, got {path}: {error}") from error
-            for number, row in enumerate(rows, 1):
-                yield number, row if isinstance(row, dict) else Unreadable("no JSON object")
-            return
+        is_list = file.read(_PEEK).lstrip()[:1] == "["
         file.seek(0)
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    row = Unreadable("no JSON object")
-                elif not _is_utf8(json.dumps(row, ensure_ascii=False) if "\\ud" in line.lower() else line):
-                    row = Unreadable("what is not UTF-8")
-            except (ValueError, RecursionError) as error:
-                row = Unreadable(f"no JSON: {error}")
+        if is_list:
+            with contextlib.suppress(ValueError, RecursionError):
+                for number, row in enumerate(json.load(file), 1):
+                    yield number, row if isinstance(row, dict) else Unreadable("no JSON object")
+                return
+            file.seek(0)
+        for number, line in _until_broken(file):
+            if line.strip():
+                yield number, line if isinstance(line, Unreadable) else _mapping(line)
+
+
+def _mapping(line: str) -> dict[str, Any] | Unreadable:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Unreadable(f"no JSON: {error}")
+    if not isinstance(row, dict):
+        return Unreadable("no JSON object")
+    if not _is_utf8(json.dumps(row, ensure_ascii=False) if "\\ud" in line.lower() else line):
+        return Unreadable("what is not UTF-8")
+    return row
+
+
+def _until_broken(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """Numbered rows, up to where their file breaks off. There it does so for ever; errors of a disk do not stay."""
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
             yield number, row
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        reason = " ".join(str(error).split())
+        yield number + 1, Unreadable(f"nothing that can be read, nor does any behind it: {reason}")
 
 
 def _is_utf8(text: str) -> bool:
@@ -98,13 +114,13 @@ def _values(path: str, kind: str, column: str) -> Iterator[tuple[int, Any]]:
     if kind == "parquet":
         with pyarrow.parquet.ParquetFile(path) as file:
             batches = (batch.column(0).to_pylist() for batch in file.iter_batches(1000, columns=[column]))
-            yield from enumerate(itertools.chain.from_iterable(batches), 1)
+            yield from _until_broken(itertools.chain.from_iterable(batches))
     elif kind == "json":
         for number, row in json_rows(path, "text"):
             yield number, row.get(column) if isinstance(row, dict) else row
     else:
         with open_text(path, "text") as file:
-            yield from enumerate(_paragraphs(file) if kind == "paragraphs" else file, 1)
+            yield from _until_broken(_paragraphs(file) if kind == "paragraphs" else file)
 
 
 def columns_of(path: str, kind: str) -> list[str]:
@@ -145,18 +161,12 @@ def texts(files: list[str], kind: str, column: str, stamp: Any = None) -> Iterat
         stamp: Of the files, for caches.
     """
     for path in files:
-        name, number = Path(path).name, 0
-        try:
-            for number, value in _values(path, kind, column):
-                why = why_no_text(value)
-                if kind == "text" and why == "nothing":
-                    why = None
-                where = None if why is None else f"row {number} of {name} holds {why}"
-                yield {"text": value if why is None else None, "why": where}
-        except (EOFError, OSError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
-            if getattr(error, "errno", None) is not None:  # the disk's, not the file's
-                raise
-            yield {"text": None, "why": f"{name} cannot be read behind row {number}: {' '.join(str(error).split())}"}
+        for number, value in _values(path, kind, column):
+            why = why_no_text(value)
+            if kind == "text" and why == "nothing":
+                why = None
+            where = None if why is None else f"row {number} of {Path(path).name} holds {why}"
+            yield {"text": value if why is None else None, "why": where}
 
 
 class LeftOut:
