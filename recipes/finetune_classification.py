@@ -56,8 +56,8 @@ def words_of(rows: Dataset, args: ClassificationConfig) -> list[str]:
         name = getattr(args, option)
         if name not in rows.column_names:
             raise ValueError(f"{option} must be one of {', '.join(rows.column_names)}, got {name}")
-        if rows.features[name].dtype.removeprefix("large_") not in kinds or rows.data[name].null_count:
-            raise ValueError(f"{option} must hold {' or '.join(kinds)} in every row, got {name}, which does not")
+        if rows.features[name].dtype.removeprefix("large_") not in kinds:
+            raise ValueError(f"{option} must hold {' or '.join(kinds)}, got {name}, which does not")
     kind, labels = rows.features[args.label_column], rows[args.label_column]
     return kind.int2str(list(labels)) if isinstance(kind, ClassLabel) else [str(label) for label in labels]
 

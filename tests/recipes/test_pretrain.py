@@ -313,7 +313,7 @@ BAD = [
     ({"model": "{model_type: nogpt}"}, "model must have a model_type that transformers knows, got 'nogpt'"),
     ({"model": "{model_type: gpt2, n_emb: 64}"}, "model has an option that gpt2 does not know, got n_emb: 64"),
     ({"model": "gpt2"}, "model must be a mapping with a model_type, got 'gpt2'"),
-    ({3: 1}, "unknown option 3: 1 in "),
+    ({"3": 1}, "unknown option 3: 1 in "),
     ({"null": 1}, "unknown option None: 1 in "),
     ({"zzzz": 1}, r"unknown option zzzz: 1 in \S+recipe.yaml$"),
     ({"text": "null"}, "text must name at least one file"),
