@@ -332,7 +332,8 @@ def _room_on_disk(folder: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if re.search(r"No space left|File too large|quota exceeded|file write failed|failed writing|inline_container", str(error)):
+        full = "No space left|File too large|quota exceeded|write failed|failed writing|inline_container"
+        if re.search(full, str(error)):
             where = getattr(error, "filename", None) or folder
             raise ValueError(f"output_dir must have room for the run, got {folder}: {where}: {error}") from error
         raise
