@@ -1,20 +1,25 @@
 """A recipe: one YAML file, of which any option can be changed on the command line."""
 
+import contextlib
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import torch
 import yaml
-from transformers import AutoConfig, HfArgumentParser, PretrainedConfig
+from accelerate.utils import DynamoBackend
+from transformers import AutoConfig, HfArgumentParser, PretrainedConfig, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_warmup.trainer import WarmupTrainingArguments
+from hf_warmup.trainer.secrets import hide_known
 
 
 @dataclass
@@ -106,6 +111,10 @@ class RecipeArguments:
         for name, objective in (("document_mask", "clm"), ("sample_prompt", "clm"), ("whole_word_mask", "mlm")):
             if getattr(self, name) and self.objective != objective:
                 raise ValueError(f"{name} is for objective={objective}, got {self.objective}")
+        if self.vocab_size > _MOST_WORDS:
+            raise ValueError(f"vocab_size must be at most {_MOST_WORDS}, got {self.vocab_size}")
+        if not 0 <= self.peak_tflops < math.inf:
+            raise ValueError(f"peak_tflops must be at least 0 and finite, got {self.peak_tflops}")
         for name, least in (("vocab_size", 300), ("context", 8), ("held_out", 1), ("shuffle_blocks", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -123,6 +132,9 @@ class RecipeArguments:
             raise ValueError(f"model must be a mapping with a model_type, got {self.model!r}")
 
 
+_MOST_WORDS = 10_000_000  # ten times as many as any tokenizer of the hub has; far more end the process at once
+
+
 def make_config(recipe: RecipeArguments, vocab_size: int, **special_ids: int | None) -> PretrainedConfig:
     """The model's configuration; the vocabulary and the context are filled in."""
     options = json.loads(recipe.model)
@@ -134,10 +146,24 @@ def make_config(recipe: RecipeArguments, vocab_size: int, **special_ids: int | N
     for name, value in options.items():
         if not hasattr(known, name):
             raise ValueError(f"model has an option that {model_type} does not know, got {name}: {value}")
+        size = any(name in (common, known.attribute_map.get(common)) for common in _SMOKE)
+        if size and value is not None and not (isinstance(value, int) and value > 0):
+            raise ValueError(f"model must have sizes that are positive whole numbers, got {name}: {value!r}")
     if recipe.smoke:
         options |= {known.attribute_map.get(name, name): size for name, size in _SMOKE.items() if hasattr(known, name)}
     positions = {"max_position_embeddings": recipe.context}
-    return AutoConfig.for_model(model_type, **{"vocab_size": vocab_size, **positions, **special_ids, **options})
+    with one_line("model must be a configuration that transformers takes", recipe.model):
+        return AutoConfig.for_model(model_type, **{"vocab_size": vocab_size, **positions, **special_ids, **options})
+
+
+@contextlib.contextmanager
+def one_line(must: str, got: Any) -> Iterator[None]:
+    """Makes one line of whatever a library has to say against a value."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{must}, got {got}: {reason or type(error).__name__}") from error
 
 
 # A model that takes no time: by the names that the configurations of transformers have for these.
@@ -177,14 +203,14 @@ def parse(argv: list[str]) -> tuple[WarmupTrainingArguments, RecipeArguments]:
         raise ValueError(f"the recipe must be a YAML file that exists, got {path}")
     # As if typed before the rest: argparse checks what is typed, but not the defaults it is given.
     arguments = _as_typed(_read(path)) + argv[1:]
-    training, recipe = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    training, recipe = as_dataclasses(parser, arguments)
     if recipe.streaming and training.max_steps <= 0:
         raise ValueError(
             f"max_steps must be positive with streaming=true, got {training.max_steps}: a stream has no end"
         )
     available = get_available_reporting_integrations()
     for name in training.report_to:
-        if name in INTEGRATION_TO_CALLBACK and name not in available:
+        if name not in available:
             raise ValueError(
                 f"report_to must be of what is installed, got {name}: pip install it, or pass --report_to none"
             )
@@ -193,6 +219,82 @@ def parse(argv: list[str]) -> tuple[WarmupTrainingArguments, RecipeArguments]:
         training.gradient_accumulation_steps = min(2, training.gradient_accumulation_steps)
         recipe.shuffle_blocks = min(64, recipe.shuffle_blocks)  # read before the first step
     return training, recipe
+
+
+# From, and below; None and words are not looked at.
+_RANGES = {
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, math.inf),
+    "data_seed": (0, 2**32),
+    "dataloader_num_workers": (0, math.inf),
+    "eval_steps": (0, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "label_smoothing_factor": (0, 1),
+    "logging_steps": (0, math.inf),
+    "num_train_epochs": (0, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "per_device_train_batch_size": (1, math.inf),
+    "save_steps": (0, math.inf),
+    "seed": (0, 2**32),
+    "weight_decay": (0, math.inf),
+}
+
+
+def as_dataclasses(parser: Parser, argv: Sequence[str]) -> tuple[Any, ...]:
+    """The options as the parser's dataclasses.
+
+    Raises:
+        ValueError: In one line, with the option and its value, whatever the libraries say.
+    """
+    try:
+        parsed = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    except Exception as error:
+        raise ValueError(_named(parser, list(argv), error)) from error
+    training = parsed[0]
+    if not training.output_dir:
+        raise ValueError(f"output_dir must be the name of a folder, got {training.output_dir!r}")
+    for name, (least, below) in _RANGES.items():
+        value = getattr(training, name, None)
+        if isinstance(value, int | float) and not least <= value < below:
+            most = "" if below == math.inf else f" and less than {below}"
+            raise ValueError(f"{name} must be at least {least}{most}, got {value}")
+    kind, options = training.lr_scheduler_type, training.lr_scheduler_kwargs
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    with one_line(f"lr_scheduler_kwargs must be those of lr_scheduler_type={getattr(kind, 'value', kind)}", options):
+        get_scheduler(kind, optimizer, 1, 10, scheduler_specific_kwargs=dict(options or {}))
+    if (backend := training.torch_compile_backend) is not None:
+        with one_line("torch_compile_backend must be one that accelerate knows", backend):
+            DynamoBackend(backend.upper())
+    if training.run_name is not None:
+        training.run_name = hide_known(training.run_name)  # which is written into many files
+    return parsed
+
+
+def _named(parser: Parser, argv: list[str], error: Exception) -> str:
+    """What the error says, with the option that it is about: the one without which there is no error."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    known = {field.name for cls in parser.dataclass_types for field in dataclasses.fields(cls)}
+    if isinstance(error, ValueError) and (reason.split()[0] in known or reason.startswith("argument -")):
+        return reason
+    begins = [i for i, word in enumerate(argv) if word.startswith("--")]
+    given = []
+    for begin, end in zip(begins, [*begins[1:], len(argv)], strict=True):
+        name, _, value = argv[begin].lstrip("-").partition("=")
+        given.append((name, " ".join([*filter(None, [value]), *argv[begin + 1 : end]]), argv[:begin] + argv[end:]))
+    # What is asked for must be there, so that leaving it out is no cure: then the value tells.
+    for name, value, others in given:
+        if _is_cured(parser, others) or len(value) > 9 and value in reason:
+            return reason if name in reason and value in reason else f"{name} cannot be {value}: {reason}"
+    return reason
+
+
+def _is_cured(parser: Parser, argv: list[str]) -> bool:
+    try:
+        parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except Exception:
+        return False
+    return True
 
 
 def _as_typed(options: dict[str, Any]) -> list[str]:
@@ -208,7 +310,7 @@ def _as_typed(options: dict[str, Any]) -> list[str]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} must be a mapping of options, got {type(options).__name__}")
@@ -221,11 +323,13 @@ def _read(path: Path) -> dict[str, Any]:
     for name, value in options.items():
         if name not in annotations:
             near = difflib.get_close_matches(str(name), annotations, 1)
-            raise ValueError(f"unknown option {name}: {value} in {path}" + (f"; did you mean {near[0]}?" * len(near)))
+            raise ValueError(
+                f"unknown option {name}: {value} in {path}" + "".join(f"; did you mean {n}?" for n in near)
+            )
         _check_type(name, value, annotations[name])
-    if "text" in options:
+    if options.get("text"):
         files = [options["text"]] if isinstance(options["text"], str) else options["text"]
-        options["text"] = [str(path.parent / file) for file in files]
+        options["text"] = [str(path.parent / str(file)) for file in files]
     return options
 
 
@@ -237,3 +341,12 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         raise ValueError(f"{name} must be a number, got {value!r}; YAML needs the dot: 6.0e-4, not 6e-4")
     if bool in accepted and str not in accepted and not isinstance(value, bool | None):
         raise ValueError(f"{name} must be true or false, got {value!r}")
+    kinds = {typing.get_origin(kind) or kind for kind in accepted}
+    if list in kinds and not kinds & {dict, str} and not isinstance(value, str | list | None):
+        raise ValueError(f"{name} must be a word or a list of words, got {value!r}")
+    if isinstance(value, list) and (
+        list not in kinds or not all(isinstance(item, str | int | float) for item in value)
+    ):
+        raise ValueError(f"{name} must be {'a list of words' if list in kinds else 'one value'}, got {value!r}")
+    if isinstance(value, dict) and dict not in kinds and name != "model":
+        raise ValueError(f"{name} must be one value, got {value!r}")

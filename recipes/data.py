@@ -1,7 +1,9 @@
 """The text of a recipe: plain files, JSON lines, parquet or a data set of the hub; its tokenizer and its blocks."""
 
 import hashlib
+import itertools
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,21 +11,22 @@ from typing import Any
 
 import datasets
 import numpy as np
-from datasets import Dataset, IterableDataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub.errors import OfflineModeIsEnabled
-from requests import HTTPError
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from arguments import RecipeArguments
 from collator import Collator
 from framing import Framing
+from texts import LeftOut, columns_of, texts
 
 # One segment in ten is held out, spread over the text: its last tenth may be of another kind.
 _HELD_OUT = 10
 _SEGMENT_CHARACTERS = 5000
 _FIRST = 10_000  # documents of a stream that a tokenizer is trained on
+_LONG = re.compile(r"\S{1000}")  # the longest word that a tokenizer is trained on: longer ones take hours
 _AT_ONCE = 1000  # documents packed together, with the end of the last block lost
 
 
@@ -33,24 +36,35 @@ def load_text(recipe: RecipeArguments) -> tuple[Dataset | IterableDataset, Datas
     Raises:
         ValueError: In one line, if there is no such data set or it cannot be reached, or it holds no text.
     """
-    if recipe.streaming:
-        documents = _load(recipe, streaming=True)
+    left = LeftOut(_name(recipe), every=recipe.streaming)
+    documents = _load(recipe, left)
+    if isinstance(documents, IterableDataset):
         held_out = list(documents.take(recipe.held_out))
         if not held_out:
-            raise ValueError(f"text must hold some text, got none in {_name(recipe)}")
-        return documents.skip(recipe.held_out), Dataset.from_list(held_out)
-    if joined(recipe) and all(not Path(file).read_text(encoding="utf-8").strip() for file in recipe.text):
-        raise ValueError(f"text must hold some text, got only white space in {', '.join(recipe.text)}")
-    documents = _load(recipe, streaming=False)
-    ends = np.cumsum([len(text) for text in documents["text"]])
-    if len(ends) == 0:
-        raise ValueError(f"text must hold some text, got none in {_name(recipe)}")
+            raise _nothing(left)
+        training = documents.skip(recipe.held_out)
+        if next(iter(training), None) is None:
+            raise ValueError(
+                f"held_out must leave documents to train on, got {recipe.held_out}: {_name(recipe)} has "
+                f"{len(held_out)}"
+            )
+        return training, Dataset.from_list(held_out)
+    left.say()
+    lines = documents["text"]
+    ends = np.cumsum([len(text) for text in lines])
+    if not any(text.strip() for text in lines):
+        raise _nothing(left)
     if joined(recipe):
         segments = ends // min(_SEGMENT_CHARACTERS, max(1, ends[-1] // (2 * _HELD_OUT)))
     else:
         segments = np.arange(len(ends))
     held_out = segments % _HELD_OUT == _HELD_OUT - 1
     return documents.select(np.flatnonzero(~held_out)), documents.select(np.flatnonzero(held_out))
+
+
+def _nothing(left: LeftOut) -> ValueError:
+    reason = f": {left.first}" if left.first else ""
+    return ValueError(f"text must hold some text, got none in {left.source}{reason}")
 
 
 def joined(recipe: RecipeArguments) -> bool:
@@ -70,27 +84,63 @@ def _name(recipe: RecipeArguments) -> str:
     return recipe.dataset or ", ".join(recipe.text)
 
 
-def _load(recipe: RecipeArguments, *, streaming: bool) -> Dataset | IterableDataset:
-    if recipe.dataset:
-        options: dict[str, Any] = {"path": recipe.dataset, "name": recipe.dataset_config or None}
-        split = recipe.dataset_split
-    else:
-        options, split = {"path": _format(recipe), "data_files": recipe.text}, "train"
-        if options["path"] == "text":
-            options |= {"sample_by": "paragraph"} if streaming else {"keep_linebreaks": True}
+def _load(recipe: RecipeArguments, left: LeftOut) -> Dataset | IterableDataset:
+    return _load_from_hub(recipe, left) if recipe.dataset else _load_files(recipe, left)
+
+
+def _check_column(recipe: RecipeArguments, columns: list[str]) -> None:
+    if recipe.text_column not in columns:
+        raise ValueError(f"text_column must be one of {', '.join(columns)}, got {recipe.text_column}")
+
+
+def _load_files(recipe: RecipeArguments, left: LeftOut) -> Dataset | IterableDataset:
+    kind = _format(recipe)
+    columns = [columns_of(path, kind) for path in recipe.text]
+    if kind == "parquet" or kind == "json" and any(columns):
+        for found in columns:
+            _check_column(recipe, found if kind == "parquet" else sorted({*itertools.chain(*columns)}))
+    if recipe.streaming and kind == "text":
+        kind = "paragraphs"
+    # Each reading of text may be kept in the cache: of the same files, and by the same reader.
+    stamp = (1, *((file.st_size, file.st_mtime_ns) for file in map(os.stat, recipe.text)))
+    options: dict[str, Any] = {
+        "gen_kwargs": {"files": recipe.text, "kind": kind, "column": recipe.text_column, "stamp": stamp},
+        "features": Features({"text": Value("string"), "why": Value("string")}),
+    }
+    if recipe.streaming:
+        stream = IterableDataset.from_generator(texts, **options)
+        return stream.filter(left.takes, input_columns=["why"]).select_columns("text")
+    if next(texts(**options["gen_kwargs"]), None) is None:
+        raise _nothing(left)
     try:
-        documents = load_dataset(**options, split=split, streaming=streaming)
+        documents = Dataset.from_generator(texts, cache_dir=str(datasets.config.HF_DATASETS_CACHE), **options)
+    except DatasetGenerationError as error:  # its own message only says that there was an error
+        raise ValueError(str(error.__cause__)) from error
+    return _select(documents, [left.takes(why) for why in documents["why"]]).select_columns("text")
+
+
+def _select(documents: Dataset, taken: list[bool]) -> Dataset:
+    return documents if all(taken) else documents.select(np.flatnonzero(taken))
+
+
+def _load_from_hub(recipe: RecipeArguments, left: LeftOut) -> Dataset | IterableDataset:
+    try:
+        documents = load_dataset(
+            recipe.dataset, recipe.dataset_config or None, split=recipe.dataset_split, streaming=recipe.streaming
+        )
         columns = documents.column_names or list(next(iter(documents)))
     except (DatasetNotFoundError, ConnectionError, OfflineModeIsEnabled, HTTPError, FileNotFoundError) as error:
         raise ValueError(
             f"dataset must be one that the hub has and that can be reached from here, got {recipe.dataset}: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    if recipe.text_column not in columns:
-        raise ValueError(f"text_column must be one of {', '.join(columns)}, got {recipe.text_column}")
-    if recipe.text_column == "text":
-        return documents.select_columns("text")
-    return documents.select_columns(recipe.text_column).rename_column(recipe.text_column, "text")
+    _check_column(recipe, columns)
+    documents = documents.select_columns(recipe.text_column)
+    if recipe.text_column != "text":
+        documents = documents.rename_column(recipe.text_column, "text")
+    if recipe.streaming:
+        return documents.filter(left.takes_text, input_columns=["text"])
+    return _select(documents, [left.takes_text(text) for text in documents["text"]])
 
 
 def load_tokenizer(recipe: RecipeArguments, documents: Dataset | IterableDataset) -> PreTrainedTokenizerFast:
@@ -118,14 +168,15 @@ def load_tokenizer(recipe: RecipeArguments, documents: Dataset | IterableDataset
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
-    texts = documents["text"] if isinstance(documents, Dataset) else [r["text"] for r in documents.take(_FIRST)]
+    taken = documents["text"] if isinstance(documents, Dataset) else [r["text"] for r in documents.take(_FIRST)]
+    lines = [_LONG.sub(r"\g<0> ", text) for text in taken]
     key = hashlib.sha256(f"2 {recipe.objective} {recipe.vocab_size} ".encode())  # 2: how they are trained
-    for text in texts:
+    for text in lines:
         key.update(text.encode())
     path = Path(datasets.config.HF_DATASETS_CACHE) / "hf_warmup_tokenizers" / f"{key.hexdigest()[:32]}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        trained = _train_bpe(recipe, texts) if recipe.objective == "clm" else _train_wordpiece(recipe, texts)
+        trained = _train_bpe(recipe, lines) if recipe.objective == "clm" else _train_wordpiece(recipe, lines)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
             file.write(trained.to_str())
         os.replace(file.name, path)  # whole or not at all, also when several processes come here

@@ -9,8 +9,9 @@ one with the label, a word or a whole number. Leaves LoRA's adapter (with --lora
 model card with a plot, and `warmup.json` in the output folder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset
@@ -30,6 +31,7 @@ from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments
 from finetuning import FinetuneArguments, from_pretrained, load_data, lora_config, parse, train
 from metrics import TokenAccuracy
 from running import main
+from texts import why_no_text
 
 
 @dataclass
@@ -54,8 +56,8 @@ def words_of(rows: Dataset, args: ClassificationConfig) -> list[str]:
         name = getattr(args, option)
         if name not in rows.column_names:
             raise ValueError(f"{option} must be one of {', '.join(rows.column_names)}, got {name}")
-        if rows.features[name].dtype.removeprefix("large_") not in kinds or rows.data[name].null_count:
-            raise ValueError(f"{option} must hold {' or '.join(kinds)} in every row, got {name}, which does not")
+        if rows.features[name].dtype.removeprefix("large_") not in kinds:
+            raise ValueError(f"{option} must hold {' or '.join(kinds)}, got {name}, which does not")
     kind, labels = rows.features[args.label_column], rows[args.label_column]
     return kind.int2str(list(labels)) if isinstance(kind, ClassLabel) else [str(label) for label in labels]
 
@@ -76,12 +78,22 @@ def encode(
     return tokens.add_column("labels", [numbers[word] for word in words])
 
 
+def complaint(row: Mapping[str, Any], args: ClassificationConfig) -> str | None:
+    """What a row holds in place of a text or a label; None if it has both, or lacks the column."""
+    text, label = row.get(args.text_column, "none"), row.get(args.label_column, 0)
+    if (why := why_no_text(text)) is not None:
+        return f"in {args.text_column} {why}"
+    if not isinstance(label, str | int | float):
+        return f"in {args.label_column} {'null' if label is None else f'no label but {type(label).__name__}'}"
+    return None
+
+
 def make_trainer(args: ClassificationConfig, what: FinetuneArguments) -> Trainer:
     """The trainer, with warmup attached."""
     set_seed(args.seed)
     tokenizer = from_pretrained(AutoTokenizer, what.model)
     with args.main_process_first(desc="preparing the data"):
-        rows, held_out = load_data(what, args.seed)
+        rows, held_out = load_data(what, args.seed, lambda row: complaint(row, args))
         words = sorted(set(words_of(rows, args)))
         if len(words) < 2:
             raise ValueError(f"label_column must hold at least two labels, got {words[0]} in all rows")

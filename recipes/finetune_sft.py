@@ -9,8 +9,9 @@ dataset_text_field says), `prompt` and `completion`, or `messages`. Leaves the a
 the tokenizer, a model card with a plot, and `warmup.json` in the output folder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ from hf_warmup.trainer import WarmupArguments, WarmupCallback
 
 from finetuning import FinetuneArguments, from_pretrained, load_data, lora_config, parse, train
 from running import main
+from texts import why_no_text
 
 
 @dataclass
@@ -40,10 +42,28 @@ def check_columns(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: SFTCo
         raise ValueError("chat_template_path must be given for chats and a tokenizer without a template, got none")
 
 
+def complaint(row: Mapping[str, Any], text: str) -> str | None:
+    """What a row holds in place of a text, of a prompt and a completion, or of messages; None if it has them."""
+    if "prompt" in row and "completion" in row:
+        kinds = {type(row["prompt"]), type(row["completion"])}
+        if kinds != {str} and kinds != {list}:
+            return "no prompt and completion, both text or both messages"
+        return _no_messages(row["prompt"] + row["completion"]) if kinds == {list} else None
+    if "messages" in row:
+        return _no_messages(row["messages"])
+    return f"in {text} {why}" if text in row and (why := why_no_text(row[text])) is not None else None
+
+
+def _no_messages(value: Any) -> str | None:
+    messages = value if isinstance(value, list) else []
+    good = messages and all(isinstance(message, dict) and message.get("role") for message in messages)
+    return None if good else "no list of messages, each with a role"
+
+
 def make_trainer(args: SFTWarmupConfig, what: FinetuneArguments) -> SFTTrainer:
     """The trainer, with warmup attached."""
     with args.main_process_first(desc="preparing the data"):
-        rows, held_out = load_data(what, args.seed)
+        rows, held_out = load_data(what, args.seed, lambda row: complaint(row, args.dataset_text_field))
     tokenizer = from_pretrained(AutoTokenizer, what.model)
     check_columns(rows, tokenizer, args)
     options, args.model_init_kwargs = args.model_init_kwargs or {}, None  # SFTTrainer is given the model itself

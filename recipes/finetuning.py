@@ -1,23 +1,23 @@
 """What the fine-tuning scripts share: their options, the pretrained model, the data, and a run up to its card."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from peft import LoraConfig
-from requests import HTTPError
 from tabulate import tabulate
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_warmup.trainer import warmup_report
 from hf_warmup.trainer.report import number, target_words
 
-from arguments import Parser
+from arguments import Parser, as_dataclasses, one_line
 from running import carry_out
+from texts import LeftOut, json_rows
 
 _KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -81,7 +81,7 @@ class FinetuneArguments:
 def parse(argv: Sequence[str], config: type[TrainingArguments]) -> tuple[Any, FinetuneArguments]:
     """Read the options of a trainer's configuration, which mixes in WarmupArguments, and of what to train."""
     parser = Parser([config, FinetuneArguments], allow_abbrev=False)
-    return parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    return as_dataclasses(parser, argv)
 
 
 def from_pretrained(cls: Any, name: str, **options: Any) -> Any:
@@ -116,11 +116,15 @@ def lora_config(what: FinetuneArguments, model: PreTrainedModel, task_type: str)
     )
 
 
-def load_data(what: FinetuneArguments, seed: int) -> tuple[Dataset, Dataset | None]:
-    """The rows to train on, and those to evaluate on."""
-    train = _load(what, "files", what.files, "dataset_split", what.dataset_split)
+# What a row holds in place of what is trained on; None for a good one.
+Complaint = Callable[[Mapping[str, Any]], str | None]
+
+
+def load_data(what: FinetuneArguments, seed: int, complaint: Complaint) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on, and those to evaluate on; without those that there is a complaint about."""
+    train = _load(what, "files", what.files, "dataset_split", what.dataset_split, complaint)
     if what.eval_files or what.eval_split:
-        return train, _load(what, "eval_files", what.eval_files, "eval_split", what.eval_split)
+        return train, _load(what, "eval_files", what.eval_files, "eval_split", what.eval_split, complaint)
     if what.held_out == 0:
         return train, None
     if len(train) < 2:
@@ -129,25 +133,52 @@ def load_data(what: FinetuneArguments, seed: int) -> tuple[Dataset, Dataset | No
     return parts["train"], parts["test"]
 
 
-def _load(what: FinetuneArguments, files_name: str, files: list[str], split_name: str, split: str) -> Dataset:
+def _load(
+    what: FinetuneArguments, files_name: str, files: list[str], split_name: str, split: str, complaint: Complaint
+) -> Dataset:
+    option, got = (files_name, ", ".join(files)) if files else ("dataset", f"{what.dataset} with {split_name} {split}")
+    left = LeftOut(got)
+    if files and _KINDS[Path(files[0]).suffix] == "json":
+        rows = _json_data(files, option, complaint, left)
+    else:
+        rows = _built_data(what, files, split, option, got)
+        taken = [left.takes((why := complaint(row)) and f"row {i} holds {why}") for i, row in enumerate(rows, 1)]
+        rows = rows if all(taken) else rows.select([i for i, good in enumerate(taken) if good])
+    if len(rows) == 0:
+        reason = f": {left.first}" if left.first else ""
+        raise ValueError(f"{option} must hold at least one row to train on, got none in {got}{reason}")
+    left.say()
+    return rows
+
+
+def _json_data(files: list[str], option: str, complaint: Complaint, left: LeftOut) -> Dataset:
+    numbered = [(path, count, row) for path in files for count, row in json_rows(path, option)]
+    names = list(dict.fromkeys(name for _, _, row in numbered if isinstance(row, dict) for name in row))
+    rows = []
+    for path, count, row in numbered:
+        if isinstance(row, dict):
+            row = {name: row.get(name) for name in names}
+        why = complaint(row) if isinstance(row, dict) else row
+        if left.takes(why and f"row {count} of {Path(path).name} holds {why}"):
+            rows.append(row)
+    with one_line(f"{option} must hold columns of one type each", ", ".join(files)):
+        return Dataset.from_dict({name: [row[name] for row in rows] for name in names})
+
+
+def _built_data(what: FinetuneArguments, files: list[str], split: str, option: str, got: str) -> Dataset:
     if files:
-        option, got = files_name, ", ".join(files)
         options: dict[str, Any] = {"path": _KINDS[Path(files[0]).suffix], "data_files": files, "split": "train"}
     else:
-        option, got = "dataset", f"{what.dataset} with {split_name} {split}"
         options = {"path": what.dataset, "name": what.dataset_config or None, "split": split}
     try:
-        rows = load_dataset(**options)
+        return load_dataset(**options)
     except StopIteration:  # how datasets takes an empty file
-        rows = []
+        return Dataset.from_dict({})
     except DatasetGenerationError as error:  # its own message only says that there was an error
         raise ValueError(f"{option} must hold a row a line, got {got}: {error.__cause__}") from error
     except (DatasetNotFoundError, OSError, OfflineModeIsEnabled, HTTPError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{option} must be one that can be had from here, got {got}: {reason}") from error
-    if len(rows) == 0:
-        raise ValueError(f"{option} must hold at least one row, got none in {got}")
-    return rows
 
 
 def train(

@@ -10,7 +10,7 @@ from hf_warmup.guided import ramp_rate, trial_interval
 from hf_warmup.trainer import WarmupTrainingArguments
 from hf_warmup.trainer.arguments import TRYING
 
-from arguments import RecipeArguments, make_config
+from arguments import RecipeArguments, make_config, one_line
 
 SINGLE, HALF = 4, 2  # bytes of a number
 ADAM_STATES = 2  # numbers that Adam keeps per parameter
@@ -95,8 +95,9 @@ def memory_per_process(parameters: int, processes: int, low: int, search: bool) 
 def plan(args: WarmupTrainingArguments, recipe: RecipeArguments) -> str:
     """Two tables; nothing is trained, tokenized or written."""
     cls = AutoModelForMaskedLM if recipe.objective == "mlm" else AutoModelForCausalLM
-    with torch.device("meta"):
-        model = cls.from_config(make_config(recipe, recipe.vocab_size))
+    config = make_config(recipe, recipe.vocab_size)
+    with torch.device("meta"), one_line("model must be a configuration that a model can be made of", recipe.model):
+        model = cls.from_config(config)
     parameters = model.num_parameters()
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * recipe.plan
     steps = f"{args.max_steps:,}" if args.max_steps > 0 else f"those of {args.num_train_epochs:g} epochs"

@@ -24,7 +24,7 @@ from transformers import (
 from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments, warmup_report
 from hf_warmup.trainer.report import number, peak_words, target_words
 
-from arguments import RecipeArguments, make_config, parse
+from arguments import RecipeArguments, make_config, one_line, parse
 from collator import Collator, Numbered
 from data import bytes_per_token, load_text, load_tokenizer, mask_once, pack, unigram_entropy
 from framing import Framing
@@ -38,15 +38,18 @@ def make_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerFast) -> P
     cls = AutoModelForMaskedLM if recipe.objective == "mlm" else AutoModelForCausalLM
     if recipe.init_from:
         model = cls.from_pretrained(recipe.init_from)
-        for option, value, name in (
-            ("context", recipe.context, "max_position_embeddings"),
-            ("tokenizer", len(tokenizer), "vocab_size"),
-        ):
-            if value > (most := getattr(model.config, name)):
-                raise ValueError(f"{option} must be at most {most}, init_from's {name}, got {value}")
     else:
         special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        model = cls.from_config(make_config(recipe, len(tokenizer), **special))
+        config = make_config(recipe, len(tokenizer), **special)
+        with one_line("model must be a configuration that a model can be made of", recipe.model):
+            model = cls.from_config(config)
+    for option, value, name in (
+        ("context", recipe.context, "max_position_embeddings"),
+        ("tokenizer", len(tokenizer), "vocab_size"),
+    ):
+        if value > (most := getattr(model.config, name, value)):
+            whose = "init_from's" if recipe.init_from else "the model's"
+            raise ValueError(f"{option} must be at most {most}, {whose} {name}, got {value}")
     if recipe.document_mask:
         # With a cache, which models make for themselves, transformers does not look where positions begin anew.
         model.config.use_cache = False

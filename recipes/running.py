@@ -1,26 +1,43 @@
 """What a run of a recipe says while it goes, and how it stops: throughput, samples, signals, one folder per run."""
 
+import contextlib
 import json
 import logging
+import math
+import os
+import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hf_warmup.trainer.secrets import hide_known, hide_secrets
 
 from collator import Numbered
 
 # Dense bf16 operations per second, in 10^12, as their data sheets say.
 _PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0, "4090": 165.0}
 _WHOLE = "whole"  # the file that marks a checkpoint
+# What a run writes into its folder, beside run.json: files, and files of folders. README.md is not among them: the
+# card is written anew at the end of a run, and keeps what its author says.
+_WRITTEN = (
+    r"warmup\.(json|png)|trainer_state\.json|training_args\.bin|(train|eval|all)_results\.json|"
+    r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|zero_to_fp32\.py|"
+    r"(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|"
+    r"tokenizer\.model|vocab\.txt|merges\.txt|chat_template\.(jinja|json)|run\.json\.\d+"
+)
+_WRITTEN_IN = {"stream": r"worker-\d+\.jsonl", "runs": r"events\.out\.tfevents\..+"}
 
 
 class Progress(ProgressCallback):
@@ -131,12 +148,13 @@ class Samples(TrainerCallback):
         model.eval()
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(state.global_step)
-            ids = self.tokenizer(self.prompt, return_tensors="pt").input_ids.to(model.device)
-            room = model.config.max_position_embeddings - ids.shape[1]
+            most = model.config.max_position_embeddings
+            # Of a longer prompt its end, and room for a token behind it.
+            ids = self.tokenizer(self.prompt, return_tensors="pt").input_ids[:, 1 - most :].to(model.device)
             out = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=max(1, min(self.length, room)),
+                max_new_tokens=min(self.length, most - ids.shape[1]),
                 do_sample=True,
                 top_k=50,
                 pad_token_id=self.tokenizer.pad_token_id,
@@ -191,12 +209,12 @@ class RunFolder(TrainerCallback):
 
     Args:
         folder: The output folder.
-        command: The arguments of the recipe's command.
+        command: The arguments of the recipe's command; kept without its secrets.
     """
 
     def __init__(self, folder: Path, command: Sequence[str]) -> None:
         self.folder, self.path = folder, folder / "run.json"
-        self.command = list(command)
+        self.command = hide_secrets(command)
 
     def begin(self) -> None:
         self._write(ended=False)
@@ -210,8 +228,54 @@ class RunFolder(TrainerCallback):
             (self.folder / f"checkpoint-{state.global_step}" / _WHOLE).touch()
 
     def _write(self, *, ended: bool) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps({"command": self.command, "ended": ended}) + "\n", encoding="utf-8")
+        # Beside it, then in its place: a kill must not leave a half of it.
+        beside = self.path.with_name(f"run.json.{os.getpid()}")
+        beside.write_text(json.dumps({"command": self.command, "ended": ended}) + "\n", encoding="utf-8")
+        beside.replace(self.path)
+
+    def check(self) -> None:
+        """Refuse a folder that nothing can be written into.
+
+        Raises:
+            ValueError: In one line, with the reason.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"output_dir must be a folder that can be written into, got {hide_known(str(self.folder))}: "
+                f"{error.strerror or error}"
+            ) from error
+
+    def clear(self) -> None:
+        """Delete what a run has written, and nothing else; links are deleted and not followed."""
+        for path in list(self.folder.iterdir()):
+            if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir():
+                _delete(path)
+            elif re.fullmatch(_WRITTEN, path.name) and (path.is_symlink() or path.is_file()):
+                path.unlink()
+            elif path.name in _WRITTEN_IN and path.is_symlink():
+                path.unlink()
+            elif path.name in _WRITTEN_IN:
+                for parent, _, names in os.walk(path, topdown=False):
+                    for name in names:
+                        if re.fullmatch(_WRITTEN_IN[path.name], name):
+                            Path(parent, name).unlink()
+                    with contextlib.suppress(OSError):  # not empty
+                        Path(parent).rmdir()
+
+    def _run(self) -> dict[str, Any]:
+        """What run.json says."""
+        try:
+            run = json.loads(self.path.read_text(encoding="utf-8"))
+            return {"command": hide_secrets(run["command"]), "ended": bool(run["ended"])}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"output_dir must hold a run.json that can be read, got {self.path}: {error}; pass "
+                "--resume_from_checkpoint latest or --overwrite, or choose another folder"
+            ) from error
 
     def checkpoint(self, asked: str | None, overwrite: bool) -> str | None:
         """The checkpoint to go on from.
@@ -240,18 +304,68 @@ class RunFolder(TrainerCallback):
         if overwrite and is_run:
             return None
         if self.path.exists():
-            run = json.loads(self.path.read_text(encoding="utf-8"))
+            run = self._run()
             if run == {"command": self.command, "ended": False} and (last is not None or not self._has_models()):
                 return last
         way = "pass --resume_from_checkpoint latest or --overwrite" if is_run else "it holds no earlier run"
         raise ValueError(f"output_dir must be empty, got {self.folder}: {way}, or choose another")
 
     def _last(self) -> str | None:
-        whole = [path.parent for path in self.folder.glob(f"checkpoint-*/{_WHOLE}")]
+        marks = self.folder.glob(f"checkpoint-*/{_WHOLE}")
+        whole = [path.parent for path in marks if re.fullmatch(r"checkpoint-\d+", path.parent.name)]
         return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
     def _has_models(self) -> bool:
         return any(self.folder.glob("*.safetensors"))
+
+
+def _delete(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _room_on_disk(folder: str) -> Iterator[None]:
+    """Makes one line of a disk that is full, for which torch and safetensors have errors of their own."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = "No space left|File too large|quota exceeded|write failed|failed writing|inline_container"
+        if re.search(full, str(error)):
+            where = getattr(error, "filename", None) or folder
+            raise ValueError(f"output_dir must have room for the run, got {folder}: {where}: {error}") from error
+        raise
+
+
+def num_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole run; None for data without a length and without max_steps."""
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    try:
+        batches = len(trainer.get_train_dataloader())
+    except TypeError:
+        return None
+    per_epoch = max(1, math.ceil(batches / trainer.args.gradient_accumulation_steps))
+    return math.ceil(trainer.args.num_train_epochs * per_epoch)
+
+
+def _end_here(trainer: Trainer, checkpoint: str) -> bool:
+    """Let no step follow a checkpoint of the last one, behind which the Trainer would make another.
+
+    It still loads the checkpoint and tells its callbacks: with data of one step, as many epochs are over as there
+    were steps, and none is left that reads the data.
+
+    Returns:
+        Whether the checkpoint is of the last step.
+    """
+    path, steps = Path(checkpoint) / "trainer_state.json", num_steps(trainer)
+    if steps is None or not path.exists() or json.loads(path.read_text(encoding="utf-8"))["global_step"] < steps:
+        return False
+    trainer.args.max_steps = steps
+    trainer.train_dataset = [{"input_ids": []}] * (trainer.args.train_batch_size * trainer.args.world_size)
+    return True
 
 
 def carry_out(
@@ -276,18 +390,34 @@ def carry_out(
     Returns:
         0, or 128 and the number of the signal that stopped it.
     """
+    if args.hub_token:
+        # Where the hub looks for it too: the Trainer saves its arguments as they are, and uploads them.
+        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
+    with _room_on_disk(str(args.output_dir)):
+        return _carry_out(argv, args, overwrite, make_trainer, finish, go_on)
+
+
+def _carry_out(
+    argv: Sequence[str],
+    args: TrainingArguments,
+    overwrite: bool,
+    make_trainer: Callable[[], Trainer],
+    finish: Callable[[Trainer], None],
+    go_on: Callable[[Trainer, str], None] | None,
+) -> int:
     folder = RunFolder(Path(args.output_dir), argv)
+    folder.check()
     checkpoint = folder.checkpoint(args.resume_from_checkpoint, overwrite)
     trainer = make_trainer()
     # The evaluation before the first step is half of the summary.
     trainer.args.eval_on_start = checkpoint is None and trainer.eval_dataset is not None
     if trainer.is_world_process_zero():
-        if overwrite and checkpoint is None:
-            shutil.rmtree(args.output_dir, ignore_errors=True)  # not before everything else has been checked
         folder.begin()
+        if overwrite and checkpoint is None:
+            folder.clear()  # not before everything else has been checked
     trainer.add_callback(stop := StopOnSignal(trainer))
     trainer.add_callback(folder)
-    if checkpoint is not None and go_on is not None:
+    if checkpoint is not None and not _end_here(trainer, checkpoint) and go_on is not None:
         go_on(trainer, checkpoint)
     trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -310,5 +440,5 @@ def main(run: Callable[[list[str]], int]) -> NoReturn:
     try:
         code = run(sys.argv[1:])
     except ValueError as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+        sys.exit("error: " + hide_known(" ".join(str(error).split())))
     sys.exit(code)

@@ -29,6 +29,7 @@ from hf_warmup.probe import innermost
 from hf_warmup.trainer.markdown import plain
 from hf_warmup.trainer.plots import run_figure
 from hf_warmup.trainer.report import group_values, has_trained, warmup_report
+from hf_warmup.trainer.secrets import hide_known
 from hf_warmup.trainer.sections import sections, task_of
 
 logger = logging.getLogger(__name__)
@@ -180,9 +181,11 @@ class RunCard:
         if described != data:
             block = _spliced(block, described, line, failed)
         head = f"{opening or f'---{line}'}{block}{closing or f'{line}---{line}'}" if block else ""
+        if new or _DRAFT in body:  # every name in it is of the run; what an author says stays
+            head, before, after = map(hide_known, (head, before, after))
         seal = f"\n\n<!-- {_SEAL}{_digest(head + before + after)} -->" if new else ""
         parts = "\n\n".join(sections(trainer, report, names, plotted="warmup.png" not in failed))
-        part = f"{_BEGIN}\n{parts}{seal}\n{_END}".replace("\n", line)
+        part = f"{_BEGIN}\n{hide_known(parts)}{seal}\n{_END}".replace("\n", line)
         return f"{head}{before}{part}{after}".encode()
 
     def _warn(self, failed: Mapping[str, str]) -> None:

@@ -1,6 +1,5 @@
 """The sections of a model card: what warmup did, how to use the model, how it was made, what it does not say."""
 
-import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from hf_warmup.trainer.report import (
     target_words,
     verdict,
 )
+from hf_warmup.trainer.secrets import hide_secrets
 
 # By the ends of the names of model classes.
 _TASKS = {
@@ -194,21 +194,9 @@ def _again(trainer: Trainer) -> str | None:
         config["fsdp_config"] = {"fsdp_version": state.fsdp_plugin.fsdp_version}
     if trainer.is_deepspeed_enabled:
         config["deepspeed_config"] = {"zero_stage": state.deepspeed_plugin.zero_stage}
-    command = shlex.join(["accelerate", "launch", "--config_file", "accelerate.yaml", *_without_secrets(sys.argv)])
+    command = shlex.join(["accelerate", "launch", "--config_file", "accelerate.yaml", *hide_secrets(sys.argv)])
     text = yaml.safe_dump(config, sort_keys=False).rstrip()
     return f"{fence(command, 'bash')}\n\nwith `accelerate.yaml`:\n\n{fence(text, 'yaml')}"
-
-
-def _without_secrets(words: list[str]) -> list[str]:
-    shown = []
-    for i, word in enumerate(words):
-        option, equals, _ = word.partition("=")
-        if re.search(r"(token|key|secret|password)$", option) and option.startswith("-"):
-            word = f"{option}=..." if equals else word
-        elif i > 0 and re.fullmatch(r"-.*(token|key|secret|password)", words[i - 1]):
-            word = "..."
-        shown.append(word)
-    return shown
 
 
 def _limits(report: dict[str, Any]) -> str:

@@ -313,11 +313,49 @@ BAD = [
     ({"model": "{model_type: nogpt}"}, "model must have a model_type that transformers knows, got 'nogpt'"),
     ({"model": "{model_type: gpt2, n_emb: 64}"}, "model has an option that gpt2 does not know, got n_emb: 64"),
     ({"model": "gpt2"}, "model must be a mapping with a model_type, got 'gpt2'"),
+    ({"3": 1}, "unknown option 3: 1 in "),
+    ({"null": 1}, "unknown option None: 1 in "),
+    ({"zzzz": 1}, r"unknown option zzzz: 1 in \S+recipe.yaml$"),
+    ({"text": "null"}, "text must name at least one file"),
+    ({"text": 3}, "text must be a word or a list of words, got 3"),
+    ({"text": "[[a]]"}, r"text must be a list of words, got \[\['a'\]\]"),
+    ({"text": "a" * 300}, "text cannot be .*aaa: .*File name too long"),
+    ({"output_dir": "[a, b]"}, r"output_dir must be one value, got \['a', 'b'\]"),
+    ({"output_dir": "''"}, "output_dir must be the name of a folder, got ''"),
+    ({"output_dir": "/dev/null/x"}, "output_dir must be a folder that can be written into, got /dev/null/x"),
+    ({"learning_rate": "[1.0]"}, r"learning_rate must be a number, got \[1.0\]"),
+    ({"lr_scheduler_kwargs": "hello"}, "lr_scheduler_kwargs must be those of lr_scheduler_type=linear, got hello: "),
+    ({"lr_scheduler_kwargs": "{nope: 1}"}, "lr_scheduler_kwargs must be those of .* got {'nope': 1}: .* 'nope'"),
+    (
+        {"lr_scheduler_type": "cosine_with_min_lr"},
+        "lr_scheduler_kwargs must be .*cosine_with_min_lr, got None: .*min_lr",
+    ),
+    ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),
+    ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
+    ({"seed": -1}, "seed must be at least 0 and less than 4294967296, got -1"),
+    ({"adam_beta2": 1.0}, "adam_beta2 must be at least 0 and less than 1, got 1.0"),
+    ({"peak_tflops": -1.0}, "peak_tflops must be at least 0 and finite, got -1.0"),
+    ({"peak_tflops": ".nan"}, "peak_tflops must be at least 0 and finite, got nan"),
+    ({"logging_steps": 0}, "logging_steps cannot be 0: .*requires non-zero"),
+    ({"deepspeed": "nope.json"}, "deepspeed cannot be nope.json: "),
+    ({"accelerator_config": "nope.json"}, "accelerator_config cannot be nope.json: .*No such file"),
+    ({"torch_compile_backend": "nope"}, "torch_compile_backend must be one that accelerate knows, got nope: "),
+    ({"report_to": 3}, "report_to must be of what is installed, got 3"),
+    ({"vocab_size": 10**14}, f"vocab_size must be at most 10000000, got {10**14}"),
+    ({"model": "{model_type: gpt2, n_embd: abc}"}, "model must have sizes that are positive .*, got n_embd: 'abc'"),
+    ({"model": "{model_type: gpt2, n_embd: -16}"}, "model must have sizes that are positive .*, got n_embd: -16"),
+    ({"model": "{model_type: gpt2, n_embd: 33}"}, 'model must be a configuration .* got .*"n_embd": 33}: .*divisible'),
+    ({"model": "{model_type: gpt2, attn_pdrop: 3}"}, 'model must be a configuration .*"attn_pdrop": 3}: dropout'),
+    ({"model": "{model_type: t5}"}, 'model must be a configuration that a model can be made of, got .*"t5"}'),
+    (
+        {"model": "{model_type: gpt2, vocab_size: 5, n_embd: 32, n_layer: 1, n_head: 2}"},
+        "tokenizer must be at most 5, the model's vocab_size, got 300",
+    ),
     ({"resume_from_checkpoint": "latest"}, "resume_from_checkpoint must be .*none there"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), BAD, ids=[next(iter(c)) + str(i) for i, (c, _) in enumerate(BAD)])
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[f"{next(iter(c))}{i}" for i, (c, _) in enumerate(BAD)])
 def test_bad_input_is_one_line_with_option_and_value(changes, message, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain.py", yaml_with(tmp_path, **changes)])
     with pytest.raises(SystemExit, match=message) as error:
@@ -325,6 +363,20 @@ def test_bad_input_is_one_line_with_option_and_value(changes, message, tmp_path,
     assert error.value.code.startswith("error: ")
     assert "\n" not in error.value.code
     assert not list((tmp_path / "run").glob("*"))
+
+
+@pytest.mark.parametrize("content", ["a: " + "[" * 3000 + "]" * 3000, "a:\tb\n\tc", "\0", "- a", "", "\udcff"])
+def test_a_recipe_that_is_no_mapping_is_one_line(content, tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"recipe.yaml (is not YAML|must be a mapping)"):
+        arguments.parse([str(tmp_path / "recipe.yaml")])
+
+
+def test_an_error_shows_no_secret(tmp_path, monkeypatch):
+    token = "hf_" + "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0eF3h"
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", yaml_with(tmp_path, hub_tok=token)])
+    with pytest.raises(SystemExit, match=r"unknown option hub_tok: \.\.\. in "):
+        pretrain.main(pretrain.run)
 
 
 def test_options_on_the_command_line_are_checked_too(tmp_path):
@@ -342,7 +394,7 @@ def test_options_on_the_command_line_are_checked_too(tmp_path):
 @pytest.mark.parametrize("content", ["", " \n\n"], ids=["nothing", "white space"])
 def test_empty_text_is_named(content, tmp_path):
     (tmp_path / "empty.txt").write_text(content)
-    with pytest.raises(ValueError, match=r"text must hold some text, got only white space in .*empty.txt"):
+    with pytest.raises(ValueError, match=r"text must hold some text, got none in .*empty.txt"):
         pretrain.run([yaml_with(tmp_path, text="empty.txt")])
 
 
