@@ -29,8 +29,12 @@ class WarmupArguments:
     """
 
     gi_adam: bool = field(
-        default=True,
-        metadata={"help": "Start Adam's second moment at the first squared gradient (GI-Adam); takes AdamW's place."},
+        default=False,
+        metadata={
+            "help": "GI-Adam in AdamW's place: the second moment starts at the first squared gradient. Steps are "
+            "√(1-β2^t) times as long: 0.9 after 32 steps at adam_beta2=0.95, but after 1660 at the Trainer's 0.999. "
+            "Not for runs that are short beside that."
+        },
     )
     warmup: str = field(
         default="linear",

@@ -60,14 +60,14 @@ class WarmupCallback(TrainerCallback):
 
     @classmethod
     def attach(cls, trainer: Trainer, arguments: WarmupArguments | None = None) -> "WarmupCallback":
-        """Give `trainer` GIAdamW and its warmup.
+        """Give `trainer` its warmup, and GIAdamW if `gi_adam` is on.
 
         Call it once, between making the trainer and `train()`. The trainer may be of any subclass; what it
         overrides stays in force.
 
         Args:
-            trainer: The trainer; it keeps its class, and its optimizer must not have been made yet unless it
-                is a GIAdamW already or `gi_adam` is off.
+            trainer: The trainer; it keeps its class. With `gi_adam` on its optimizer must not have been made yet,
+                unless it is a GIAdamW already.
             arguments: The flags. Those of `trainer.args` if it mixes in `WarmupArguments`, else the defaults.
 
         Returns:
@@ -151,7 +151,7 @@ class WarmupCallback(TrainerCallback):
         if self.arguments.gi_adam and not isinstance(made, GIAdamW):
             raise ValueError(
                 f"gi_adam=True, but {type(self.trainer).__name__} made its own optimizer, {type(made).__name__}: "
-                "have it make a GIAdamW, or pass gi_adam=False to keep that optimizer"
+                "have it make a GIAdamW, or leave gi_adam out to keep that optimizer"
             )
         prepare_optimizer(self.trainer)
         self._check_checkpoint()
@@ -516,7 +516,7 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
         raise ValueError(
             f"init_lr={arguments.init_lr} needs a lr_scheduler_type that warms up, got "
             f"{SchedulerType(args.lr_scheduler_type).value}: it follows the loss and has no warmup to start; pass "
-            "init_lr=zero to use GI-Adam alone"
+            "init_lr=zero to leave it as it is"
         )
     if arguments.guesses and trainer.lr_scheduler is None:
         kind = SchedulerType(args.lr_scheduler_type).value
@@ -555,7 +555,7 @@ def _use_gi_adam(trainer: Trainer) -> None:
         if not isinstance(innermost(given), GIAdamW):
             raise ValueError(
                 f"gi_adam=True, but the trainer has an optimizer of its own, {type(innermost(given)).__name__}: pass "
-                "it a GIAdamW, or gi_adam=False to keep that optimizer"
+                "it a GIAdamW, or leave gi_adam out to keep that optimizer"
             )
         return
     if trainer.optimizer_cls_and_kwargs is None:
@@ -573,6 +573,6 @@ def _use_gi_adam(trainer: Trainer) -> None:
     chosen = trainer.optimizer_cls_and_kwargs[0]
     if not (isinstance(chosen, type) and issubclass(chosen, GIAdamW | GIAdamWFactory)):
         raise ValueError(
-            f"gi_adam=True, but optimizer_cls_and_kwargs asks for {getattr(chosen, '__name__', chosen)}: leave it "
-            "out, or pass gi_adam=False to keep that optimizer"
+            f"gi_adam=True, but optimizer_cls_and_kwargs asks for {getattr(chosen, '__name__', chosen)}: leave "
+            "one of them out"
         )

@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 
 def test_training_leaves_a_card_with_the_optimizer_that_ran(make_trainer, folder):
-    trainer = train(make_trainer(adam_beta2=0.95, weight_decay=0.1))
+    trainer = train(make_trainer(gi_adam=True, adam_beta2=0.95, weight_decay=0.1))
     text = (folder / "README.md").read_text()
     assert "- optimizer: GIAdamW with betas=(0.9, 0.95), eps=1e-08, weight_decay=0.1, v0=gradient" in text
     assert "ADAMW_TORCH" not in text
