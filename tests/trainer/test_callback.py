@@ -320,13 +320,43 @@ def test_what_a_hyperparameter_search_changes_reaches_gi_adam(make_trainer):
         assert trainer.optimizer.param_groups[0]["betas"][1] == beta2
 
 
-def test_a_model_only_checkpoint_is_a_new_start(make_trainer, tmp_path):
+def test_a_model_only_checkpoint_is_a_new_start(make_trainer, tmp_path, caplog):
     # Its schedule restarts at step 0 with an empty optimizer, so the search must run again.
     options = {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}
     train(make_trainer(**options))
     trainer = train(make_trainer(**options), resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert [e["step"] for e in trainer.state.log_history if "warmup/init_lr" in e] == [0, 3]
     assert learning_rates(trainer)[3] == pytest.approx(3e-4)
+    assert "the checkpoint of step 3 has no optimizer.pt or no scheduler.pt" in caplog.text
+
+
+NEW_STARTS = [
+    {"warmup_steps": 4},
+    {"warmup_steps": 0, "warmup": "exponential", "warmup_growth": 4.0},
+    {"warmup_steps": 0, "warmup": "guided", "guide_rate": 0.5},
+    {"warmup_steps": 0, "warmup": "guided", "guide_rate": 0.5, "guide_until": "end"},
+    {"warmup_steps": 0, "warmup": "persistent"},
+]
+
+
+@pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt"])
+@pytest.mark.parametrize("options", NEW_STARTS, ids=str)
+def test_a_new_start_warms_up_and_decays_in_the_steps_that_are_left(make_trainer, tmp_path, options, lost):
+    options = {**options, "max_steps": 16, "save_strategy": "steps", "save_steps": 4}
+    train(make_trainer(**options))
+    (tmp_path / "run" / "checkpoint-4" / lost).unlink()
+    resumed = train(make_trainer(**options), resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    made = learning_rates(resumed)[4:]
+    # The paper's search finds η_trgt safe at once.
+    assert made[0] < 0.3 * max(made) or options.get("warmup") == "persistent"
+    # As in any run: the schedule's factor is 1/N of its way from 0 in the last step, stretched or not.
+    peak = made.index(max(made))
+    assert made[peak:] == sorted(made[peak:], reverse=True)
+    assert 0 < made[-1] < 0.3 * max(made)
+    # And a checkpoint of that run goes on exactly.
+    again = train(make_trainer(**options), resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-8"))
+    assert learning_rates(again) == learning_rates(resumed)
+    assert same(weights(again), weights(resumed))
 
 
 def test_a_second_training_searches_again(make_trainer):
@@ -427,7 +457,13 @@ def test_an_update_that_goes_uphill_starts_low_and_says_so(make_trainer, caplog)
     trainer.optimizer_cls_and_kwargs = (GIAdamW, {"lr": 3e-3, "maximize": True})
     train(trainer)
     assert "keeps the loss of the first batch from rising (not_descent)" in caplog.text
-    assert learning_rates(trainer)[0] == pytest.approx(3e-3 / 6)
+    (_, start), *tried = start_of(trainer)["warmup/evals"]
+    assert 0 < learning_rates(trainer)[0] < min(lr for lr, loss in tried if loss > start * (1 + 2e-6)) <= 3e-3
+    trainer = make_trainer(warmup="guided", warmup_steps=0)
+    trainer.optimizer_cls_and_kwargs = (GIAdamW, {"lr": 3e-3, "maximize": True})
+    with pytest.raises(RuntimeError, match="no learning rate from .* set warmup=linear"):
+        train(trainer)
+    assert trainer.state.global_step == 0
 
 
 def test_no_warmup_steps_means_no_search_and_a_warning(make_trainer, caplog):
