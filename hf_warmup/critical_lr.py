@@ -40,12 +40,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hf_warmup.numeric import number, positive, shown, whole
 from hf_warmup.secant import Curve
 
 Status = Literal["found", "above_target", "never_rises", "not_descent", "nonfinite", "budget_spent"]
 
 # Relative to L(0): 16 units in the last place of a loss in single precision, which rounding alone can give.
 _ROUNDING = 16 * 2.0**-23
+_NARROWEST = 2.0**-52  # relative distance of a float to the next one
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,16 @@ class CriticalLR:
     spread: float | None = None
     start_given: bool = False
     steepness: float | None = None
+
+    @property
+    def start(self) -> float:
+        """L(0)."""
+        return self.evals[0][1]
+
+    @property
+    def noise(self) -> float:
+        """A change of the loss that rounding alone can make."""
+        return _ROUNDING * abs(self.start)
 
     @property
     def num_evals(self) -> int:
@@ -175,13 +187,20 @@ def find_critical_lr(
         BIN_SEARCH needs, 0 to 10.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or `loss_at` gives no number, or losses of now more and now fewer
+            batches.
     """
-    _check(guess=guess, target=target, rtol=rtol, delta=delta, steepness=steepness)
-    if method not in ("secant", "paper"):
-        raise ValueError(f'method must be "secant" or "paper", got {method!r}')
-    if max_evals < 2:
-        raise ValueError(f"max_evals must be at least 2, got {max_evals}")
+    guess = None if guess is None else positive("guess", guess)
+    target = None if target is None else positive("target", target)
+    steepness = None if steepness is None else positive("steepness", steepness)
+    start = None if start is None else number("start", start)
+    rtol, delta, max_evals = positive("rtol", rtol), positive("delta", delta), whole("max_evals", max_evals, 2)
+    if rtol < _NARROWEST:
+        raise ValueError(f"rtol must be at least {_NARROWEST:.2g}, the precision of a float, got {rtol}")
+    if slope is not None and math.isnan(slope := number("slope", slope)):
+        raise ValueError("slope must be a number, got nan")
+    if not isinstance(method, str) or method not in ("secant", "paper"):
+        raise ValueError(f'method must be "secant" or "paper", got {shown(method)}')
     search = _Search(loss_at, max_evals, start)
     if not math.isfinite(search.start):
         return search.result("nonfinite", math.nan)
@@ -211,10 +230,16 @@ class _Search:
 
     def loss(self, eta: float) -> float:
         losses = self.loss_at(eta)
-        if isinstance(losses, Sequence):
-            self.batches[eta] = [float(loss) for loss in losses]
-            losses = math.fsum(losses) / len(losses)
-        loss = float(losses)
+        if isinstance(losses, Sequence) and not isinstance(losses, str):
+            batches = self.batches[eta] = [number("a loss of loss_at", loss) for loss in losses]
+            num = len(next(iter(self.batches.values())))
+            if not len(batches) == num > 0:
+                raise ValueError(
+                    f"loss_at must give the losses of as many batches each time, got {len(batches)} and {num}"
+                )
+            loss = math.fsum(batches) / num
+        else:
+            loss = number("the loss of loss_at", losses)
         self.evals.append((eta, loss))
         return loss if math.isfinite(loss) or eta == 0 else math.inf
 
@@ -345,9 +370,3 @@ class _Search:
                 return self.result("budget_spent", self.lower)
             self.rises(middle)
         return self.result("found", self.upper)
-
-
-def _check(**positive: float | None) -> None:
-    for name, value in positive.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")

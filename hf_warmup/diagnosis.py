@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.hessian import gradient_differences
+from hf_warmup.numeric import number, positive, whole
 from hf_warmup.probe import innermost, loss_after_step
 from hf_warmup.restore import RandomNumbers, traceless
 from hf_warmup.sharpness import (
@@ -188,14 +189,13 @@ def diagnose(
         RuntimeError: If the loss or its gradient is not finite at the start, or the gradient too coarse: products
             with the Hessian are differences of gradients, good to a percent in single precision.
     """
-    if not 0 < target_lr < math.inf:
-        raise ValueError(f"target_lr must be positive and finite, got {target_lr}")
+    target_lr, tol = positive("target_lr", target_lr), number("tol", tol)
     if not loss_fns:
         raise ValueError("loss_fns must hold at least one function, got none")
-    for name, value, least in (("num_steps", num_steps, 1), ("max_hvps", max_hvps, 2)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    num_steps, max_hvps = whole("num_steps", num_steps, 1), whole("max_hvps", max_hvps, 2)
     inner = innermost(optimizer)
+    if not hasattr(inner, "param_groups"):
+        raise ValueError(f"optimizer must be SGD, Adam, AdamW or GIAdamW, got {type(inner).__name__}")
     params = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
     adam = isinstance(inner, torch.optim.Adam)
     with ExitStack() as restored:

@@ -46,6 +46,8 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import ParamsT
 
+from hf_warmup.numeric import positive, shown
+
 # Without the hooks that torch puts around every optimizer's `step`: GIAdamW.step has its own.
 _adamw_step = inspect.unwrap(torch.optim.AdamW.step)
 
@@ -101,9 +103,11 @@ class GIAdamW(torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        is_number = isinstance(v0, int | float) and not isinstance(v0, bool)
-        if not (v0 in ("gradient", "random") or (is_number and 0 < float(v0) < math.inf)):
-            raise ValueError(f'v0 must be "gradient", "random" or a positive number, got {v0!r}')
+        try:
+            # Python's own, as it goes into checkpoints.
+            v0 = v0 if isinstance(v0, str) and v0 in ("gradient", "random") else positive("v0", v0)
+        except ValueError:
+            raise ValueError(f'v0 must be "gradient", "random" or a positive number, got {shown(v0)}') from None
         self.v0 = v0
         self.process_group: dist.ProcessGroup | None = None
         # Parameters with state whose gradients so far were exactly zero. Not in the state: whether a

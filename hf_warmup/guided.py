@@ -76,6 +76,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
+from hf_warmup.numeric import boolean, number, positive, shown, whole
 
 LossAt = Callable[[float], float]  # of η
 SlopeAt = Callable[[float], float]
@@ -119,12 +120,8 @@ class _Controller(ABC):
     _saved: tuple[str, ...] = ("num_steps", "num_trials", "ramp_end", "critical_lr", "level")
 
     def __init__(self, target_lr: float, num_training_steps: int, decay: Callable[[float], float]) -> None:
-        if not 0 < target_lr < math.inf:
-            raise ValueError(f"target_lr must be positive and finite, got {target_lr}")
-        if num_training_steps < 1:
-            raise ValueError(f"num_training_steps must be at least 1, got {num_training_steps}")
-        self.target_lr = target_lr
-        self.num_training_steps = num_training_steps
+        self.target_lr = positive("target_lr", target_lr)
+        self.num_training_steps = whole("num_training_steps", num_training_steps, 1)
         self.decay = decay
         self.num_steps = 0
         self.num_trials = 0
@@ -158,7 +155,7 @@ class _Controller(ABC):
         Raises:
             ValueError: If `own_warmup` is out of range; or if there is no ceiling, and no momentum or an `init_lr`
                 above η_c.
-            RuntimeError: If the loss before the first step is not finite.
+            RuntimeError: If the loss before the first step is not finite, or rises at every rate tried.
         """
         now = own_warmup(0) if callable(own_warmup) else own_warmup
         if not 0 < now <= 1:
@@ -201,6 +198,27 @@ class _Controller(ABC):
         """The state, in numbers and lists of numbers: fit for JSON and for `torch.load(weights_only=True)`."""
         return {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in self._saved}
 
+    @classmethod
+    def check_state(cls, state: dict[str, Any]) -> None:
+        """Refuse a state that no controller of this class has left.
+
+        Args:
+            state: As of `state_dict`.
+
+        Raises:
+            ValueError: With the number's name, or if it was made by another controller.
+        """
+        if not isinstance(state, dict) or state.keys() != set(cls._saved):
+            got = ", ".join(map(str, state)) if isinstance(state, dict) else shown(state)
+            raise ValueError(f"the state must be of a {cls.__name__}, with {', '.join(cls._saved)}, got {got}")
+        num_steps = whole("num_steps", state["num_steps"], 0)
+        whole("num_trials", state["num_trials"], 0)
+        _check_step(state, "ramp_end")
+        for name in ("critical_lr", "level"):
+            _check_at_least(state, name, 0.0, nan=num_steps == 0)
+        if num_steps > 0:
+            positive("level", state["level"])
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken.
 
@@ -208,20 +226,38 @@ class _Controller(ABC):
             state: Made by a controller of the same class.
 
         Raises:
-            ValueError: If it was made by another.
+            ValueError: If it was made by another, or holds numbers that none has left.
         """
-        if state.keys() != set(self._saved):
-            raise ValueError(
-                f"the state must be of a {type(self).__name__}, with {', '.join(self._saved)}, got {', '.join(state)}"
-            )
-        for name, value in state.items():
+        self.check_state(state)
+        for name in self._saved:
+            value = state[name]
             setattr(self, name, list(value) if isinstance(value, list) else value)
 
     def _search(self, loss_at: LossAt, **options: Any) -> CriticalLR:
         found = find_critical_lr(loss_at, start=loss_at(0.0), **options)
         self.num_trials += found.num_evals
         found.check_finite(self.num_steps + 1)
+        if self.num_steps == 0 and not found.value > 0:
+            # Nothing is known then, and a ramp from the lowest learning rate tried would never get anywhere.
+            tried = [lr for lr, _ in found.evals if lr > 0]
+            raise RuntimeError(
+                f"no learning rate from {min(tried):.3g} to {max(tried):.3g} keeps the loss of the first step from "
+                f"rising ({found.status}): mostly the optimizer goes uphill, makes another step than that of its "
+                "learning rate, or has gradients of another loss; if it is to be so, set warmup=linear, with "
+                "warmup_steps, and init_lr to a number"
+            )
         return found
+
+
+def _check_step(state: dict[str, Any], name: str) -> None:
+    if state[name] is not None and whole(name, state[name], 0) > state["num_steps"]:
+        raise ValueError(f"{name} must be at most num_steps={state['num_steps']}, got {state[name]}")
+
+
+def _check_at_least(state: dict[str, Any], name: str, least: float, *, nan: bool = False) -> None:
+    value = number(name, state[name])
+    if not (value >= least or (nan and math.isnan(value))):
+        raise ValueError(f"{name} must be at least {least:g}{' or NaN' * nan}, got {value}")
 
 
 class GuidedWarmup(_Controller):
@@ -286,17 +322,16 @@ class GuidedWarmup(_Controller):
         until: str = "target",
     ) -> None:
         super().__init__(target_lr, num_training_steps, decay)
-        for name, value, most in (("rate", rate, 1.0), ("kappa", kappa, math.inf), ("init_lr", init_lr, math.inf)):
-            if value is not None and not (0 < value <= most and value < math.inf):
-                raise ValueError(f"{name} must be positive{' and at most 1' * (most == 1)} and finite, got {value}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
-        if until not in ("target", "end"):
-            raise ValueError(f'until must be "target" or "end", got {until!r}')
+        if rate is not None and not 0 < (rate := number("rate", rate)) <= 1:
+            raise ValueError(f"rate must be positive and at most 1 and finite, got {rate}")
+        init_lr = None if init_lr is None else positive("init_lr", init_lr)
+        kappa, every, ceiling = positive("kappa", kappa), whole("every", every, 1), boolean("ceiling", ceiling)
+        if not isinstance(until, str) or until not in ("target", "end"):
+            raise ValueError(f'until must be "target" or "end", got {shown(until)}')
         self.init_lr, self.kappa, self.every, self.until = init_lr, kappa, every, until
         self.ceiling = ceiling
-        self.far = _FAR * (target_lr if ceiling else max(1.0, target_lr))
-        self.rate = ramp_rate(num_training_steps) if rate is None else rate
+        self.far = _FAR * (self.target_lr if ceiling else max(1.0, self.target_lr))
+        self.rate = ramp_rate(self.num_training_steps) if rate is None else rate
         self.stretch = max(1.0, 2 / self.rate / _LEAST)
         self.hold, self.beyond = max(1.0, _BEYOND / self.stretch), _BEYOND * self.stretch
         self.fall = _FALL
@@ -363,6 +398,36 @@ class GuidedWarmup(_Controller):
         """The state, as that of its base, and whether there is a ceiling."""
         return super().state_dict() | {"ceiling": self.ceiling}
 
+    @classmethod
+    def check_state(cls, state: dict[str, Any]) -> None:
+        """Refuse a state that no controller of this class has left.
+
+        Args:
+            state: As of `state_dict`.
+
+        Raises:
+            ValueError: With the number's name, or if it was made by another controller.
+        """
+        state = dict(state) if isinstance(state, dict) else state
+        if isinstance(state, dict):
+            boolean("ceiling", state.pop("ceiling", True))
+        super().check_state(state)
+        if state["num_steps"] > 0:
+            positive("critical_lr", state["critical_lr"])
+        for name, least in (("next_trial", 0), ("waited", 0)):
+            whole(name, state[name], least)
+        _check_step(state, "turn_step")
+        _check_at_least(state, "peak", 0.0)
+        _check_at_least(state, "turn_lr", 0.0, nan=True)
+        for name in ("first_loss", "turn_loss", "recent_loss"):
+            number(name, state[name])
+        boolean("waits", state["waits"])
+        for name, check in (("estimates", positive), ("slopes", number)):
+            if not isinstance(state[name], list):
+                raise ValueError(f"{name} must be a list, got {shown(state[name])}")
+            for value in state[name]:
+                check(name, value)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken.
 
@@ -375,7 +440,7 @@ class GuidedWarmup(_Controller):
         # States of before there was a choice have no word for it.
         if (ceiling := state.get("ceiling", True)) != self.ceiling:
             raise ValueError(f"ceiling must be {ceiling} as in the state, got {self.ceiling}")
-        super().load_state_dict({name: value for name, value in state.items() if name != "ceiling"})
+        super().load_state_dict(state)
 
     def _decide(
         self,
@@ -416,8 +481,7 @@ class GuidedWarmup(_Controller):
         guess = self.target_lr if self.ceiling else min(self.target_lr, 1.0)
         # To a factor of 2: the staircase knows no better afterwards.
         found = self._search(loss_at, guess=guess, target=self.far, rtol=1.0)
-        # A loss that rises however small the step is: the staircase will look further down.
-        critical_lr = found.value if 0 < found.value < math.inf else found.lower or found.evals[-1][0]
+        critical_lr = found.value if found.value < math.inf else found.lower
         self.critical_lr = own_warmup * critical_lr
         self.level = self.critical_lr * self.largest * _START if self.init_lr is None else self.init_lr
         if not self.ceiling and own_warmup * self.level > self.critical_lr:
@@ -506,13 +570,24 @@ class PersistentCatapult(_Controller):
         delta: float = 0.1,
     ) -> None:
         super().__init__(target_lr, num_training_steps, decay)
-        for name, value in (("init_lr", init_lr), ("delta", delta)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        self.delta = delta
-        self.level = min(init_lr, target_lr)
+        self.delta = positive("delta", delta)
+        self.level = min(positive("init_lr", init_lr), self.target_lr)
         self.loss = math.inf
         self.num_searches = 0
+
+    @classmethod
+    def check_state(cls, state: dict[str, Any]) -> None:
+        """Refuse a state that no controller of this class has left.
+
+        Args:
+            state: As of `state_dict`.
+
+        Raises:
+            ValueError: With the number's name, or if it was made by another controller.
+        """
+        super().check_state(state)
+        whole("num_searches", state["num_searches"], 0)
+        _check_at_least(state, "loss", -math.inf)
 
     @property
     def handed_over(self) -> bool:

@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from hf_warmup.guided import decay_step
+from hf_warmup.numeric import number, positive, shown, whole
 
 _LOOKS = 20  # steps along a run where a factor is asked for, to see whether it rises
 
@@ -52,8 +53,12 @@ def steps_saved(init_lr: float, target_lr: float, warmup_steps: int, forward_pas
 
     Returns:
         Optimizer steps.
+
+    Raises:
+        ValueError: If a number is none, or `target_lr` is not positive and finite.
     """
-    return warmup_steps * min(1.0, init_lr / target_lr) - forward_passes / 2
+    part = number("init_lr", init_lr) / positive("target_lr", target_lr)
+    return number("warmup_steps", warmup_steps) * min(1.0, part) - number("forward_passes", forward_passes) / 2
 
 
 def checkpoint_of(scheduler: Any) -> str | None:
@@ -86,6 +91,27 @@ def unchanged(scheduler: Any) -> Any:
     return scheduler
 
 
+def warms_up(scheduler: Any, num_training_steps: int) -> bool:
+    """Whether a schedule has a warmup of its own.
+
+    Args:
+        scheduler: Of any kind; of one that is no `LambdaLR` nothing is known.
+        num_training_steps: N.
+
+    Returns:
+        Whether a factor rises.
+    """
+    factors = scheduler.lr_lambdas if isinstance(scheduler, LambdaLR) else []
+    return any(_rise(factor, num_training_steps) is not None for factor in factors)
+
+
+def _rise(factor: Callable[[Any], float], num_training_steps: int) -> int | None:
+    """A step at which the factor is larger than at the first one; None if it never is."""
+    highest = max(((num_training_steps - 1) * k // _LOOKS for k in range(_LOOKS + 1)), key=factor)
+    # Not 1: cosine_warmup_with_min_lr is at its peak before its first step.
+    return highest if factor(0) < 0.9 * factor(highest) else None
+
+
 def _check_fraction(factor: Callable[[Any], float], step: float) -> None:
     try:
         factor(step)
@@ -112,7 +138,7 @@ class _Changed:
                 "one that reacts to the loss, or has a state of its own, has no factor to warm up"
             )
         self.scheduler = unchanged(scheduler)
-        self.num_training_steps = num_training_steps
+        self.num_training_steps = num_training_steps = whole("num_training_steps", num_training_steps, 1)
         self._check(scheduler.lr_lambdas)
         self._factors = [self._factor(f, num_training_steps, *args) for f in scheduler.lr_lambdas]
         scheduler.lr_lambdas = list(self._factors)
@@ -121,9 +147,8 @@ class _Changed:
         """Refuse factors that are no decay: they are stretched, behind a warmup of ours."""
         for factor in factors:
             _check_fraction(factor, 0.5)
-            highest = max(((self.num_training_steps - 1) * k // _LOOKS for k in range(_LOOKS + 1)), key=factor)
-            # Not 1: cosine_warmup_with_min_lr is at its peak before its first step.
-            if factor(0) < 0.9 * factor(highest):
+            highest = _rise(factor, self.num_training_steps)
+            if highest is not None:
                 raise ValueError(
                     f"the schedule's factor must not rise, as this warmup needs one without a warmup of its own, got "
                     f"{factor(0):.4g} at step 0 and {factor(highest):.4g} at {highest}"
@@ -133,6 +158,45 @@ class _Changed:
     def started(self) -> bool:
         """Whether warmup has started, in this run or in the one that it resumes."""
         return self._factors[0].started
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """The options of the warmup, as plain values; those of the checkpoint once one is loaded."""
+        return self._factors[0].made_with
+
+    @made_with.setter
+    def made_with(self, options: dict[str, Any]) -> None:
+        for factor in self._factors:
+            factor.made_with = options
+
+    def check_state(self) -> None:
+        """Refuse numbers of a checkpoint that no run has left.
+
+        Raises:
+            ValueError: With the number's name.
+        """
+        now = whole("last_epoch", self.scheduler.last_epoch, 0)
+        for base in self.scheduler.base_lrs:
+            if not 0 <= number("base_lrs", base) < math.inf:
+                raise ValueError(f"base_lrs must be at least 0 and finite, got {base}")
+        for factor in self._factors:
+            factor.check_state(now)
+
+    def skip(self, num_steps: int) -> None:
+        """Go on after that many steps, which were made with another schedule: warmup has the rest of the run.
+
+        Args:
+            num_steps: From the start of the run. Before `start`, or the first `steer`.
+
+        Raises:
+            ValueError: If they are not between 0 and `num_training_steps`.
+        """
+        if whole("num_steps", num_steps, 0) > self.num_training_steps:
+            raise ValueError(f"num_steps must be at most {self.num_training_steps}, got {num_steps}")
+        self.scheduler.last_epoch = num_steps
+        for factor in self._factors:
+            factor.first_step = num_steps
+        self._apply()
 
     def _apply(self) -> None:
         """Give the step that comes next the learning rate that the factors have now."""
@@ -160,9 +224,16 @@ class _Factor:
         self.inner = inner
         self.num_training_steps = num_training_steps
         self.warmup_kind = kind
+        self.first_step = 0  # of warmup: the steps before it were made with another schedule, or waited for a gradient
+        self.made_with: dict[str, Any] = {}
 
     def __call__(self, step: int) -> float:
         return self.inner(step)
+
+    def check_state(self, now: int) -> None:
+        """Refuse numbers that no run has left at that step."""
+        if whole("first_step", self.first_step, 0) > now:
+            raise ValueError(f"first_step must be at most last_epoch={now}, got {self.first_step}")
 
     @property
     def started(self) -> bool:
@@ -177,11 +248,15 @@ class _Ramp(_Factor):
     def __init__(self, inner: Callable[[Any], float], num_training_steps: int, kind: str) -> None:
         super().__init__(inner, num_training_steps, kind)
         self.init_fraction: float | None = None
-        self.first_step = 0
 
     @property
     def started(self) -> bool:
         return self.init_fraction is not None
+
+    def check_state(self, now: int) -> None:
+        super().check_state(now)
+        if self.init_fraction is not None and not 0 < number("init_fraction", self.init_fraction) <= 1:
+            raise ValueError(f"init_fraction must be above 0 and at most 1, got {self.init_fraction}")
 
     def _stretched(self, t: int, reach: float, warmup_steps: int = 0) -> float:
         """The factor f at step `t` of a ramp that took `reach` of them where f has `warmup_steps`."""
@@ -201,8 +276,7 @@ class _RampSchedule(_Changed):
         return self._factors[0].init_fraction
 
     def _start(self, init_fraction: float) -> None:
-        if not 0 < init_fraction < math.inf:
-            raise ValueError(f"init_fraction must be positive and finite, got {init_fraction}")
+        init_fraction = positive("init_fraction", init_fraction)
         for factor in self._factors:
             factor.init_fraction = min(1.0, init_fraction)
             factor.first_step = self.scheduler.last_epoch
@@ -247,7 +321,7 @@ class WarmupSchedule(_RampSchedule):
     _factor = _Linear
 
     def __init__(self, scheduler: LRScheduler, warmup_steps: int, num_training_steps: int) -> None:
-        if not 1 <= warmup_steps <= num_training_steps:
+        if not 1 <= whole("warmup_steps", warmup_steps) <= whole("num_training_steps", num_training_steps, 1):
             raise ValueError(f"warmup_steps must be between 1 and {num_training_steps} steps, got {warmup_steps}")
         self.warmup_steps = warmup_steps
         super().__init__(scheduler, num_training_steps, warmup_steps)
@@ -259,6 +333,7 @@ class WarmupSchedule(_RampSchedule):
             if not math.isclose(peak, 1.0, rel_tol=1e-6):
                 raise ValueError(
                     f"the schedule's factor must be 1 when warmup ends, got {peak} at warmup_steps={self.warmup_steps}"
+                    ": a schedule of your own is kept as it is, so warmup_steps has to be the length of its warmup"
                 )
             _check_fraction(factor, self.warmup_steps + 0.5)
 
@@ -278,6 +353,11 @@ class _Exponential(_Ramp):
     def __init__(self, inner: Callable[[Any], float], num_training_steps: int) -> None:
         super().__init__(inner, num_training_steps, "exponential")
         self.growth = 1.0
+
+    def check_state(self, now: int) -> None:
+        super().check_state(now)
+        if self.init_fraction is not None and not 1 < number("growth", self.growth) < math.inf:
+            raise ValueError(f"growth must be above 1 and finite, got {self.growth}")
 
     def __call__(self, step: int) -> float:
         if self.init_fraction is None:
@@ -312,6 +392,7 @@ class ExponentialSchedule(_RampSchedule):
         Raises:
             ValueError: If `init_fraction` is not positive and finite, or `growth` not above 1 and finite.
         """
+        growth = number("growth", growth)
         if not 1 < growth < math.inf:
             raise ValueError(f"growth must be above 1 and finite, got {growth}")
         for factor in self._factors:
@@ -331,6 +412,15 @@ class _Steered(_Factor):
     @property
     def started(self) -> bool:
         return self.fraction is not None
+
+    def check_state(self, now: int) -> None:
+        super().check_state(now)
+        if self.fraction is not None and not 0 <= number("fraction", self.fraction) < math.inf:
+            raise ValueError(f"fraction must be at least 0 and finite, got {self.fraction}")
+        if self.ramp_end is not None and whole("ramp_end", self.ramp_end, self.first_step) > now:
+            raise ValueError(f"ramp_end must be at most last_epoch={now}, got {self.ramp_end}")
+        if not isinstance(self.controller, dict):
+            raise ValueError(f"controller must be a dict, got {shown(self.controller)}")
 
     def __call__(self, step: int) -> float:
         if self.fraction is None:
@@ -358,16 +448,22 @@ class SteeredSchedule(_Changed):
     def __init__(self, scheduler: LRScheduler, num_training_steps: int, kind: str = "steered") -> None:
         super().__init__(scheduler, num_training_steps, kind)
 
+    @property
+    def num_steps(self) -> int:
+        """Steps that are left to warmup and decay: N, less those that were skipped."""
+        return self.num_training_steps - self._factors[0].first_step
+
     def decay(self, step: float) -> float:
-        """The factor f that the schedule has by itself.
+        """The factor f that the schedule has by itself, made for the steps that are left.
 
         Args:
-            step: Between 0 and N, possibly fractional.
+            step: Between 0 and `num_steps`, possibly fractional.
 
         Returns:
             f, that of the first parameter group.
         """
-        return float(self._factors[0].inner(step))
+        left = self.num_steps
+        return float(self._factors[0].inner(step * (self.num_training_steps / left) if left > 0 else step))
 
     @property
     def controller(self) -> dict[str, Any]:
@@ -391,7 +487,7 @@ class SteeredSchedule(_Changed):
         Raises:
             ValueError: If `fraction` is negative or not finite.
         """
-        if not 0 <= fraction < math.inf:
+        if not 0 <= number("fraction", fraction) < math.inf:
             raise ValueError(f"fraction must be at least 0 and finite, got {fraction}")
         for factor in self._factors:
             factor.fraction, factor.ramp_end, factor.controller = fraction, ramp_end, controller

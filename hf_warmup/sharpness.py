@@ -54,6 +54,7 @@ from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.hessian import LossFn, hessian_products
 from hf_warmup.lanczos import End, extreme_eigenpairs
+from hf_warmup.numeric import number, whole
 from hf_warmup.probe import innermost
 
 # Of the start: what is drawn at random beside the vectors of the last measurement, relative to them.
@@ -132,6 +133,8 @@ def sharpness(
         ValueError: If an argument is out of range or of the wrong shape, there is nothing to differentiate in,
             a parameter is there twice or a DTensor (FSDP2 has no second derivative), or `module` is missing.
     """
+    k, tol, max_hvps = whole("k", k, 1), number("tol", tol), whole("max_hvps", max_hvps)
+    num_vectors = None if num_vectors is None else whole("num_vectors", num_vectors)
     free = [p for p in params if p.requires_grad and (preconditioner is None or p in preconditioner)]
     if start is not None and start.shape[-1:] != (num_elements := sum(p.numel() for p in free),):
         raise ValueError(f"start must be of shape (k, {num_elements}), got {tuple(start.shape)}")
@@ -233,6 +236,8 @@ def stability_threshold(optimizer: Optimizer, *, first_step: bool | None = None)
         ValueError: If the optimizer is another, or its groups differ in learning rate or momentum.
     """
     inner = innermost(optimizer)
+    if not hasattr(inner, "param_groups"):
+        raise ValueError(f"optimizer must be SGD, Adam, AdamW or GIAdamW, got {type(inner).__name__}")
     thresholds = [
         _threshold(inner, group, not inner.state if first_step is None else first_step) for group in inner.param_groups
     ]
@@ -284,8 +289,12 @@ def critical_sharpness(
     Returns:
         λ_c and the search: 4 to 6 forward passes from a good `previous`, one less with `start`, and `slope`; only
         one with `steepness` too, if λ_c has hardly changed.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
-    guess = 2 / previous if previous is not None and 0 < previous < math.inf else None
+    last = math.inf if previous is None else number("previous", previous)
+    guess = 2 / last if 0 < last < math.inf else None
     search = find_critical_lr(
         loss_at,
         guess=guess,

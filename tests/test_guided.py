@@ -9,9 +9,9 @@ from hf_warmup.guided import GuidedWarmup, PersistentCatapult, ramp_rate
 RATE = 0.01
 
 
-def fixed_critical_lr(critical_lr, start=2.0):
+def fixed_critical_lr(critical_lr, start=2.0, curvature=1.0):
     """A loss that falls up to `critical_lr` and rises beyond it, on every batch."""
-    return lambda lr: start + lr * (lr - critical_lr)
+    return lambda lr: start + curvature * lr * (lr - critical_lr)
 
 
 def lrs(guide, losses, num_steps, **options):
@@ -72,7 +72,7 @@ def test_the_target_is_reached_and_never_passed():
 @pytest.mark.parametrize("make", [GuidedWarmup, PersistentCatapult])
 def test_a_ramp_that_does_not_end_gives_way_to_the_decay_at_half_of_the_run(make):
     guide = make(100.0, 60, lambda x: 1 - x / 60)
-    made = lrs(guide, lambda t: fixed_critical_lr(1e-3, start=2.0 + t), 60)
+    made = lrs(guide, lambda t: fixed_critical_lr(1e-3, start=2.0 + t, curvature=1e3), 60)
     assert guide.ramp_end == 29
     assert made[29] == max(made) > 0
     assert made[30:] == pytest.approx([guide.level * (60 - t) / 31 for t in range(30, 60)])
@@ -555,9 +555,17 @@ def test_a_first_loss_that_is_not_finite_is_an_error():
             guide.step(lambda lr: math.nan)
 
 
-@pytest.mark.parametrize(
-    "curve", [lambda lr: 1.0 + lr, lambda lr: 1.0, lambda lr: 1.0 - lr], ids=["up", "flat", "down"]
-)
+@pytest.mark.parametrize("make", [GuidedWarmup, PersistentCatapult])
+@pytest.mark.parametrize("curve", [lambda lr: 1.0 + lr, lambda lr: 1.0 + (lr > 0)], ids=["uphill", "another loss"])
+def test_nothing_is_trained_on_a_first_search_that_found_nothing(make, curve):
+    guide = make(1.0, 200)
+    with pytest.raises(
+        RuntimeError, match=r"no learning rate from .* keeps the loss of the first step .*set warmup=lin"
+    ):
+        guide.step(curve)
+
+
+@pytest.mark.parametrize("curve", [lambda lr: 1.0, lambda lr: 1.0 - lr], ids=["flat", "down"])
 def test_a_first_batch_without_a_critical_lr_still_gives_a_learning_rate(curve):
     guide = GuidedWarmup(1.0, 200)
     made = lrs(guide, lambda t: curve, 50)

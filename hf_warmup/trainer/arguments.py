@@ -6,18 +6,16 @@ The target η_trgt is `learning_rate` (unless `guide_target=guess`) and the dura
 
 import math
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
-from types import NoneType
 from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 
 from hf_warmup.guided import EVERY
+from hf_warmup.numeric import boolean, number, shown, whole
 
 # The warmups that try learning rates along the run.
 TRYING = ("persistent", "guided")
 SharpnessKind = Literal["critical", "hessian", "preconditioned"]
-_NUMBERS: dict[type, Any] = {int: Integral, float: Real, NoneType: (Real, NoneType)}  # by the type of the default
 
 
 @dataclass
@@ -29,8 +27,12 @@ class WarmupArguments:
     """
 
     gi_adam: bool = field(
-        default=True,
-        metadata={"help": "Start Adam's second moment at the first squared gradient (GI-Adam); takes AdamW's place."},
+        default=False,
+        metadata={
+            "help": "GI-Adam in AdamW's place: the second moment starts at the first squared gradient. Steps are "
+            "√(1-β2^t) times as long: 0.9 after 32 steps at adam_beta2=0.95, but after 1660 at the Trainer's 0.999. "
+            "Not for runs that are short beside that."
+        },
     )
     warmup: str = field(
         default="linear",
@@ -157,19 +159,16 @@ class WarmupArguments:
             post_init()
 
     def check(self) -> None:
-        """Check every option.
+        """Check every option, and have Python's own numbers for those of numpy and torch.
 
         Raises:
             ValueError: If a value is out of range.
         """
         for option in fields(WarmupArguments):
-            value = getattr(self, option.name)
-            # YAML reads 1e-2 as a word.
-            kind = type(option.default)  # HfArgumentParser changes `option.type`
-            if kind in _NUMBERS and (isinstance(value, bool) or not isinstance(value, _NUMBERS[kind])):
-                whole = "a whole number" if kind is int else "a number"
-                raise ValueError(f"{option.name} must be {whole}, got {value!r}")
+            setattr(self, option.name, _plain(option.name, getattr(self, option.name), option.default))
         fixed = self.fixed_init_lr  # raises what is neither a word nor a number
+        if fixed is not None and not isinstance(self.init_lr, str):
+            self.init_lr = fixed
         if self.sharpness_every < 0:
             raise ValueError(f"sharpness_every must be at least 0, got {self.sharpness_every}")
         for name, words in (
@@ -177,9 +176,11 @@ class WarmupArguments:
             ("guide_until", ("target", "end")),
             ("guide_target", ("ceiling", "guess")),
             ("sharpness_kind", get_args(SharpnessKind)),
+            ("critical_lr_method", ("secant", "paper")),
         ):
-            if getattr(self, name) not in words:
-                raise ValueError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in words:
+                raise ValueError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, got {shown(value)}")
         if self.guide_target == "guess" and self.warmup != "guided":
             raise ValueError(f"guide_target must be ceiling with warmup={self.warmup}, got guess: only guided looks")
         if self.warmup != "linear" and fixed is None and self.init_lr != "catapult":
@@ -194,8 +195,6 @@ class WarmupArguments:
             raise ValueError(f"guide_micro_batches must be at least 0, got {self.guide_micro_batches}")
         if self.guide_rate is not None and not 0 < self.guide_rate <= 1:
             raise ValueError(f"guide_rate must be above 0 and at most 1, got {self.guide_rate}")
-        if self.critical_lr_method not in ("secant", "paper"):
-            raise ValueError(f"critical_lr_method must be secant or paper, got {self.critical_lr_method!r}")
         if self.search_batches < 1:
             raise ValueError(f"search_batches must be at least 1, got {self.search_batches}")
         if not 0 < self.max_init_fraction <= 1:
@@ -219,15 +218,30 @@ class WarmupArguments:
         Raises:
             ValueError: If it is neither.
         """
-        if self.init_lr in ("catapult", "zero"):
+        given = self.init_lr
+        if isinstance(given, str) and given in ("catapult", "zero"):
             return None
         try:
-            value = math.nan if isinstance(self.init_lr, bool) else float(self.init_lr)
-        except (TypeError, ValueError):
+            # Python reads 1_0 as ten, and the digits of every script.
+            plain = not isinstance(given, str) or (given.isascii() and "_" not in given)
+            value = (float(given) if isinstance(given, str) else number("init_lr", given)) if plain else math.nan
+        except ValueError:
             value = math.nan
         if not 0 < value < math.inf:
-            raise ValueError(f"init_lr must be `catapult`, `zero` or a positive number, got {self.init_lr!r}")
+            raise ValueError(f"init_lr must be `catapult`, `zero` or a positive number, got {shown(given)}")
         return value
+
+
+def _plain(name: str, value: Any, default: Any) -> Any:
+    """The value as Python's own, of the type of its default (HfArgumentParser changes that of the field)."""
+    if isinstance(default, bool):
+        return boolean(name, value)
+    if isinstance(default, int):
+        return whole(name, value)
+    if isinstance(default, float) or (default is None and value is not None):
+        return number(name, value)
+    # numpy's words, and those of an enumeration.
+    return str.__str__(value) if isinstance(value, str) else value
 
 
 @dataclass

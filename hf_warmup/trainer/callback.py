@@ -12,6 +12,7 @@ with.
 """
 
 import functools
+import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from transformers.trainer_utils import SchedulerType
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.guided import GuidedWarmup, PersistentCatapult
+from hf_warmup.numeric import number
 from hf_warmup.probe import Shards, has_momentum, innermost, loss_after_step, momentum_slope
 from hf_warmup.schedule import (
     ExponentialSchedule,
@@ -33,6 +35,7 @@ from hf_warmup.schedule import (
     checkpoint_of,
     steps_saved,
     unchanged,
+    warms_up,
 )
 from hf_warmup.trainer.arguments import TRYING, WarmupArguments
 from hf_warmup.trainer.backends import Backend, backend_of, check_processes, prepare_optimizer, why_not_try
@@ -60,14 +63,14 @@ class WarmupCallback(TrainerCallback):
 
     @classmethod
     def attach(cls, trainer: Trainer, arguments: WarmupArguments | None = None) -> "WarmupCallback":
-        """Give `trainer` GIAdamW and its warmup.
+        """Give `trainer` its warmup, and GIAdamW if `gi_adam` is on.
 
         Call it once, between making the trainer and `train()`. The trainer may be of any subclass; what it
         overrides stays in force.
 
         Args:
-            trainer: The trainer; it keeps its class, and its optimizer must not have been made yet unless it
-                is a GIAdamW already or `gi_adam` is off.
+            trainer: The trainer; it keeps its class. With `gi_adam` on its optimizer must not have been made yet,
+                unless it is a GIAdamW already.
             arguments: The flags. Those of `trainer.args` if it mixes in `WarmupArguments`, else the defaults.
 
         Returns:
@@ -93,15 +96,26 @@ class WarmupCallback(TrainerCallback):
         return callback
 
     def _watch(self, trainer: Trainer) -> None:
-        def scheduled(create_scheduler: Any, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-            scheduler = unchanged(create_scheduler(num_training_steps, *args, **kwargs))
-            self._schedule = self._change(scheduler, num_training_steps)
-            return scheduler
-
-        wrap(trainer, "create_scheduler", scheduled)
+        # Methods and no closures: a deep copy of the trainer then has its own callback.
+        wrap(trainer, "create_scheduler", self._scheduled)
         self._card = RunCard(trainer)
         wrap(trainer, "create_model_card", self._card.create)
         wrap(trainer, "save_model", self._card.save)
+
+    def _scheduled(self, create_scheduler: Any, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        # DeepSpeed's is made behind the trainer's back, and handed over.
+        optimizer = next(iter(args), kwargs.get("optimizer")) or self.trainer.optimizer
+        if optimizer is None:
+            raise ValueError(_COPY)
+        if self.arguments.init_lr != "zero":
+            _check_optimizer(optimizer)
+        made = create_scheduler(num_training_steps, *args, **kwargs)
+        # The Trainer takes what its attribute holds, and does not look at what is returned.
+        scheduler = unchanged(self.trainer.lr_scheduler if made is None else made)
+        self._schedule = self._change(scheduler, num_training_steps)
+        if self._schedule is not None:
+            self._schedule.made_with = self._options()
+        return made
 
     def _change(
         self, scheduler: LRScheduler, num_training_steps: int
@@ -116,11 +130,23 @@ class WarmupCallback(TrainerCallback):
         warmup_steps = self.trainer.args.get_warmup_steps(num_training_steps)
         if warmup_steps > 0:
             return WarmupSchedule(scheduler, warmup_steps, num_training_steps)
-        logger.warning(
-            "warmup_steps is 0: training starts at learning_rate and there is no warmup for "
-            f"init_lr={arguments.init_lr} to start; set warmup_steps, or warmup=guided, which needs none"
-        )
+        if warms_up(scheduler, num_training_steps):
+            logger.warning(
+                "warmup_steps is 0, and the schedule is kept as it is, with the warmup that it has: for "
+                f"init_lr={arguments.init_lr} to start that, set warmup_steps to its length"
+            )
+        else:
+            logger.warning(
+                "warmup_steps is 0: training starts at learning_rate and there is no warmup for "
+                f"init_lr={arguments.init_lr} to start; set warmup_steps, or warmup=guided, which needs none"
+            )
         return None
+
+    def _options(self) -> dict[str, Any]:
+        """The options that the learning rates depend on, for the checkpoints."""
+        names = _STARTED_WITH[self.arguments.warmup] + _GOES_ON_WITH[self.arguments.warmup]
+        options = {name: getattr(self.arguments, name) for name in names}
+        return options | {"init_lr": self.arguments.fixed_init_lr or self.arguments.init_lr}
 
     @property
     def _target(self) -> float:
@@ -139,21 +165,31 @@ class WarmupCallback(TrainerCallback):
 
         Raises:
             ValueError: If the trainer made another optimizer than GIAdamW although `gi_adam` is on, if the
-                checkpoint is of another warmup or `guide_target`, or if `init_lr` is above the learning rate of the
-                optimizer.
+                checkpoint is of another warmup or `guide_target` or holds numbers that no run left, if `init_lr` is
+                above the learning rate of the optimizer, or if another trainer than that of `attach` trains.
         """
+        if state is not self.trainer.state:
+            raise ValueError(_COPY)
         self._stop_watching()
         made = innermost(self.trainer.optimizer)
         if self.arguments.gi_adam and not isinstance(made, GIAdamW):
             raise ValueError(
                 f"gi_adam=True, but {type(self.trainer).__name__} made its own optimizer, {type(made).__name__}: "
-                "have it make a GIAdamW, or pass gi_adam=False to keep that optimizer"
+                "have it make a GIAdamW, or leave gi_adam out to keep that optimizer"
             )
         prepare_optimizer(self.trainer)
         self._check_checkpoint()
         if self._schedule is None:
             return  # no warmup to start
-        if not self._schedule.started and self._schedule.scheduler.last_epoch > 0:
+        if not self._schedule.started and self._schedule.scheduler.last_epoch == 0 < state.global_step:
+            left = max(0, self._schedule.num_training_steps - state.global_step)
+            logger.warning(
+                f"the checkpoint of step {state.global_step} has no optimizer.pt or no scheduler.pt (save_only_model, "
+                "or they were deleted): the optimizer starts anew and the learning rate warms up again, in the "
+                f"{left} steps that are left; to go on exactly, resume from a checkpoint that has both"
+            )
+            self._schedule.skip(self._schedule.num_training_steps - left)
+        elif not self._schedule.started and self._schedule.scheduler.last_epoch > 0:
             logger.warning(
                 "the checkpoint was made without this warmup, and the run goes on without it: with the Trainer's "
                 f"schedule for warmup_steps={args.warmup_steps:g}"
@@ -173,7 +209,7 @@ class WarmupCallback(TrainerCallback):
         """Refuse a checkpoint of another warmup: its numbers mean something else here.
 
         Raises:
-            ValueError: If `warmup`, or whether there is any, is not as it was.
+            ValueError: If `warmup`, or whether there is any, is not as it was, or a number is one that no run left.
         """
         mode = "none" if self._schedule is None else self.arguments.warmup
         scheduler = self.trainer.lr_scheduler
@@ -185,14 +221,42 @@ class WarmupCallback(TrainerCallback):
                 f"warmup must be {made} as in the checkpoint, got {got}: to train its model with another warmup, "
                 "start anew from its weights"
             )
+        if self._schedule is None:
+            return
+        try:
+            self._schedule.check_state()
+            if isinstance(self._schedule, SteeredSchedule) and self._schedule.started:
+                rule = GuidedWarmup if mode == "guided" else PersistentCatapult
+                rule.check_state(self._schedule.controller)
+        except ValueError as error:
+            raise ValueError(
+                f"scheduler.pt of the checkpoint holds what no run left, {error}: resume from an earlier checkpoint"
+            ) from error
+        if self._schedule.started:
+            self._compare_options(self._schedule)
+
+    def _compare_options(self, schedule: WarmupSchedule | ExponentialSchedule | SteeredSchedule) -> None:
+        """Say which options are others than in the checkpoint, and which of the two counts."""
+        now, made, mode = self._options(), schedule.made_with, self.arguments.warmup
+        for name, value in now.items():
+            if (before := made.get(name, value)) == value:
+                continue
+            if name in _STARTED_WITH[mode]:
+                goes_on = "warmup has started with that, and goes on as it did"
+            else:
+                goes_on = "the run goes on with the new one, at other learning rates than it would have had"
+            logger.warning(f"{name} was {before} in the checkpoint, and is {value} now: {goes_on}")
+        schedule.made_with = now | {name: made[name] for name in _STARTED_WITH[mode] if name in made}
 
     def _check_target(self, schedule: WarmupSchedule | ExponentialSchedule | SteeredSchedule) -> None:
         """Say so if the learning rate is not the one that was asked for.
 
         Raises:
-            ValueError: If warmup would start above it, or nothing bounds warmup.
+            ValueError: If it is none, if warmup would start above it, or if nothing bounds warmup.
         """
         target, asked, fixed = self._target, self.trainer.args.learning_rate, self.arguments.fixed_init_lr
+        if not 0 < target < math.inf:
+            raise ValueError(f"the optimizer's learning rate must be positive and finite, got {target:g}")
         if not (math.isclose(target, asked, rel_tol=1e-6) or (self.arguments.guesses and schedule.started)):
             whose = "the checkpoint has" if schedule.scheduler.last_epoch > 0 else "the optimizer was made with"
             goes = "searches from" if self.arguments.guesses else "goes to"
@@ -249,11 +313,13 @@ class WarmupCallback(TrainerCallback):
             self._start(min(found.value, most), found, capped=found.value > most)
         else:
             steps = self._schedule.warmup_steps if isinstance(self._schedule, WarmupSchedule) else 1000
-            least = self._target / steps
+            # Below all that were seen to raise the loss, rounding aside.
+            risen = [lr for lr, loss in found.evals if lr > 0 and not loss <= found.start + found.noise]
+            least = min([self._target / steps, *(lr / 2 for lr in risen)])
             logger.warning(
                 f"no learning rate from {found.evals[-1][0]:.3g} on keeps the loss of the first batch from rising "
-                f"({found.status}): warmup starts at learning_rate / {steps} = {least:.3g}; to choose another "
-                "start, set init_lr to a number"
+                f"({found.status}): warmup starts at {least:.3g}, learning_rate / {steps} or half of the lowest that "
+                "raised it; to choose another start, set init_lr to a number"
             )
             self._start(least, found, capped=False)
 
@@ -331,7 +397,7 @@ class WarmupCallback(TrainerCallback):
         if arguments.warmup == "guided":
             guide = GuidedWarmup(
                 target,
-                schedule.num_training_steps,
+                schedule.num_steps,
                 schedule.decay,
                 init_lr=init_lr,
                 rate=arguments.guide_rate,
@@ -343,7 +409,7 @@ class WarmupCallback(TrainerCallback):
         else:
             guide = PersistentCatapult(
                 target,
-                schedule.num_training_steps,
+                schedule.num_steps,
                 schedule.decay,
                 init_lr=init_lr or 1e-4,
                 delta=arguments.catapult_delta,
@@ -463,6 +529,25 @@ class WarmupCallback(TrainerCallback):
         self._guide = None
 
 
+_COPY = (
+    "the trainer must be the one that WarmupCallback was attached to, got a copy, or another that was given its "
+    "callbacks: attach to the one that trains, or copy with copy.deepcopy"
+)
+# By warmup: options that count at the start of warmup alone, and those that a resumed run takes over anew.
+_STARTED_WITH = {
+    "linear": ("init_lr", "max_init_fraction"),
+    "exponential": ("init_lr", "max_init_fraction", "warmup_growth"),
+    "guided": ("init_lr",),
+    "persistent": ("init_lr",),
+}
+_GOES_ON_WITH: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "exponential": (),
+    "guided": ("guide_rate", "guide_kappa", "guide_every", "guide_until", "guide_micro_batches"),
+    "persistent": ("catapult_delta", "guide_micro_batches"),
+}
+
+
 def _turn_lr(guide: GuidedWarmup | PersistentCatapult) -> float | None:
     """The learning rate at which the momentum turned, if it has."""
     return guide.turn_lr if isinstance(guide, GuidedWarmup) and not math.isnan(guide.turn_lr) else None
@@ -489,10 +574,16 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
             f"warmup_steps must be 0 with warmup={arguments.warmup}, got {args.warmup_steps}: how long it takes is "
             "not set but found"
         )
+    # Python's, as a checkpoint cannot be loaded with another's.
+    args.learning_rate = number("learning_rate", args.learning_rate)
+    if not 0 <= args.learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be positive and finite, got {args.learning_rate}")
     if arguments.init_lr == "zero":
         return
-    if not args.learning_rate > 0:
-        raise ValueError(f"learning_rate must be positive, got {args.learning_rate}: warmup has no target")
+    if args.learning_rate == 0:
+        raise ValueError("learning_rate must be positive, got 0.0: warmup has no target")
+    if trainer.optimizer is not None:
+        _check_optimizer(trainer.optimizer)
     fixed = arguments.fixed_init_lr
     own_optimizer = (
         trainer.optimizer is not None
@@ -509,7 +600,7 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
         raise ValueError(
             f"init_lr={arguments.init_lr} needs a lr_scheduler_type that warms up, got "
             f"{SchedulerType(args.lr_scheduler_type).value}: it follows the loss and has no warmup to start; pass "
-            "init_lr=zero to use GI-Adam alone"
+            "init_lr=zero to leave it as it is"
         )
     if arguments.guesses and trainer.lr_scheduler is None:
         kind = SchedulerType(args.lr_scheduler_type).value
@@ -537,6 +628,31 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
             )
 
 
+def _check_optimizer(optimizer: Any) -> None:
+    """Refuse an optimizer whose steps no learning rate of a schedule reaches.
+
+    Raises:
+        ValueError: With the option of the optimizer.
+    """
+    made = innermost(optimizer)
+    name = type(made).__name__
+    for group in made.param_groups:
+        if group.get("relative_step"):
+            raise ValueError(
+                f"relative_step must be False in {name}, got True: it chooses its own learning rates, which no "
+                "schedule reaches; give it relative_step=False, warmup_init=False and a number as lr, or pass "
+                "init_lr=zero"
+            )
+        if group.get("lr") is None:
+            raise ValueError(f"lr must be a number in {name}, got None: warmup has no target; or pass init_lr=zero")
+    _, *options = inspect.signature(type(made).step).parameters.values()
+    if any(option.default is option.empty and option.kind is option.POSITIONAL_OR_KEYWORD for option in options):
+        raise ValueError(
+            f"the optimizer must make its step without a closure, got {name}: the Trainer has none to give, and the "
+            "step of one learning rate is not the direction of another's"
+        )
+
+
 def _use_gi_adam(trainer: Trainer) -> None:
     """Have `trainer` make a GIAdamW.
 
@@ -548,7 +664,7 @@ def _use_gi_adam(trainer: Trainer) -> None:
         if not isinstance(innermost(given), GIAdamW):
             raise ValueError(
                 f"gi_adam=True, but the trainer has an optimizer of its own, {type(innermost(given)).__name__}: pass "
-                "it a GIAdamW, or gi_adam=False to keep that optimizer"
+                "it a GIAdamW, or leave gi_adam out to keep that optimizer"
             )
         return
     if trainer.optimizer_cls_and_kwargs is None:
@@ -566,6 +682,6 @@ def _use_gi_adam(trainer: Trainer) -> None:
     chosen = trainer.optimizer_cls_and_kwargs[0]
     if not (isinstance(chosen, type) and issubclass(chosen, GIAdamW | GIAdamWFactory)):
         raise ValueError(
-            f"gi_adam=True, but optimizer_cls_and_kwargs asks for {getattr(chosen, '__name__', chosen)}: leave it "
-            "out, or pass gi_adam=False to keep that optimizer"
+            f"gi_adam=True, but optimizer_cls_and_kwargs asks for {getattr(chosen, '__name__', chosen)}: leave "
+            "one of them out"
         )

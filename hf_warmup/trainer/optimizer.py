@@ -56,7 +56,7 @@ def gi_adam_cls_and_kwargs(args: TrainingArguments) -> tuple[type[GIAdamW], dict
         names = " or ".join(name.value for name in _ADAMW)
         raise ValueError(
             f"gi_adam=True needs optim to be {names}, got {getattr(args.optim, 'value', args.optim)}: GI-Adam is "
-            "AdamW with another start; pass gi_adam=False (--no_gi_adam) to keep that optimizer"
+            "AdamW with another start; leave gi_adam out to keep that optimizer"
         )
     kwargs: dict[str, Any] = {
         "lr": args.learning_rate,

@@ -234,7 +234,7 @@ def explanation(made: list[dict[str, Any]], args: argparse.Namespace, commit: st
 {made[0]["tokens per step"]:,} tokens per step of `recipes/tiny/shakespeare.txt`, from a fresh model; \
 {args.rounds} rounds, each a run of each way, one after another. Medians over the rounds.
 
-* Ways: `recipe` is `recipes/tiny/gpt.yaml` through `recipes/pretrain.py`, with GI-Adam, the search for η_c and a log \
+* Ways: `recipe` is `recipes/tiny/gpt.yaml` through `recipes/pretrain.py`, with the search for η_c and a log \
 line every 5 steps, but no evaluation; `streaming` is the same with `streaming: true`, reading and tokenizing while \
 it trains, {WINDOW} batches at a time; `run_clm` is the logic of transformers' `run_clm.py` without code of ours: the \
 same blocks, tokenized and grouped with `map`, a Trainer with `default_data_collator` and fused AdamW, and its \

@@ -295,6 +295,11 @@ def finished(folder: Path) -> list[dict[str, Any]]:
     return [{k: v if k in WORDS else _number(v) for k, v in line.items()} for line in lines]
 
 
+def as_written(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its numbers as the CSV has them: the report is then the same once they are read back."""
+    return {key: value if key in WORDS else _number(str(shown(value))) for key, value in row.items()}
+
+
 def _number(cell: str) -> int | float | str:
     try:
         return int(cell) if cell.isdigit() else float(cell)
@@ -603,8 +608,8 @@ def study(args: argparse.Namespace, commit: str) -> tuple[list[dict[str, Any]], 
     if "diagnose" in args.parts:
         jobs = list(itertools.product(CASES, seeds))
         made["diagnose"] = [foretell(case, setting, seed) for case, seed in tqdm(jobs, "diagnose")]
-    for row in itertools.chain(*made.values()):
-        row["commit"] = commit
+    for part, rows in made.items():
+        made[part] = [as_written(row) | {"commit": commit} for row in rows]
     before = finished(args.out)
     of = {part: made.get(part, select(before, part=part)) for part in PARTS}
     return list(itertools.chain(*of.values())), chapters(of, setting, args)

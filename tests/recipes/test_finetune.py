@@ -141,9 +141,9 @@ def history_of(run):
 
 
 def assert_warmed_up(run, lr):
-    """GIAdamW ran, from the start that the search chose, along the linear warmup that was asked for."""
+    """AdamW ran, from the start that the search chose, along the linear warmup that was asked for."""
     report = json.loads((run / "warmup.json").read_text())
-    assert report["optimizer"] == "GIAdamW"
+    assert report["optimizer"] == "AdamW"
     assert report["forward_passes"] >= 1
     assert report["search_status"] in ("found", "above_target")
     start = min(report["critical_lr"], 0.1 * lr)
@@ -169,7 +169,7 @@ def answers(model, tokenizer):
     return said
 
 
-def test_sft_warms_up_with_gi_adam_and_its_loss_falls(sft):
+def test_sft_warms_up_and_its_loss_falls(sft):
     assert_warmed_up(sft, LR)
     before, after = evaluations(sft, "eval_loss")
     assert after < before / 5
@@ -187,7 +187,7 @@ def test_sft_leaves_an_adapter_that_peft_loads_and_that_gives_the_answers(sft, g
 def test_the_card_of_a_fine_tuning_has_the_section_on_warmup(sft):
     card = (sft / "README.md").read_text()
     assert card.count("## Learning-rate warmup") == 1
-    assert "GIAdamW, v_0 = g_0²" in card
+    assert "| Optimizer | AdamW |" in re.sub(" +", " ", card)
     assert re.search(r"^- hf-warmup$", card, re.MULTILINE)
     assert re.search(r"^- trl$", card, re.MULTILINE)
     assert (sft / "warmup.png").stat().st_size > 10_000
@@ -210,7 +210,7 @@ class Births(TrainerCallback):
 
 
 def test_loras_b_is_born_in_the_first_step_and_its_a_in_the_second(folder, gpt, tmp_path):
-    options = sft_options(folder, gpt, tmp_path / "run", max_steps=12)
+    options = sft_options(folder, gpt, tmp_path / "run", max_steps=12, gi_adam=True)
     trainer = finetune_sft.make_trainer(*parse(options, finetune_sft.SFTWarmupConfig))
     trainer.add_callback(seen := Births())
     trainer.train()
@@ -266,7 +266,7 @@ def test_sft_trains_all_weights_on_texts_and_on_chats_with_guided_warmup(kind, f
     for name, weight in before.state_dict().items():
         assert not torch.equal(weight, after.state_dict()[name])
     report = json.loads((run / "warmup.json").read_text())
-    assert (report["warmup"], report["optimizer"]) == ("guided", "GIAdamW")
+    assert (report["warmup"], report["optimizer"]) == ("guided", "AdamW")
     assert report["forward_passes"] >= 2
 
 
@@ -282,7 +282,7 @@ def test_a_classification_warms_up_and_beats_the_majority_label(folder, bert, tm
     assert [found["label"] for found in classify(["the heart is noble", "my word was vile"])] == ["praise", "blame"]
     card = (run / "README.md").read_text()
     assert card.count("## Learning-rate warmup") == 1
-    assert "- optimizer: GIAdamW with " in card
+    assert "- optimizer: AdamW with " in card
     assert "from scratch" not in card
 
 
@@ -331,7 +331,7 @@ BAD_SFT = {
     "modules": ({"lora_target_modules": "q_porj"}, r"lora_target_modules must be .* got q_porj"),
     "held out": ({"held_out": 1}, "held_out must be at least 0 and less than 1, got 1.0"),
     "eval split": ({"eval_split": "test"}, "eval_split is for a dataset, got test"),
-    "optimizer": ({"optim": "sgd"}, "optim.*sgd"),
+    "optimizer": ({"optim": "sgd", "gi_adam": True}, "optim.*sgd"),
     "warmup": ({"max_init_fraction": 2.0}, "max_init_fraction must be above 0 and at most 1, got 2.0"),
     "unknown": ({"learning_rat": 1}, "--learning_rat"),
     "not empty": ({"output_dir": "{folder}"}, "output_dir must be empty, got "),

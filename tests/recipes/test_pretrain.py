@@ -95,7 +95,7 @@ def test_a_recipe_runs_with_a_warmup_that_needs_no_steps(warmup, tmp_path, capsy
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_a_run_leaves_model_card_plot_and_numbers(objective, tmp_path, capsys):
     folder = tmp_path / "run"
-    pretrain.run(few_steps(objective, folder))
+    pretrain.run(few_steps(objective, folder, "--gi_adam"))
 
     printed = capsys.readouterr().out
     assert "critical learning rate η_c" in printed
@@ -306,7 +306,7 @@ BAD = [
     ({"objective": "seq2seq"}, "argument --objective: invalid choice: 'seq2seq'"),
     ({"lr_scheduler_type": "cosin"}, "cosin"),
     ({"text": "nowhere.txt"}, "text must be a file that exists, got .*nowhere.txt"),
-    ({"optim": "sgd"}, "gi_adam=True needs optim to be adamw_torch or adamw_torch_fused, got sgd"),
+    ({"optim": "sgd", "gi_adam": True}, "gi_adam=True needs optim to be adamw_torch or adamw_torch_fused, got sgd"),
     ({"warmup_steps": 11}, "warmup_steps must be at most max_steps=10, got 11"),
     ({"context": 2}, "context must be at least 8, got 2"),
     ({"vocab_size": 5}, "vocab_size must be at least 300, got 5"),
@@ -387,8 +387,8 @@ def test_options_on_the_command_line_are_checked_too(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             arguments.parse([yaml_with(tmp_path), *extra])
-    args, _ = arguments.parse([yaml_with(tmp_path), "--learning_rate", "6e-4", "--no_gi_adam"])
-    assert (args.learning_rate, args.gi_adam) == (6e-4, False)
+    args, _ = arguments.parse([yaml_with(tmp_path), "--learning_rate", "6e-4", "--gi_adam"])
+    assert (args.learning_rate, args.gi_adam) == (6e-4, True)
 
 
 @pytest.mark.parametrize("content", ["", " \n\n"], ids=["nothing", "white space"])

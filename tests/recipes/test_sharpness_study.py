@@ -4,7 +4,8 @@ import statistics
 
 import pytest
 from studies import sharpness_study
-from studies.sharpness_study import BETA2S, CASES, COLUMNS, EDGE_LRS, rises
+from studies.reporting import write
+from studies.sharpness_study import BETA2S, CASES, COLUMNS, EDGE_LRS, as_written, finished, rises
 
 TINY = ["--seeds", "1", "--width", "16", "--layers", "1", "--context", "16", "--steps", "7"]
 
@@ -71,6 +72,14 @@ def test_every_training_is_measured_against_its_threshold_and_foretold(tmp_path)
     )
     assert (tmp_path / "sharpness_warmup.png").stat().st_size > 10_000
     assert text.count("## ") == 2
+
+
+def test_a_report_is_made_from_the_numbers_that_are_written(tmp_path):
+    row = {"part": "diagnose", "seed": 0, "before": 2 / 3, "after": 1e-3 / 7, "critical_lr": ">0.01", "regime": "3"}
+    row |= {"sharpness": math.inf, "threshold": 20.0, "loss": 1e5 + 0.1}
+    made = [as_written(row)]
+    write(tmp_path, "sharpness_study", [{column: made[0].get(column, "") for column in COLUMNS}], "")
+    assert finished(tmp_path) == made
 
 
 def test_a_spike_is_a_rise_and_lasts_until_the_loss_is_down_again():

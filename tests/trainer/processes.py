@@ -183,8 +183,8 @@ def run(
     **options,
 ):
     set_seed(0)
-    base = {"output_dir": str(folder / name), "max_steps": 6, "warmup_steps": 4, **spread(backend, config or {})}
-    args = WarmupTrainingArguments(**{**OPTIONS, **base, **options})
+    base = {"output_dir": str(folder / name), "max_steps": 6, "warmup_steps": 4, "gi_adam": True}
+    args = WarmupTrainingArguments(**{**OPTIONS, **base, **spread(backend, config or {}), **options})
     if backend.startswith("fsdp2"):
         # accelerate shards on accelerators only; on CPUs it would train with DDP and say nothing.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

@@ -13,18 +13,18 @@ def test_every_option_has_help_and_help_renders():
 
 
 def test_flags_are_parsed_beside_the_trainers_and_in_one_class():
-    flags = ["--output_dir", "x", "--no_gi_adam", "--init_lr", "1e-5", "--max_init_fraction", "1.0", "--use_cpu"]
+    flags = ["--output_dir", "x", "--gi_adam", "--init_lr", "1e-5", "--max_init_fraction", "1.0", "--use_cpu"]
     args, warmup = HfArgumentParser([TrainingArguments, WarmupArguments]).parse_args_into_dataclasses(flags)
     (both,) = HfArgumentParser(WarmupTrainingArguments).parse_args_into_dataclasses(flags)
     for parsed in (warmup, both):
-        assert (parsed.gi_adam, parsed.fixed_init_lr, parsed.max_init_fraction) == (False, 1e-5, 1.0)
+        assert (parsed.gi_adam, parsed.fixed_init_lr, parsed.max_init_fraction) == (True, 1e-5, 1.0)
     assert args.output_dir == both.output_dir == "x"
     assert both.to_dict()["init_lr"] == "1e-5"
 
 
-def test_defaults_are_the_papers_but_for_the_cap():
+def test_defaults_are_the_papers_but_for_the_cap_and_gi_adam():
     warmup = WarmupArguments()
-    assert warmup.gi_adam
+    assert warmup.gi_adam is False
     assert warmup.init_lr == "catapult"
     assert warmup.fixed_init_lr is None
     assert (warmup.max_init_fraction, warmup.catapult_delta, warmup.critical_lr_rtol) == (0.1, 0.1, 0.0625)

@@ -29,13 +29,13 @@ def learning_rates(trainer):
     return [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
 
 
-def test_two_lines_give_gi_adam_a_search_and_warmup(make_trainer):
+def test_two_lines_give_a_search_and_warmup_and_leave_the_optimizer_as_it_is(make_trainer):
     trainer = make_trainer(args_cls=TrainingArguments, adam_beta2=0.95, weight_decay=0.1)
     WarmupCallback.attach(trainer)
     trainer.train()
 
     optimizer = trainer.optimizer.optimizer
-    assert isinstance(optimizer, GIAdamW)
+    assert type(optimizer) is torch.optim.AdamW
     assert optimizer.defaults["betas"] == (0.9, 0.95)
     assert optimizer.defaults["fused"] is True
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
@@ -83,7 +83,7 @@ def test_a_users_loss_is_the_one_that_is_searched(make_trainer):
         {},
         {"bf16": True},
         {"optim": "adamw_torch"},
-        {"gi_adam": False},
+        {"gi_adam": True},
         {"critical_lr_method": "paper"},
         {"search_copy_on_cpu": True},
     ],
@@ -100,11 +100,29 @@ def test_a_search_whose_answer_is_not_used_leaves_the_same_weights(make_trainer,
     assert same(weights(searched), weights(given))
 
 
+def test_gi_adam_takes_the_place_of_adamw_with_its_options(make_trainer):
+    trainer = train(make_trainer(gi_adam=True, adam_beta2=0.95, weight_decay=0.1))
+    optimizer = trainer.optimizer.optimizer
+    assert isinstance(optimizer, GIAdamW)
+    assert (optimizer.defaults["betas"], optimizer.defaults["fused"]) == ((0.9, 0.95), True)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
+
+
+def test_a_gi_adam_of_the_users_needs_no_flag(make_trainer):
+    model = make_model()
+    optimizer = GIAdamW(model.parameters(), lr=3e-3, weight_decay=0.0, fused=True)
+    given = train(make_trainer(model=model, trainer_kwargs={"optimizers": (optimizer, None)}))
+    asked = train(make_trainer(gi_adam=True))
+    assert given.optimizer.optimizer is optimizer
+    assert learning_rates(given) == learning_rates(asked)
+    assert same(weights(given), weights(asked))
+
+
 def test_zero_is_the_trainers_own_schedule(make_trainer):
     plain = make_trainer(args_cls=TrainingArguments)
     set_seed(1)
     plain.train()
-    trainer = train(make_trainer(gi_adam=False, init_lr="zero"))
+    trainer = train(make_trainer(init_lr="zero"))
     assert learning_rates(trainer) == learning_rates(plain)
     assert learning_rates(trainer)[0] == 0.0
     assert same(weights(trainer), weights(plain))
@@ -135,7 +153,7 @@ def test_results_reach_the_reporters_and_trainer_state(make_trainer, tmp_path):
 
 
 def test_a_critical_lr_below_the_target_is_where_warmup_starts(make_trainer):
-    trainer = train(make_trainer(learning_rate=1e3, optim="sgd", gi_adam=False, max_init_fraction=1.0, max_steps=8))
+    trainer = train(make_trainer(learning_rate=1e3, optim="sgd", max_init_fraction=1.0, max_steps=8))
     start = start_of(trainer)
     assert start["warmup/status"] == "found"
     assert start["warmup/capped"] == 0.0
@@ -163,7 +181,7 @@ def test_whether_the_target_is_safe_costs_one_forward_pass(make_trainer):
 def test_a_search_on_several_batches_reports_their_spread_and_leaves_no_trace(make_trainer, workers):
     # Two steps: from the third on such a learning rate may leave nothing but NaN, which equals nothing.
     steps = {"learning_rate": 1e3, "max_steps": 2, "warmup_steps": 2}
-    options = {**steps, "optim": "sgd", "gi_adam": False, "dataloader_num_workers": workers}
+    options = {**steps, "optim": "sgd", "dataloader_num_workers": workers}
     one = train(make_trainer(max_init_fraction=1e-6, **options))
     four = train(make_trainer(max_init_fraction=1e-6, search_batches=4, **options))
     single, several = start_of(one), start_of(four)
@@ -202,7 +220,7 @@ def test_a_checkpoint_made_without_us_keeps_its_schedule(make_trainer, tmp_path,
     plain = make_trainer(args_cls=TrainingArguments, save_strategy="steps", save_steps=3)
     set_seed(1)
     plain.train()
-    trainer = make_trainer(gi_adam=False, learning_rate=1e-2, init_lr="5e-3")  # neither counts
+    trainer = make_trainer(learning_rate=1e-2, init_lr="5e-3")  # neither counts
     train(trainer, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert "the run goes on without it: with the Trainer's schedule for warmup_steps=6" in caplog.text
     assert learning_rates(trainer) == learning_rates(plain)
@@ -238,7 +256,7 @@ def test_a_refused_checkpoint_leaves_the_next_run_alone(make_trainer, tmp_path):
 
 
 def test_options_of_an_optimizer_that_come_after_attach_are_kept(make_trainer):
-    trainer = make_trainer()
+    trainer = make_trainer(gi_adam=True)
     WarmupCallback.attach(trainer)
     trainer.optimizer_cls_and_kwargs = (GIAdamW, {"lr": 1e-3, "v0": "random"})
     trainer.train()
@@ -263,7 +281,7 @@ MODES = [
 
 @pytest.mark.parametrize("options", MODES, ids=["linear", "fixed", "exponential", "guided"])
 def test_warmup_goes_to_the_learning_rate_that_the_optimizer_has(make_trainer, caplog, options):
-    trainer = train(make_trainer(OwnOptimizer, gi_adam=False, learning_rate=5e-5, **options))
+    trainer = train(make_trainer(OwnOptimizer, learning_rate=5e-5, **options))
     made = learning_rates(trainer)
     start = start_of(trainer)
     assert "learning_rate is 5e-05, but the optimizer was made with 0.01: warmup goes to 0.01" in caplog.text
@@ -275,15 +293,15 @@ def test_warmup_goes_to_the_learning_rate_that_the_optimizer_has(make_trainer, c
 
 
 def test_a_start_above_the_optimizers_learning_rate_is_refused(make_trainer):
-    assert max(learning_rates(train(make_trainer(OwnOptimizer, gi_adam=False, init_lr="0.005")))) > 5e-3
-    trainer = make_trainer(OwnOptimizer, gi_adam=False, learning_rate=0.1, init_lr="0.05")
+    assert max(learning_rates(train(make_trainer(OwnOptimizer, init_lr="0.005")))) > 5e-3
+    trainer = make_trainer(OwnOptimizer, learning_rate=0.1, init_lr="0.05")
     with pytest.raises(ValueError, match="init_lr must be at most the optimizer's learning rate, 0.01, got 0.05"):
         train(trainer)
 
 
 @pytest.mark.parametrize("options", MODES, ids=["linear", "fixed", "exponential", "guided"])
 def test_a_resumed_run_keeps_the_target_of_its_checkpoint_and_says_so(make_trainer, tmp_path, caplog, options):
-    options = {**options, "save_strategy": "steps", "save_steps": 3, "gi_adam": False}
+    options = {**options, "save_strategy": "steps", "save_steps": 3}
     unbroken = train(make_trainer(**options))
     resumed = make_trainer(**options | {"learning_rate": 3e-4})
     train(resumed, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
@@ -292,7 +310,7 @@ def test_a_resumed_run_keeps_the_target_of_its_checkpoint_and_says_so(make_train
 
 
 def test_what_a_hyperparameter_search_changes_reaches_gi_adam(make_trainer):
-    trainer = make_trainer()
+    trainer = make_trainer(gi_adam=True)
     WarmupCallback.attach(trainer)
     for lr, beta2 in ((1e-3, 0.9), (2e-3, 0.95)):
         trainer.model_init = lambda: make_model()
@@ -302,13 +320,43 @@ def test_what_a_hyperparameter_search_changes_reaches_gi_adam(make_trainer):
         assert trainer.optimizer.param_groups[0]["betas"][1] == beta2
 
 
-def test_a_model_only_checkpoint_is_a_new_start(make_trainer, tmp_path):
+def test_a_model_only_checkpoint_is_a_new_start(make_trainer, tmp_path, caplog):
     # Its schedule restarts at step 0 with an empty optimizer, so the search must run again.
     options = {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}
     train(make_trainer(**options))
     trainer = train(make_trainer(**options), resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert [e["step"] for e in trainer.state.log_history if "warmup/init_lr" in e] == [0, 3]
     assert learning_rates(trainer)[3] == pytest.approx(3e-4)
+    assert "the checkpoint of step 3 has no optimizer.pt or no scheduler.pt" in caplog.text
+
+
+NEW_STARTS = [
+    {"warmup_steps": 4},
+    {"warmup_steps": 0, "warmup": "exponential", "warmup_growth": 4.0},
+    {"warmup_steps": 0, "warmup": "guided", "guide_rate": 0.5},
+    {"warmup_steps": 0, "warmup": "guided", "guide_rate": 0.5, "guide_until": "end"},
+    {"warmup_steps": 0, "warmup": "persistent"},
+]
+
+
+@pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt"])
+@pytest.mark.parametrize("options", NEW_STARTS, ids=str)
+def test_a_new_start_warms_up_and_decays_in_the_steps_that_are_left(make_trainer, tmp_path, options, lost):
+    options = {**options, "max_steps": 16, "save_strategy": "steps", "save_steps": 4}
+    train(make_trainer(**options))
+    (tmp_path / "run" / "checkpoint-4" / lost).unlink()
+    resumed = train(make_trainer(**options), resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    made = learning_rates(resumed)[4:]
+    # The paper's search finds η_trgt safe at once.
+    assert made[0] < 0.3 * max(made) or options.get("warmup") == "persistent"
+    # As in any run: the schedule's factor is 1/N of its way from 0 in the last step, stretched or not.
+    peak = made.index(max(made))
+    assert made[peak:] == sorted(made[peak:], reverse=True)
+    assert 0 < made[-1] < 0.3 * max(made)
+    # And a checkpoint of that run goes on exactly.
+    again = train(make_trainer(**options), resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-8"))
+    assert learning_rates(again) == learning_rates(resumed)
+    assert same(weights(again), weights(resumed))
 
 
 def test_a_second_training_searches_again(make_trainer):
@@ -396,7 +444,7 @@ def test_losses_that_are_not_finite_can_be_saved_and_read(make_trainer, tmp_path
             loss = super().compute_loss(model, *args, **kwargs)
             return loss * (float("inf") if model.lm_head.weight.abs().max() > 1e3 else 1)
 
-    trainer = train(make_trainer(Overflowing, learning_rate=1e9, optim="sgd", gi_adam=False, max_init_fraction=1e-12))
+    trainer = train(make_trainer(Overflowing, learning_rate=1e9, optim="sgd", max_init_fraction=1e-12))
     evals = start_of(trainer)["warmup/evals"]
     assert evals[1] == [1e9, None]
     assert start_of(trainer)["warmup/status"] == "found"
@@ -409,7 +457,13 @@ def test_an_update_that_goes_uphill_starts_low_and_says_so(make_trainer, caplog)
     trainer.optimizer_cls_and_kwargs = (GIAdamW, {"lr": 3e-3, "maximize": True})
     train(trainer)
     assert "keeps the loss of the first batch from rising (not_descent)" in caplog.text
-    assert learning_rates(trainer)[0] == pytest.approx(3e-3 / 6)
+    (_, start), *tried = start_of(trainer)["warmup/evals"]
+    assert 0 < learning_rates(trainer)[0] < min(lr for lr, loss in tried if loss > start * (1 + 2e-6)) <= 3e-3
+    trainer = make_trainer(warmup="guided", warmup_steps=0)
+    trainer.optimizer_cls_and_kwargs = (GIAdamW, {"lr": 3e-3, "maximize": True})
+    with pytest.raises(RuntimeError, match="no learning rate from .* set warmup=linear"):
+        train(trainer)
+    assert trainer.state.global_step == 0
 
 
 def test_no_warmup_steps_means_no_search_and_a_warning(make_trainer, caplog):
@@ -444,11 +498,11 @@ def test_factory_has_the_trainers_decay_groups(make_trainer):
         trainer.model.lm_head.weight.requires_grad_(False)
     assert groups(made) == groups(plain)
     assert isinstance(made.optimizer, GIAdamW)
-    assert WarmupCallback.attach(made)
+    assert WarmupCallback.attach(made, WarmupArguments(gi_adam=True))
 
 
 REFUSED = [
-    ({"optim": "sgd"}, "gi_adam=True needs optim to be adamw_torch or adamw_torch_fused, got sgd"),
+    ({"optim": "sgd", "gi_adam": True}, "gi_adam=True needs optim to be adamw_torch or adamw_torch_fused, got sgd"),
     ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, "lr_scheduler_type .*reduce_lr_on_plat"),
     ({"lr_scheduler_type": "greedy", "eval_strategy": "steps"}, "lr_scheduler_type .*greedy"),
     ({"init_lr": "0.5"}, "init_lr must be at most learning_rate=0.003, got 0.5"),
@@ -474,17 +528,17 @@ def test_another_optimizer_is_refused_wherever_it_comes_from(make_trainer):
             self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
             return self.optimizer
 
-    trainer = make_trainer()
+    trainer = make_trainer(gi_adam=True)
     trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {})
     with pytest.raises(ValueError, match="optimizer_cls_and_kwargs asks for SGD"):
         WarmupCallback.attach(trainer)
-    trainer = make_trainer()
+    trainer = make_trainer(gi_adam=True)
     trainer.create_optimizer()
     with pytest.raises(ValueError, match="has an optimizer of its own, AdamW"):
         WarmupCallback.attach(trainer)
     with pytest.raises(ValueError, match="Own made its own optimizer, SGD"):
-        train(make_trainer(Own))
-    train(make_trainer(Own), WarmupArguments(gi_adam=False))
+        train(make_trainer(Own, gi_adam=True))
+    train(make_trainer(Own), WarmupArguments())
 
 
 def test_several_batches_of_a_stream_are_refused(make_trainer):

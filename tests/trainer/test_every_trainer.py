@@ -47,7 +47,7 @@ class Replayer(TrainerCallback):
 
 
 def train(trainer, init_lr="catapult"):
-    WarmupCallback.attach(trainer, WarmupArguments(init_lr=init_lr))
+    WarmupCallback.attach(trainer, WarmupArguments(gi_adam=True, init_lr=init_lr))
     if init_lr != "catapult":
         trainer.add_callback(Replayer(trainer))
     set_seed(1)

@@ -97,7 +97,7 @@ def test_the_exponential_ramp_starts_at_the_critical_lr_or_the_cap(make_trainer,
 def test_guided_warmup_is_the_controllers_rule_in_the_trainer(make_trainer, name):
     """The rule replayed from the logged estimates of η_c and turn, and the factor of the Trainer's own schedule."""
     options = {"lr_scheduler_type": name, "lr_scheduler_kwargs": SCHEDULES[name] or None}
-    trainer = make_trainer(gi_adam=False, **GUIDED, **options)
+    trainer = make_trainer(**GUIDED, **options)
     rates = train(trainer)
     found, decay = dict(critical_lrs(trainer)), own_factor(trainer)
     assert list(found)[:3] == [0, 2, 4]
@@ -130,7 +130,7 @@ def test_a_trial_is_of_the_steps_own_batch_and_exact_loss(make_trainer, num):
             return super().training_step(model, inputs, num_items_in_batch)
 
     options = {"guide_micro_batches": num, "gradient_accumulation_steps": 4}
-    trainer = make_trainer(Watched, gi_adam=False, learning_rate=1e3, **options, **GUIDED)
+    trainer = make_trainer(Watched, learning_rate=1e3, **options, **GUIDED)
     trainer.model.config.attention_dropout = 0.0
     for layer in trainer.model.model.layers:
         layer.self_attn.attention_dropout = 0.0
@@ -271,7 +271,7 @@ class Probe(torch.nn.Module):
 
 @pytest.mark.parametrize("until", ["target", "end"])
 def test_a_loss_that_never_rises_is_warmed_up_to_the_target(make_trainer, until):
-    options = {"gi_adam": False, "optim": "sgd", "lr_scheduler_type": "constant", "guide_until": until}
+    options = {"optim": "sgd", "lr_scheduler_type": "constant", "guide_until": until}
     trainer = make_trainer(model=Probe(), **{**GUIDED, **options, "guide_every": 1, "max_steps": 60})
     rates = train(trainer)
     assert rates == [3e-3] * 60
@@ -280,7 +280,7 @@ def test_a_loss_that_never_rises_is_warmed_up_to_the_target(make_trainer, until)
 
 
 def test_a_target_that_is_too_high_is_not_reached(make_trainer):
-    options = GUIDED | {"max_steps": 80, "guide_rate": 0.2, "lr_scheduler_type": "constant", "gi_adam": False}
+    options = GUIDED | {"max_steps": 80, "guide_rate": 0.2, "lr_scheduler_type": "constant"}
     trainer = make_trainer(learning_rate=1e3, **options)
     rates = train(trainer)
     report = warmup_report(trainer)
@@ -320,7 +320,7 @@ def test_a_first_learning_rate_may_be_above_a_guess(make_trainer):
 
 
 def test_a_guess_without_momentum_is_refused_before_training(make_trainer):
-    trainer = make_trainer(gi_adam=False, optim="sgd", guide_target="guess", **GUIDED)
+    trainer = make_trainer(optim="sgd", guide_target="guess", **GUIDED)
     with pytest.raises(
         ValueError, match="guide_target must be ceiling with an optimizer without momentum .*got guess"
     ):
@@ -392,7 +392,7 @@ def test_every_group_keeps_its_part_of_the_learning_rate(make_trainer):
         def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
             seen.append([group["lr"] for group in optimizer.param_groups])
 
-    trainer = make_trainer(TwoRates, gi_adam=False, **GUIDED)
+    trainer = make_trainer(TwoRates, **GUIDED)
     trainer.add_callback(Both())
     train(trainer)
     assert all(a == pytest.approx(3 * b) for a, b in seen)

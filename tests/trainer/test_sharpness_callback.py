@@ -84,7 +84,7 @@ def test_eigenvalues_are_those_of_the_steps_own_loss_and_optimizer(kind, optim, 
 
 def test_sgd_is_measured_against_its_own_threshold(make_trainer):
     trainer = make_trainer(
-        model=quiet_model(), gi_adam=False, optim="sgd", max_steps=1, warmup_steps=1, learning_rate=0.5, init_lr="0.25"
+        model=quiet_model(), optim="sgd", max_steps=1, warmup_steps=1, learning_rate=0.5, init_lr="0.25"
     )
     watch(trainer, kind="hessian")
     trainer.train()
@@ -127,7 +127,8 @@ def test_a_later_measurement_costs_few_passes_and_is_near_what_a_fine_search_giv
     for rtol, one_trial in ((measuring._RTOL, secant.ONE_TRIAL), (0.02, 1.0)):
         monkeypatch.setattr(measuring, "_RTOL", rtol)
         monkeypatch.setattr(secant, "ONE_TRIAL", one_trial)
-        trainer = make_trainer(model=quiet_model(), max_steps=90, warmup_steps=10, learning_rate=learning_rate)
+        options = {"max_steps": 90, "warmup_steps": 10, "learning_rate": learning_rate, "gi_adam": True}
+        trainer = make_trainer(model=quiet_model(), **options)
         watch(trainer, every=3)
         trainer.train()
         found.append(measured(trainer, "critical"))
@@ -286,7 +287,7 @@ def test_the_optimizer_of_a_subclass_and_its_loss_are_measured(make_trainer):
 
     values = []
     for cls in (Trainer, Doubled):
-        trainer = make_trainer(cls, model=quiet_model(), max_steps=1, warmup_steps=1)
+        trainer = make_trainer(cls, model=quiet_model(), gi_adam=True, max_steps=1, warmup_steps=1)
         watch(trainer, kind="hessian", tol=1e-4)
         trainer.train()
         values += measured(trainer, "hessian")
@@ -316,7 +317,7 @@ def test_flags_are_checked(make_trainer):
 
 
 def test_what_cannot_be_measured_is_refused(make_trainer):
-    trainer = make_trainer(gi_adam=False, optim="sgd")
+    trainer = make_trainer(optim="sgd")
     watch(trainer, kind="preconditioned")
     with pytest.raises(ValueError, match="kind=preconditioned is of Adam, AdamW and GIAdamW, got SGD"):
         trainer.train()
