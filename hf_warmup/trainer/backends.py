@@ -16,8 +16,10 @@ so to the others. Where the forward pass itself is collective (FSDP2, ZeRO-3) th
 fails, and learn of it when that process ends: the launcher (torchrun, `accelerate launch`) then ends them all.
 """
 
+import logging
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +29,10 @@ from transformers import Trainer
 
 from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.probe import Shard, Shards, innermost, largest_magnitude
+from hf_warmup.trainer.arguments import WarmupArguments
 from hf_warmup.trainer.wrapping import wrap
+
+logger = logging.getLogger(__name__)
 
 _Numbers = TypeVar("_Numbers", bound=tuple[float, ...])
 
@@ -54,6 +59,7 @@ class Backend:
     def __init__(self, trainer: Trainer, *, collective_forward: bool) -> None:
         self.trainer = trainer
         self.collective_forward = collective_forward
+        self._said = False
 
     @property
     def splits_weights(self) -> bool:
@@ -84,12 +90,21 @@ class Backend:
             RuntimeError: If they are not finite in the first step, and the step would be made with them.
         """
         (largest,) = self.largest((shards.largest_gradient(),))
-        if first and not math.isfinite(largest) and not self.skips_overflows:
+        step, skips = self.trainer.state.global_step + 1, self.skips_overflows and not math.isfinite(largest)
+        if first and not math.isfinite(largest) and not skips:
             raise RuntimeError(
-                f"the gradients of step {self.trainer.state.global_step + 1} are not finite before any update: check "
-                "the data and the model, no learning rate can help"
+                f"the gradients of step {step} are not finite before any update: check the data and the model, no "
+                "learning rate can help"
             )
-        return math.isfinite(largest) and largest > 0
+        possible = math.isfinite(largest) and largest > 0
+        if not (possible or skips or self._said):
+            self._said = True
+            logger.warning(
+                f"the gradients of step {step} are {'not finite' if largest else 'all zero'}: no learning rate can be "
+                "tried there. That step, and every one until gradients are finite and not zero, is made at the "
+                "learning rate that there is; if all are so, check the data, the loss and whether weights are finite"
+            )
+        return possible
 
     def largest(self, numbers: _Numbers) -> _Numbers:
         """The largest `numbers` of all processes, or those with a NaN; on all processes at once."""
@@ -113,10 +128,11 @@ class Backend:
         """
         if self.trainer.args.world_size == 1:
             return measure()
-        losses, failure = [], None
+        losses: list[float] = []
+        failure: BaseException | None = None
         try:
             losses = measure()
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C too: the others would wait for this process
             if self.collective_forward:
                 raise  # the others wait inside the forward pass, not here
             failure = error
@@ -307,6 +323,25 @@ def prepare_optimizer(trainer: Trainer) -> None:
     for state in optimizer.state.values():
         if isinstance(count := state.get("step"), Tensor):
             state["step"] = count.clone()
+
+
+def check_same_options(trainer: Trainer, options: Any) -> None:
+    """Refuse options that differ between processes: each would train a model of its own.
+
+    Args:
+        trainer: The trainer.
+        options: A dataclass with plain values.
+
+    Raises:
+        ValueError: With the first option that differs.
+    """
+    if trainer.args.world_size == 1:
+        return
+    names = [option.name for option in fields(WarmupArguments)]
+    everybodys = gather_object([[(name, getattr(options, name)) for name in names]])
+    for (name, first), *others in zip(*everybodys, strict=True):
+        if any(value != first for _, value in others):
+            raise ValueError(f"{name} must be the same on all processes, got {first} and others")
 
 
 def check_processes(trainer: Trainer) -> None:

@@ -38,7 +38,14 @@ from hf_warmup.schedule import (
     warms_up,
 )
 from hf_warmup.trainer.arguments import TRYING, WarmupArguments
-from hf_warmup.trainer.backends import Backend, backend_of, check_processes, prepare_optimizer, why_not_try
+from hf_warmup.trainer.backends import (
+    Backend,
+    backend_of,
+    check_processes,
+    check_same_options,
+    prepare_optimizer,
+    why_not_try,
+)
 from hf_warmup.trainer.logs import log
 from hf_warmup.trainer.model_card import RunCard
 from hf_warmup.trainer.optimizer import GIAdamWFactory, gi_adam_cls_and_kwargs
@@ -60,6 +67,7 @@ class WarmupCallback(TrainerCallback):
         self._replay: StepReplay | None = None
         self._backend: Backend | None = None
         self._num_batches = 1
+        self._noticed = False
 
     @classmethod
     def attach(cls, trainer: Trainer, arguments: WarmupArguments | None = None) -> "WarmupCallback":
@@ -178,6 +186,7 @@ class WarmupCallback(TrainerCallback):
                 "have it make a GIAdamW, or leave gi_adam out to keep that optimizer"
             )
         prepare_optimizer(self.trainer)
+        check_same_options(self.trainer, self.arguments)
         self._check_checkpoint()
         if self._schedule is None:
             return  # no warmup to start
@@ -291,6 +300,7 @@ class WarmupCallback(TrainerCallback):
         """What is to be done when the gradients of a step are ready and the optimizer has not used them."""
         if self._backend is None or self._replay is None:
             return
+        self._notice_other_lrs()
         try:
             if self._guide is not None:
                 self._steer(self._guide, self._backend, self._replay)
@@ -299,6 +309,22 @@ class WarmupCallback(TrainerCallback):
         except BaseException:
             self._stop_watching()
             raise
+
+    def _notice_other_lrs(self) -> None:
+        """Say once that somebody else sets the learning rate too."""
+        if self._schedule is None or self._noticed:
+            return
+        groups, last = self._schedule.scheduler.optimizer.param_groups, self._schedule.scheduler.get_last_lr()
+        for group, scheduled in zip(groups, last, strict=True):
+            if not math.isclose(float(group["lr"]), float(scheduled), rel_tol=1e-6):
+                self._noticed = True
+                logger.warning(
+                    f"something else, as a callback, has set the learning rate of step "
+                    f"{self.trainer.state.global_step + 1} to {float(group['lr']):g} in place of the schedule's "
+                    f"{float(scheduled):g}: this warmup sets it again, in every step until it ends. To have one's own "
+                    "learning rates, leave the warmup out, or set init_lr=zero"
+                )
+                return
 
     def _search_and_start(self, backend: Backend, replay: StepReplay) -> None:
         shards = backend.shards()

@@ -104,6 +104,7 @@ def measure_eigenvalue(
     optimizer = innermost(trainer.optimizer)
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
     mean = functools.partial(trainer.accelerator.reduce, reduction="mean")
+    replay.check(lambda: loss_after_step(optimizer, replay.losses, 0.0)[0])
     losses = replay.losses_with_graph()
     preconditioner = adam_preconditioner(optimizer) if adam else None
     free = [p for p in model.parameters() if p.requires_grad and (preconditioner is None or p in preconditioner)]

@@ -36,7 +36,7 @@ from hf_warmup.trainer.wrapping import innermost_method, wrap
 logger = logging.getLogger(__name__)
 
 _NO_MEMORY = (MemoryError, torch.OutOfMemoryError)
-INSTEAD = "set init_lr to a number, with warmup=linear and warmup_steps"
+INSTEAD = "set init_lr to a number or to zero, with warmup=linear and warmup_steps"
 
 
 class StepReplay:
@@ -47,6 +47,7 @@ class StepReplay:
         keeps: Whether the next step is wanted at all. Of one that is not only `own_loss` is known.
         num_batches: How many of the step's micro-batches the loss is made of, the first ones; all if None.
         backend: How the model is spread over processes.
+        instead: What to do where the step cannot be replayed.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class StepReplay:
         num_batches: int | None = None,
         *,
         backend: Backend | None = None,
+        instead: str = INSTEAD,
     ) -> None:
         self.trainer = trainer
         self.keeps = keeps
+        self._instead = instead
         self._backend = Backend(trainer, collective_forward=False) if backend is None else backend
         self._num_batches = num_batches
         # Of each step its batches and their number of items: the step itself, then those that `draw` added.
@@ -200,7 +203,7 @@ class StepReplay:
         if self._backend.largest((float(reason is not None),))[0] > 0:
             raise ValueError(
                 f"the steps of {type(self.trainer).__name__} cannot be replayed to try learning rates: "
-                f"{reason or 'those of another process cannot'}; {INSTEAD}, or init_lr=zero"
+                f"{reason or 'those of another process cannot'}; {self._instead}"
             )
 
     def _moved(self) -> str | None:
@@ -321,7 +324,7 @@ class StepReplay:
                 raise kind(
                     f"{type(error).__name__}: {error} (in the step's loss when it was computed again, to try a "
                     f"learning rate, before step {trainer.state.global_step + 1}; all is as it was before. To train "
-                    f"without, {INSTEAD})"
+                    f"without, {self._instead})"
                 ) from error
             finally:
                 del vars(handler)["call_event"]

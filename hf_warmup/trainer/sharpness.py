@@ -114,7 +114,8 @@ class SharpnessCallback(TrainerCallback):
                 f"kind=preconditioned is of Adam, AdamW and GIAdamW, got {type(optimizer).__name__}: use kind=hessian"
             )
         backend = self._backend = backend_of(self.trainer)
-        self._replay = StepReplay(self.trainer, self._is_due, backend=backend)
+        instead = "leave the SharpnessCallback out, or set sharpness_every=0"
+        self._replay = StepReplay(self.trainer, self._is_due, backend=backend, instead=instead)
         self._end_watch = wrap(self.trainer.accelerator, "clip_grad_norm_", self._clip)
         backend.watch_step(self._measure)
 

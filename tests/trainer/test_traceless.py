@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.modeling_outputs import CausalLMOutput
 
 from hf_warmup.trainer import WarmupArguments, WarmupCallback
 
@@ -62,7 +63,7 @@ class Noise(Trainer):
 class Scaled(Trainer):
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        for p in self.model.model.parameters():
+        for p in list(self.model.parameters())[1:]:
             if p.grad is not None:
                 p.grad.mul_(0.1)
         return loss
@@ -231,7 +232,7 @@ class Watch(TrainerCallback):
         self.gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
 
 
-def run(cls, folder, model=make_model, data=None, callbacks=(), **options):
+def run(cls, folder, model=make_model, callbacks=(), data_collator=None, **options):
     """A training of twelve steps; of the global state as at the start of a process."""
     global CALLS
     CALLS = Counts.calls = 0
@@ -241,7 +242,9 @@ def run(cls, folder, model=make_model, data=None, callbacks=(), **options):
     args = TrainingArguments(**{**OPTIONS, "output_dir": str(folder), **steps, **options})
     watch = Watch()
     set_seed(0)
-    trainer = cls(model(), args, train_dataset=data or make_dataset(), callbacks=[watch, *callbacks])
+    trainer = cls(
+        model(), args, train_dataset=make_dataset(), data_collator=data_collator, callbacks=[watch, *callbacks]
+    )
     WarmupCallback.attach(trainer, WarmupArguments(**warmup))
     trainer.train()
     return trainer, watch.gradients
@@ -300,16 +303,21 @@ class Anneals(nn.Module):
         self.generator = torch.Generator().manual_seed(0)
         self.register_buffer("amax", torch.zeros(()))
 
-    def forward(self, input_ids, labels=None):
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids=None, labels=None, inputs_embeds=None):
         self.calls += 1
-        x = self.embed(input_ids)
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         self.last = x.detach() if self.last is None else self.last.mul(0.9) + 0.1 * x.detach().mean()
         self.seen.append(self.calls)
         self.amax.data = torch.maximum(self.amax, x.detach().abs().max())
         self.out.weight.data = F.normalize(self.out.weight.data, dim=1)
         logits = self.out(x + 0.1 * torch.randn(x.shape, generator=self.generator))
+        if labels is None:
+            return CausalLMOutput(logits=logits)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten()) + self.amax * self.last.mean()
-        return {"loss": loss * min(1.0, self.calls / 6), "logits": logits}
+        return CausalLMOutput(loss=loss * min(1.0, self.calls / 6), logits=logits)
 
 
 @pytest.mark.slow
