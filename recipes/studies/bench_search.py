@@ -21,7 +21,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, islice
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -272,19 +274,24 @@ def held(run: Callable[[], Any], training: Training) -> dict[str, float]:
     and tensors that are loaded from files; it sees all tools alike. What was there before `run` does not count.
     """
     training.before = None  # Our own copies must not count.
-    needed, on_disk = [], []
+    # A search of ours puts lists back, and lets no forward pass see a gradient.
+    marks, gradients = SimpleQueue(), WeakSet()
 
     def mark(*_: Any) -> None:
         with record_function(FORWARD):
             state = [value for values in training.optimizer.state.values() for value in values.values()]
-            tensors = [*(p.grad for p in training.model.parameters()), *state]
-            needed.append(sum(t.nbytes for t in tensors if isinstance(t, Tensor)))
-            on_disk.append(sum(f.stat().st_size for f in training.scratch.rglob("*") if f.is_file()))
+            needed = sum(t.nbytes for t in [*gradients, *state] if isinstance(t, Tensor))
+            on_disk = sum(f.stat().st_size for f in training.scratch.rglob("*") if f.is_file())
+            marks.put((needed, on_disk))
 
-    hook = training.model.register_forward_pre_hook(mark)
+    params = [p for p in training.model.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: gradients.add(p.grad)) for p in params]
+    hooks.append(training.model.register_forward_pre_hook(mark))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
+    needed, on_disk = zip(*(marks.get() for _ in range(marks.qsize())), strict=True)
     events = profiled.profiler.kineto_results.events()
     changes = allocations(profiled)
     lives = list(accumulate(size for _, size in changes))
@@ -293,7 +300,7 @@ def held(run: Callable[[], Any], training: Training) -> dict[str, float]:
     for begin, own in zip(forwards, needed, strict=True):
         before = sum(start < begin for start, _ in changes)
         copies.append((lives[before - 1] if before else 0) - own)
-    trainable = sum(p.nbytes for p in training.model.parameters() if p.requires_grad)
+    trainable = sum(p.nbytes for p in params)
     return {
         "peak": max(lives) / trainable,
         "copies": max(copies) / trainable,

@@ -128,10 +128,10 @@ def test_a_trial_and_a_slope_have_a_row_per_round_beside_a_training_step(tmp_pat
 
 @pytest.mark.parametrize("num_steps", bench_guided.LENGTHS[:3])
 def test_the_trials_that_are_counted_are_those_of_a_ramp_of_full_length(num_steps):
-    guide = GuidedWarmup(1e30, num_steps, kappa=1e30)  # nothing ends the ramp
-    guide.step(lambda lr: 1.0 if lr > 1.0 else 0.0)
+    guide = GuidedWarmup(1.0, num_steps, kappa=1e30, ceiling=False)  # nothing ends the ramp
+    guide.step(lambda lr: 1.0 if lr > 1.0 else -lr)
     searched, ramp = guide.num_trials, round(2 / guide.rate)
     while guide.num_steps < min(ramp, num_steps // 2):
-        guide.step(lambda lr: 0.0)
+        guide.step(lambda lr: 0.0, slope_at=lambda lr: 1.0)
     trials, _ = bench_guided.counts(num_steps)
     assert trials == guide.num_trials - searched + 8

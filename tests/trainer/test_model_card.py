@@ -693,7 +693,6 @@ def test_the_batch_that_auto_find_batch_size_found_is_the_cards(make_trainer, fo
         ({"lr_scheduler_type": "constant"}, {"Warmup": "none"}),
         ({"warmup_steps": 3}, {"Warmup": "linear", "Initial learning rate η_init": "0 (the Trainer's own schedule)"}),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, {"Target learning rate η_trgt": "not known"}),
-        ({"learning_rate": float("inf")}, {"Target learning rate η_trgt": "not known"}),
     ],
 )
 def test_a_schedule_that_is_not_ours_is_described_by_itself(make_trainer, folder, caplog, options, shown):
