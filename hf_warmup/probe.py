@@ -47,9 +47,13 @@ _ELEMENTWISE = {
     getattr(torch.optim, name)
     for name in ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 } | {GIAdamW}
+# The same of optimizers that are not imported here, by the names of their modules and classes.
+_ELEMENTWISE_NAMES = {
+    f"schedulefree.{name.lower()}_schedulefree.{name}ScheduleFree" for name in ("AdamW", "RAdam", "SGD")
+}
 # Elements stepped at once: at least so many, and at most about one part in so many of all; larger parts where no
 # parameter is copied but those. A multiple of 64, so that a kernel cuts a piece into the same vectors as the whole.
-_PIECE, _PIECES, _FEW_PIECES = 2**14, 80, 8
+_PIECE, _PIECES, _FEW_PIECES = 2**14, 100, 8
 
 
 @dataclass
@@ -439,7 +443,9 @@ def _check_steps(shards: Shards) -> None:
 
 def _is_elementwise(optimizer: Optimizer) -> bool:
     # RI-Adam's norm is over all parameters.
-    return type(optimizer) in _ELEMENTWISE and getattr(optimizer, "v0", None) != "random"
+    kind = type(optimizer)
+    known = kind in _ELEMENTWISE or f"{kind.__module__}.{kind.__qualname__}" in _ELEMENTWISE_NAMES
+    return known and getattr(optimizer, "v0", None) != "random"
 
 
 @dataclass

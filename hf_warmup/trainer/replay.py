@@ -185,8 +185,7 @@ class StepReplay:
         own = float(sum(self._losses[: self._num_batches])) if self._losses else math.nan
         own = self._backend.together(lambda: [own])[0]
         reason = self._difference(own, measure)
-        # Not under DDP, whose gradients are reduced in the backward pass, and not where that makes the step.
-        if reason is not None and self.trainer.args.world_size == 1 and not self._backend.steps_in_backward:
+        if reason is not None and self._can_go_backward:
             self._goes_backward = True
             reason = self._difference(own, measure) and reason
             if reason is None:
@@ -197,6 +196,11 @@ class StepReplay:
         self._refuse(reason)
         self._refuse(self._moved())
         self._checked = True
+
+    @property
+    def _can_go_backward(self) -> bool:
+        """Not under DDP, whose gradients are reduced in the backward pass, and not where that makes the step."""
+        return self.trainer.args.world_size == 1 and not self._backend.steps_in_backward
 
     def _refuse(self, reason: str | None) -> None:
         """End training if there is a reason to, on this process or on another."""
@@ -223,9 +227,8 @@ class StepReplay:
         try:
             (again,) = self._backend.together(lambda: [measure()])
         except Exception as error:
-            # The others wait inside the forward pass, not here; or the batch is to be made smaller.
-            no_memory = isinstance(error, _NO_MEMORY) or should_reduce_batch_size(error)
-            if self._backend.collective_forward or no_memory:
+            # Nothing else can be tried, or a smaller batch will be.
+            if not self._can_go_backward or isinstance(error, _NO_MEMORY) or should_reduce_batch_size(error):
                 raise
             return str(error)
         # The compiled graphs with and without gradients may round differently.

@@ -152,7 +152,7 @@ class Failing(Trainer):
 
 
 def make_large_model():
-    """2.6 million parameters: pieces of the probe are 1/80 of them, not a fixed least size."""
+    """2.6 million parameters: pieces of the probe are 1/100 of them, not a fixed least size."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=2

@@ -11,7 +11,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from transformers import Adafactor, Trainer, TrainingArguments, get_cosine_schedule_with_warmup, set_seed
+from transformers import (
+    Adafactor,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_cosine_schedule_with_warmup,
+    set_seed,
+)
 from transformers.optimization import AdafactorSchedule
 
 from hf_warmup.trainer import WarmupArguments, WarmupCallback
@@ -272,3 +279,42 @@ def test_a_shallow_copy_of_a_trainer_is_refused(make_trainer):
     WarmupCallback.attach(trainer)
     with pytest.raises(ValueError, match="got a copy, .*deepcopy"):
         copy.copy(trainer).train()
+
+
+def said(caplog, words):
+    return [record.message for record in caplog.records if words in record.message]
+
+
+def test_gradients_that_are_all_zero_are_said_once(make_trainer, caplog):
+    class Flat(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * 0.0
+
+    train(make_trainer(Flat, warmup="guided", warmup_steps=0))
+    (line,) = said(caplog, "all zero")
+    assert line.startswith("the gradients of step 1 are all zero: no learning rate can be tried there")
+
+
+def test_gradients_that_become_nan_under_guided_warmup_are_said_once(make_trainer, caplog):
+    class Breaks(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * (float("nan") if self.state.global_step > 2 else 1.0)
+
+    train(make_trainer(Breaks, warmup="guided", warmup_steps=0))
+    (line,) = said(caplog, "not finite")
+    assert line.startswith("the gradients of step 4 are not finite: no learning rate can be tried there")
+
+
+def test_a_callback_that_sets_the_learning_rate_during_the_ramp_is_told_once(make_trainer, caplog):
+    class Own(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer, **kwargs):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-5
+
+    trainer = make_trainer(warmup="guided", warmup_steps=0)
+    trainer.add_callback(Own())
+    train(trainer)
+    (line,) = said(caplog, "something else")
+    assert "has set the learning rate of step 1 to 1e-05" in line
+    assert "set init_lr=zero" in line
