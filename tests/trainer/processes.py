@@ -180,11 +180,14 @@ def run(
     resume=None,
     config=None,
     tokens=VOCAB,
+    differ=None,
     **options,
 ):
     set_seed(0)
     base = {"output_dir": str(folder / name), "max_steps": 6, "warmup_steps": 4, "gi_adam": True}
     args = WarmupTrainingArguments(**{**OPTIONS, **base, **spread(backend, config or {}), **options})
+    if differ and args.process_index == 1:
+        setattr(args, *differ)
     if backend.startswith("fsdp2"):
         # accelerate shards on accelerators only; on CPUs it would train with DDP and say nothing.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

@@ -66,6 +66,7 @@ def ddp(one):
         options = {**RUNS[name], "max_steps": 2, "warmup_steps": 2, "save_strategy": "no"}
         more[f"batch_norm_{name}"] = {**options, "batch_norm": True}
     more["hessian"] = HESSIAN
+    more["refused_differing"] = {"differ": ["max_init_fraction", 0.2]}
     more["refused"] = {"fsdp": True, "fsdp_config": {"version": 2}}
     launch(folder, 2, *runs("ddp", **more))
     return folder
@@ -219,6 +220,11 @@ def test_a_killed_run_goes_on_from_its_checkpoint_with_the_learning_rates_of_an_
     launch(tmp_path, 2, {**RUNS["linear"], "name": "linear", "backend": "fsdp2", "kill": [6, 1]}, fails=True)
     launch(tmp_path, 2, {**resumed(tmp_path, "linear", 4), "name": "again", "backend": "fsdp2"})
     assert_same_run(Seen(tmp_path, "again"), Seen(one, "linear"))
+
+
+def test_options_that_differ_between_processes_are_refused(ddp):
+    error = Seen(ddp, "refused_differing").processes[0]["error"]
+    assert error == "max_init_fraction must be the same on all processes, got 0.1 and others"
 
 
 def test_sharding_that_accelerate_would_ignore_is_refused(ddp):
