@@ -362,8 +362,9 @@ class _Tensor(_Part):
         self.sum: Tensor | None = None
         if value.is_meta or _overlaps(value):
             return
-        if not copied and _is_plain(self.place):
-            self.sum = checksum(self.place)
+        if not copied:
+            # Of what a library has packed (quantized weights) torch's own count of changes has to do.
+            self.sum = checksum(self.place) if _is_plain(self.place) else torch.tensor(value._version)
         elif same is not None and same.copy is not None and _are_equal(same.copy, self.place):
             self.copy = same.copy
         else:
@@ -386,7 +387,10 @@ class _Tensor(_Part):
             value.grad = self.grad
 
     def has_moved(self) -> bool:
-        return self.sum is not None and not torch.equal(self.sum, checksum(self.value.data))
+        if self.sum is None:
+            return False
+        plain = _is_plain(self.place)
+        return not torch.equal(self.sum, checksum(self.value.data) if plain else torch.tensor(self.value._version))
 
 
 class _Array(_Part):

@@ -256,6 +256,14 @@ def test_a_tensor_beyond_what_may_be_copied_is_noticed_when_it_changes_and_not_c
     assert root.large.sum() == 1
 
 
+def test_a_large_tensor_of_another_layout_is_not_copied_either():
+    root = types.SimpleNamespace(sparse=torch.ones(2**19).to_sparse())
+    snapshot = Snapshot([root], most_bytes=0)
+    assert snapshot.moved() == []
+    root.sparse.mul_(2)
+    assert snapshot.moved() == ["SimpleNamespace.sparse"]
+
+
 def test_what_is_left_alone_is_neither_put_back_nor_walked_into_nor_its_memory_written_to():
     inside = [1]
     weight = torch.zeros(4)

@@ -6,6 +6,7 @@ import random
 import numpy
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
@@ -324,4 +325,63 @@ def test_what_cannot_be_measured_is_refused(make_trainer):
     trainer = make_trainer()
     trainer.add_callback(SharpnessCallback())
     with pytest.raises(RuntimeError, match=r"SharpnessCallback\(\.\.\.\)\.attach\(trainer\)"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_it_is_measured_again_when_other_parameters_have_gradients(kind, make_trainer):
+    class Unfreezes(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            model.lm_head.requires_grad_(state.global_step > 1)
+
+    trainer = make_trainer(model=quiet_model(), max_steps=4, warmup_steps=2)
+    trainer.add_callback(Unfreezes())
+    watch(trainer, kind=kind)
+    trainer.train()
+    assert len(measured(trainer, kind)) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's
+def test_it_is_measured_again_in_lora_whose_a_has_no_gradient_at_first(make_trainer):
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(model=get_peft_model(quiet_model(), config), max_steps=3, warmup_steps=2)
+    watch(trainer, kind="preconditioned")
+    trainer.train()
+    assert len(measured(trainer, "preconditioned")) == 3
+
+
+class Halves(Trainer):
+    """Goes backward twice in a step."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        inputs, total = self._prepare_inputs(inputs), 0.0
+        for half in (slice(0, 2), slice(2, 4)):
+            part = {name: value[half] for name, value in inputs.items()}
+            loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_of_a_step_of_several_backward_passes_it_is_that_of_their_sum(kind, make_trainer):
+    seen = []
+    for cls in (Trainer, Halves):
+        trainer = make_trainer(cls, model=quiet_model(), max_steps=1, warmup_steps=1)
+        watch(trainer, kind=kind, tol=1e-5, max_hvps=300)
+        trainer.train()
+        seen += measured(trainer, kind)
+    assert seen[0] == pytest.approx(seen[1], rel=1e-3)
+
+
+def test_backward_passes_whose_losses_do_not_add_up_are_refused_a_hessian(make_trainer):
+    class Twice(Trainer):
+        def training_step(self, *args, **kwargs):
+            super().training_step(*args, **kwargs)
+            return super().training_step(*args, **kwargs)
+
+    trainer = make_trainer(Twice, model=quiet_model())
+    watch(trainer, kind="hessian")
+    with pytest.raises(ValueError, match="Twice.training_step goes backward 2 times, .*: use kind=critical"):
         trainer.train()

@@ -237,7 +237,7 @@ def run(cls, folder, model=make_model, callbacks=(), data_collator=None, **optio
     global CALLS
     CALLS = Counts.calls = 0
     counted.__defaults__[0].clear()
-    warmup = {name: options.pop(name) for name in ("init_lr", "warmup") if name in options}
+    warmup = {name: options.pop(name) for name in ("init_lr", "warmup", "search_batches") if name in options}
     steps = {"max_steps": 12, "warmup_steps": 0 if "warmup" in warmup else 4, "learning_rate": LR}
     args = TrainingArguments(**{**OPTIONS, "output_dir": str(folder), **steps, **options})
     watch = Watch()
@@ -437,3 +437,25 @@ def test_an_error_in_a_replay_says_that_it_was_one(tmp_path):
 
     with pytest.raises(RuntimeError, match="KeyError: 'no such loss' .*computed again.* before step 6.* set init_lr"):
         run(Late, tmp_path, warmup="guided")
+
+
+class Masks:
+    """A collator that draws what it masks from a generator of its own."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, examples):
+        batch = {name: torch.stack([e[name] for e in examples]) for name in examples[0]}
+        masked = torch.rand(batch["input_ids"].shape, generator=self.generator) < 0.2
+        return {**batch, "input_ids": batch["input_ids"].masked_fill(masked, 3)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_batches", [3, 10**9], ids=["some", "more than there are"])
+def test_batches_drawn_ahead_leave_the_collators_random_numbers_as_they_were(num_batches, tmp_path):
+    searched, gradients = run(Trainer, tmp_path / "a", data_collator=Masks(), search_batches=num_batches)
+    given, same = run(Trainer, tmp_path / "b", data_collator=Masks(), init_lr=repr(0.1 * LR))
+    for left, right in zip(gradients, same, strict=True):
+        assert all(map(torch.equal, left, right))
+    assert logs(searched) == logs(given)
