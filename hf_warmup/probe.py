@@ -211,11 +211,12 @@ def _evaluating(shards: Shards, roots: Sequence[Any], moved: AbstractContextMana
     held = [p for p in params if p.grad is not None]
     size = sum(p.numel() * p.element_size() for p in params)
     with ExitStack() as restored:
-        if moved is None:  # the parameters are kept as all else is, for a forward pass may write into them
-            roots = [*roots, *(p for p in params if type(p) in (Tensor, nn.Parameter) and type(shards) is Shards)]
-            restored.enter_context(traceless(*roots, apart=[shards.optimizer], most_bytes=2 * size))
-        else:
-            restored.enter_context(traceless(*roots, apart=[shards.optimizer, *held], most_bytes=size))
+        # A forward pass may write into the parameters that are not moved.
+        still = [p for p in params if moved is None or p.grad is None]
+        roots = [*roots, *(p for p in still if type(p) in (Tensor, nn.Parameter) and type(shards) is Shards)]
+        apart = [shards.optimizer, *(held if moved is not None else ())]
+        restored.enter_context(traceless(*roots, apart=apart, most_bytes=2 * size))
+        if moved is not None:
             # `changed` may be a collective: twice on every process, also where the step raises.
             restored.callback(shards.changed)
             try:
@@ -521,7 +522,10 @@ def _like(optimizer: Optimizer, group: dict[str, Any], lr: float, piece: list[_P
 def _step_and_restore_state(optimizer: Optimizer, lr: float) -> None:
     """Step `optimizer` itself on copies of its gradients, and give it back state, options and attributes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    with traceless(vars(optimizer), apart=params), _other_gradients(optimizer, torch.clone):
+    with (
+        traceless(vars(optimizer), optimizer, *map(vars, params), apart=params),
+        _other_gradients(optimizer, torch.clone),
+    ):
         for group, group_lr in zip(optimizer.param_groups, _lrs(optimizer, lr), strict=True):
             group.update(_with_lr(group, group_lr))
         optimizer.step()

@@ -23,15 +23,20 @@ kept. Not seen are files, other processes, and what an extension in C keeps to i
 import builtins
 import functools
 import gc
+import io
 import itertools
+import math
 import operator
+import os
 import random
 import sys
 import threading
 import types
-from collections import OrderedDict, deque
+import weakref
+from array import array
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from typing import Any
 
@@ -40,14 +45,27 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 # Elements of a container that are walked into every time; of a larger one see `quiet`.
-_MANY = 10_000
+_MANY = 50_000
+# And of one in a data set.
+_MANY_DATA = 1_000
 # Bytes of a tensor that is always copied: buffers, counters, statistics.
 _SMALL = 2**20
+# Objects that are looked at to know how far an iterator is.
+_MOST_INSIDE = 1_000
 _MISSING = object()
-_ATOMS = {int, float, complex, bool, str, bytes, type(None), type(...), types.BuiltinFunctionType, types.CodeType}
-_ATOMS |= {types.ModuleType, slice, range, torch.dtype, torch.device, torch.Size, type(object.__init__)}
+_ATOMS = {int, float, complex, bool, str, bytes, type(None), type(...), types.CodeType}
+_ATOMS |= {slice, range, torch.dtype, torch.device, torch.Size, type(object.__init__)}
 # Parts of torch and of the standard library whose objects are data. Others hold locks, threads and caches.
-_DATA_MODULES = ("torch.nn", "torch.optim", "torch.utils.data", "collections", "types", "argparse", "functools")
+_DATA_MODULES = (
+    "torch.nn",
+    "torch.optim",
+    "torch.amp",
+    "torch.utils.data",
+    "collections",
+    "types",
+    "argparse",
+    "functools",
+)
 # Libraries whose objects have threads, processes or devices behind them.
 _OPAQUE = {"accelerate", "comet_ml", "deepspeed", "hf_warmup", "mlflow", "tensorboard", "torch", "tqdm", "wandb"}
 
@@ -64,8 +82,10 @@ class Snapshot:
         apart: Objects that are left alone, with all that is reached only through them.
         most_bytes: Of tensors and arrays larger than a megabyte so many bytes are copied; of the others it is only
             noticed when they change. No limit if None.
+        data: Data sets, wherever they are reached: their containers of more than 1,000 elements are kept, but not
+            walked into.
         earlier: A snapshot of before, whose copies are shared where the values are still the same. Containers of
-            more than 10,000 elements in which nothing has changed since then are not walked into again.
+            more than 50,000 elements in which nothing has changed since then are not walked into again.
     """
 
     def __init__(
@@ -74,6 +94,7 @@ class Snapshot:
         *,
         apart: Iterable[Any] = (),
         most_bytes: int | None = None,
+        data: Iterable[Any] = (),
         earlier: "Snapshot | None" = None,
     ) -> None:
         self._numbers = RandomNumbers()
@@ -88,7 +109,11 @@ class Snapshot:
         self._seen: dict[int, Any] = {id(o): o for o in apart}  # holds them, so that no id is used again
         self._parts: list[tuple[_Part, _Path]] = []
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            self._walk(deque((root, (None, type(root).__name__), None) for root in roots))
+            data = list(data)
+            self._later = {id(value) for value in data}
+            self._walk(roots)
+            self._later = set()
+            self._walk(data, _MANY_DATA)
         self._earlier = {}
 
     def restore(self) -> None:
@@ -107,31 +132,36 @@ class Snapshot:
         """The large containers in which nothing has changed since."""
         return {i: owner for i, (owner, parts) in self._large.items() if all(part.is_same() for part in parts)}
 
-    def _walk(self, waiting: "deque[tuple[Any, _Path, int | None]]") -> None:
+    def _walk(self, roots: Iterable[Any], most_elements: float = math.inf) -> None:
+        waiting = deque[tuple[Any, _Path, int | None]]((root, (None, type(root).__name__), None) for root in roots)
         iterators: list[tuple[Any, _Path]] = []
         while waiting:
             value, path, large = waiting.popleft()
-            if type(value) in _ATOMS or id(value) in self._seen:
+            if id(value) in self._seen or id(value) in self._later:
                 continue
             self._seen[id(value)] = value
-            kind: Any = type(value)
-            if _is_iterator(kind):
-                iterators.append((value, path))
+            try:
+                if _is_iterator(value):
+                    iterators.append((value, path))
+                    continue
+                parts = list(self._parts_of(value))
+            except Exception:  # of an object that answers no question about itself nothing is kept
                 continue
-            for part in self._parts_of(value):
+            for part in parts:
                 self._parts.append((part, path))
                 if large is not None:
                     self._large[large][1].append(part)
                 children = part.children()
                 inside = large
+                if len(children) > most_elements:
+                    continue
                 if len(children) > _MANY:
                     if id(value) in self._quiet:
                         continue
                     if large is None:
                         inside = id(value)
                         self._large[inside] = (value, [])
-                found = ((label, child) for label, child in children if type(child) not in _ATOMS)
-                waiting.extend((child, (path, label), inside) for label, child in found)
+                waiting.extend((child, (path, label), inside) for label, child in children)
         for value, path in iterators:
             self._parts.append((_Iterator(value), path))
 
@@ -145,17 +175,24 @@ class Snapshot:
             return
         if isinstance(value, dict):
             yield _Dict(value)
-        elif isinstance(value, (list, deque, set, bytearray)):
+            if isinstance(value, defaultdict):
+                yield _Fixed([("default_factory", value.default_factory)])
+        elif isinstance(value, (list, deque, set)):
             yield _Elements(value)
+        elif isinstance(value, (bytearray, array)):
+            yield _Bytes(value)
         elif isinstance(value, (tuple, frozenset)):
-            yield _Fixed(list(enumerate(value)))
+            base: Any = tuple if isinstance(value, tuple) else frozenset
+            yield _Fixed(_referring(enumerate(base.__iter__(value))))
         elif isinstance(value, torch.Generator):
             yield _State(value.get_state, value.set_state)
         elif isinstance(value, random.Random):
             yield _State(value.getstate, value.setstate)
         elif isinstance(value, types.FunctionType):
-            if not _is_library(value.__module__):
+            if not is_library(value.__module__):
                 yield from _parts_of_function(value)
+        elif isinstance(value, (types.BuiltinMethodType, types.MethodWrapperType)):
+            yield _Fixed([("__self__", value.__self__)])
         elif isinstance(value, types.MethodType):
             yield _Fixed([("__self__", value.__self__), ("__func__", value.__func__)])
         elif isinstance(value, (staticmethod, classmethod)):
@@ -167,21 +204,24 @@ class Snapshot:
         elif isinstance(value, types.CellType):
             yield _Names(lambda: ["cell_contents"], _getter(value), _setter(value), _dropper(value))
         elif isinstance(value, type):
-            if not _is_library(value.__module__):
+            if not is_library(value.__module__):
                 named = vars(value)
                 yield _Names(
-                    lambda: [name for name in named if not name.startswith("__") or name == "__call__"],
+                    lambda: [n for n, v in named.items() if n[:2] != "__" or isinstance(v, types.FunctionType)],
                     lambda name: named.get(name, _MISSING),
                     _setter(value),
                     _dropper(value),
                 )
                 yield _Fixed([("base", base) for base in value.__bases__])
             return
-        elif isinstance(value, (types.ModuleType, Enum)):
+        elif isinstance(value, types.ModuleType):
+            if not is_library(value.__name__):
+                yield _Dict(vars(value))
             return
-        elif "numpy" in sys.modules and kind.__module__.partition(".")[0] == "numpy":
+        elif isinstance(value, Enum):
+            return
+        elif _is_numpys(kind):
             yield from self._numpy(value)
-            return
         if _is_opaque(kind) and not isinstance(value, nn.Module):
             return
         if kind.__module__.partition(".")[0] == "deepspeed":
@@ -192,7 +232,7 @@ class Snapshot:
             yield _Dict(attributes, not_into=empty)
         if slots := _slots(kind):
             yield _Names(lambda: slots, _getter(value), _setter(value), _dropper(value))
-        if not _is_library(kind.__module__):
+        if not is_library(kind.__module__):
             yield _Fixed([("__class__", kind)])
 
     def _tensor(self, value: Tensor) -> "_Part":
@@ -267,8 +307,10 @@ class _Dict(_Part):
         self.keys, self.values = list(self._kind.keys(value)), list(self._kind.values(value))
 
     def children(self) -> _Children:
-        found = [pair for pair in zip(self.keys, self.values, strict=True) if pair[0] not in self.not_into]
-        return found + [("key", key) for key in self.keys if type(key) not in _ATOMS]
+        found = _referring(zip(self.keys, self.values, strict=True), self.values)
+        if self.not_into:
+            found = [(key, value) for key, value in found if key not in self.not_into]
+        return [*found, *(("key", key) for key in self.keys if type(key) not in _ATOMS)]
 
     def is_same(self) -> bool:
         now, kind = self.value, self._kind
@@ -282,30 +324,41 @@ class _Dict(_Part):
 
 
 class _Elements(_Part):
-    """A list, deque, set or bytearray."""
+    """A list, deque or set."""
 
     def __init__(self, value: Any) -> None:
-        self.value, self.elements = value, list(value)
+        # A subclass may have methods of its own.
+        self._kind: Any = next(kind for kind in (list, deque, set) if isinstance(value, kind))
+        self.value, self.elements = value, list(self._kind.__iter__(value))
 
     def children(self) -> _Children:
-        return () if isinstance(self.value, bytearray) else list(enumerate(self.elements))
+        return _referring(enumerate(self.elements), self.elements)
 
     def is_same(self) -> bool:
-        return _are_same(self.value, self.elements)  # also of a set, which keeps its order if nothing changes
+        if self._kind.__len__(self.value) != len(self.elements):
+            return False
+        # Also of a set, which keeps its order if nothing changes.
+        return all(map(operator.is_, self._kind.__iter__(self.value), self.elements))
 
     def put_back(self) -> None:
-        if self.is_same():
-            return
-        if isinstance(self.value, list):
-            list.__setitem__(self.value, slice(None), self.elements)
-        elif isinstance(self.value, bytearray):
-            self.value[:] = bytes(self.elements)
-        elif isinstance(self.value, deque):
-            deque.clear(self.value)
-            deque.extend(self.value, self.elements)
-        else:
-            set.clear(self.value)
-            set.update(self.value, self.elements)
+        if not self.is_same():
+            self._kind.clear(self.value)
+            add = self._kind.update if self._kind is set else self._kind.extend
+            add(self.value, self.elements)
+
+
+class _Bytes(_Part):
+    """A bytearray, or an array of Python."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.copy = value, value[:]
+
+    def is_same(self) -> bool:
+        return bool(self.value == self.copy)
+
+    def put_back(self) -> None:
+        if not self.is_same():
+            self.value[:] = self.copy
 
 
 class _Names(_Part):
@@ -381,7 +434,8 @@ class _Tensor(_Part):
         value = self.value
         if _is_plain(self.place) and (value.data_ptr(), value.shape) != (self.place.data_ptr(), self.place.shape):
             value.data = self.place
-        if self.copy is not None:
+        # Not where nothing has changed: memory that is mapped from a file may be read-only.
+        if self.copy is not None and not _are_equal(self.copy, self.place):
             (self.place if _is_plain(self.place) else value).copy_(self.copy)
         if value.is_leaf and value.grad is not self.grad:
             value.grad = self.grad
@@ -410,7 +464,8 @@ class _Array(_Part):
         return bool((self.value == self.copy).all())
 
     def put_back(self) -> None:
-        if self.copy is not None:
+        if self.copy is not None and not self.is_same():
+            self.value.flags.writeable = True
             self.value[...] = self.copy
 
     def has_moved(self) -> bool:
@@ -431,6 +486,13 @@ class _Iterator(_Part):
         return len(now) != len(self.state) or not all(map(_is_same, now, self.state))
 
 
+def _referring(pairs: Iterable[tuple[Any, Any]], values: Sequence[Any] | None = None) -> _Children:
+    """Those pairs of a label and a value whose value may refer to something."""
+    if values is not None and _ATOMS.issuperset(map(type, values)):
+        return ()
+    return [(label, value) for label, value in pairs if type(value) not in _ATOMS]
+
+
 def _are_same(now: Any, before: Sequence[Any]) -> bool:
     return len(now) == len(before) and all(map(operator.is_, now, before))
 
@@ -439,23 +501,34 @@ def _is_same(left: Any, right: Any) -> bool:
     return left is right or (type(left) in (int, str) and type(left) is type(right) and left == right)
 
 
-def _position(iterator: Any, inside: int = 3) -> list[Any]:
+def _position(iterator: Any, seen: set[int] | None = None) -> list[Any]:
+    """What an iterator refers to, and the iterators and containers among that."""
+    seen = {id(iterator)} if seen is None else seen
     held: list[Any] = []
     if isinstance(iterator, types.GeneratorType):
-        frame = iterator.gi_frame
-        held = [] if frame is None else [frame.f_lasti, *frame.f_locals.values()]
-    elif isinstance(attributes := getattr(iterator, "__dict__", None), dict):
-        held = list(attributes.values())
+        if (frame := iterator.gi_frame) is not None:
+            held = [frame.f_lasti, iterator.gi_yieldfrom, *frame.f_locals.values()]
     else:
-        held = gc.get_referents(iterator)
-        held += [e for h in held if type(h) is tuple for e in h]
-        if hasattr(iterator, "__length_hint__"):
+        held = [*(getattr(iterator, "__dict__", None) or {}).values(), *gc.get_referents(iterator)]
+        if isinstance(iterator, io.IOBase):
+            with suppress(OSError, ValueError):
+                held.append(os.lseek(iterator.fileno(), 0, os.SEEK_CUR))
+        elif hasattr(iterator, "__length_hint__"):
             held.append(iterator.__length_hint__())
         elif type(iterator) is itertools.count:
             held.append(repr(iterator))
-    if inside:
-        others = [h for h in held if h is not iterator and _is_iterator(h.__class__)]
-        held += [e for other in others for e in _position(other, inside - 1)]
+    for value in list(held):
+        if id(value) in seen or len(seen) > _MOST_INSIDE:
+            continue
+        seen.add(id(value))
+        if _is_iterator(value):
+            held += _position(value, seen)
+        elif isinstance(value, (tuple, list, deque)) and len(value) <= _MOST_INSIDE:
+            held += [len(value), *value]
+            for element in value:
+                if _is_iterator(element) and id(element) not in seen:
+                    seen.add(id(element))
+                    held += _position(element, seen)
     return held
 
 
@@ -518,6 +591,8 @@ def _parts_of_function(function: types.FunctionType) -> Iterator[_Part]:
     yield _Fixed([*(("variable", c) for c in function.__closure__ or ()), *(("default", d) for d in defaults)])
     yield _Dict(vars(function))
     names, variables = _names_in(function.__code__), function.__globals__
+    # What is imported inside the function.
+    yield _Fixed([(name, sys.modules[name]) for name in names if name in sys.modules])
     yield _Names(
         lambda: [name for name in names if name in variables or not hasattr(builtins, name)],
         lambda name: variables.get(name, _MISSING),
@@ -533,23 +608,37 @@ def _names_in(code: types.CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*code.co_names, *inside]))
 
 
-@functools.cache
-def _is_iterator(kind: Any) -> bool:
+def _is_iterator(value: Any) -> bool:
     """Whether it can only be moved forward; one of a class of the user's is an object like others."""
-    return hasattr(kind, "__next__") and _is_library(kind.__module__)
+    kind: Any = type(value)
+    return _iterates(kind)
 
 
 @functools.cache
-def _is_library(module: str | None) -> bool:
+def _iterates(kind: Any) -> bool:
+    return hasattr(kind, "__next__") and is_library(kind.__module__) and kind not in weakref.ProxyTypes
+
+
+@functools.cache
+def _is_numpys(kind: Any) -> bool:
+    return any(cls.__module__.partition(".")[0] == "numpy" for cls in kind.__mro__)
+
+
+@functools.cache
+def is_library(module: str | None) -> bool:
     """Whether a module is of Python itself, of an installed package, or of this one."""
     top = (module or "builtins").partition(".")[0]
     if top == "__main__":
         return False
-    if top in sys.stdlib_module_names or top == "hf_warmup":
+    if top == "hf_warmup":
         return True
     found = sys.modules.get(top)
     places = [getattr(found, "__file__", None) or "", *map(str, getattr(found, "__path__", ()))]
-    return any(folder in place for place in places for folder in ("site-packages", "dist-packages"))
+    if any(folder in place for place in places for folder in ("site-packages", "dist-packages")):
+        return True
+    # A file of the user's may have the name of one of Python's.
+    own = os.path.dirname(os.__file__)
+    return top in sys.stdlib_module_names and all(place == "" or place.startswith(own) for place in places)
 
 
 @functools.cache
@@ -559,14 +648,19 @@ def _is_opaque(kind: Any) -> bool:
     top = module.partition(".")[0]
     if top == "__main__" or module.startswith(_DATA_MODULES):
         return issubclass(kind, threading.Thread)
-    return top in _OPAQUE or top in sys.stdlib_module_names
+    return is_library(module) and (top in _OPAQUE or top in sys.stdlib_module_names)
 
 
 @functools.cache
 def _slots(kind: Any) -> tuple[str, ...]:
-    of_classes = [vars(cls).get("__slots__", ()) for cls in kind.__mro__]
-    slots = [name for names in of_classes for name in ((names,) if isinstance(names, str) else names)]
-    return tuple(name for name in slots if not name.startswith("__"))
+    found = []
+    for cls in kind.__mro__:
+        names = vars(cls).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            if name.startswith("__") and not name.endswith("__"):
+                name = f"_{cls.__name__.lstrip('_')}{name}"  # as Python does
+            found.append(name)
+    return tuple(name for name in found if not name.startswith("__"))
 
 
 def _name(path: _Path) -> str:

@@ -5,7 +5,11 @@ import dataclasses
 import functools
 import itertools
 import random
+import sys
 import types
+import warnings
+import weakref
+from array import array
 
 import numpy as np
 import pytest
@@ -47,6 +51,57 @@ class Counted:
 class OrderedTwice(collections.OrderedDict):
     def __setitem__(self, key, value):
         super().__setitem__(key, 2 * value)
+
+
+class Counts:
+    calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        return self.calls
+
+
+class Entered:
+    def __enter__(self):
+        SEEN.append(1)
+
+
+class Private:
+    __slots__ = ("__number",)
+
+    def __init__(self):
+        self.__number = 0
+
+    def count(self):
+        self.__number += 1
+
+    def look(self):
+        return self.__number
+
+
+class Endless(list):
+    def __iter__(self):
+        while True:
+            yield 1
+
+
+def reads_a_module():
+    counting = sys.modules["counting_module"]
+    return counting.COUNT
+
+
+def counts_in_a_module():
+    import counting_module
+
+    counting_module.COUNT += 1
+
+
+@pytest.fixture(autouse=True)
+def counting_module(monkeypatch):
+    """A module of the user's, which his functions import where they need it."""
+    module = types.ModuleType("counting_module")
+    module.COUNT = 0
+    monkeypatch.setitem(sys.modules, "counting_module", module)
 
 
 def counts_globally():
@@ -168,6 +223,21 @@ CASES = {
         lambda o: o(torch.rand(4, 2)),
         lambda o: [b.tolist() for b in o.buffers()],
     ),
+    "a module's attribute": (lambda: counts_in_a_module, lambda o: o(), lambda o: reads_a_module()),
+    "what a bound builtin belongs to": (
+        lambda: [random.Random(0).random],
+        lambda o: o[0](),
+        lambda o: o[0].__self__.getstate(),
+    ),
+    "an array of Python": (lambda: [array("d", [1.0])], lambda o: o[0].append(2.0), lambda o: o[0].tolist()),
+    "a default factory": (
+        lambda: collections.defaultdict(Counts()),
+        lambda o: o["a"],
+        lambda o: (dict(o), o.default_factory.calls),
+    ),
+    "what a dunder method changes": (Entered, lambda o: o.__enter__(), lambda o: SEEN.copy()),
+    "a slot with a private name": (Private, lambda o: o.count(), lambda o: o.look()),
+    "a list with an iterator of its own": (lambda: Endless([1]), lambda o: o.append(2), lambda o: list.copy(o)),
     "None that becomes a tensor": (
         lambda: types.SimpleNamespace(teacher=None),
         lambda o: replace(vars(o), teacher=torch.ones(1)),
@@ -286,7 +356,7 @@ def test_objects_stay_the_same_objects():
 
 
 def test_elements_of_a_large_container_are_walked_into_until_they_were_seen_not_to_change():
-    quiet, busy = [[i] for i in range(20_000)], {i: [] for i in range(20_000)}
+    quiet, busy = [[i] for i in range(60_000)], {i: [] for i in range(60_000)}
     first = Snapshot([quiet, busy])
     busy[7].append(1)
     second = Snapshot([quiet, busy], earlier=first)
@@ -294,7 +364,19 @@ def test_elements_of_a_large_container_are_walked_into_until_they_were_seen_not_
     quiet.append([0])
     second.restore()
     assert busy[7] == [1]
-    assert len(quiet) == 20_000  # the container itself is always kept
+    assert len(quiet) == 60_000  # the container itself is always kept
+
+
+def test_a_data_set_is_kept_but_its_many_examples_are_not_walked_into():
+    data = types.SimpleNamespace(examples=[[i] for i in range(2_000)], few=[[0]], epoch=0)
+    root = types.SimpleNamespace(data=data)
+    snapshot = Snapshot([root], data=[data])
+    data.examples[0].append(1)
+    data.examples.append([1])
+    data.few[0].append(1)
+    data.epoch = 1
+    snapshot.restore()
+    assert (data.epoch, data.few, len(data.examples), data.examples[0]) == (0, [[0]], 2_000, [0, 1])
 
 
 def test_copies_are_shared_where_values_are_the_same():
@@ -311,6 +393,32 @@ def test_copies_are_shared_where_values_are_the_same():
     first.restore()
     assert root[1].sum() == 0
     assert held.sum() == 0
+
+
+class Answers:
+    """Objects that answer no question about themselves."""
+
+    @property
+    def __class__(self):
+        raise ReferenceError("gone")
+
+    @property
+    def __dict__(self):
+        raise RuntimeError("no")
+
+
+def test_objects_that_cannot_be_looked_at_and_memory_that_cannot_be_written_are_passed_over(tmp_path):
+    np.zeros(4, dtype=np.float32).tofile(tmp_path / "tokens")
+    mapped = np.memmap(tmp_path / "tokens", dtype=np.float32, mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of memory that is read-only
+        tokens = torch.from_numpy(mapped)
+    gone = weakref.proxy(Counted())
+    root = types.SimpleNamespace(odd=[Answers(), gone, random.SystemRandom()], tokens=tokens, count=0)
+    snapshot = Snapshot([root])
+    root.count = 1
+    snapshot.restore()
+    assert root.count == 0
 
 
 def test_traceless_puts_back_after_an_error_and_refuses_what_moves():

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationMixin, Trainer
 
 from hf_warmup.probe import innermost
-from hf_warmup.restore import RandomNumbers, Snapshot, hidden_gradients
+from hf_warmup.restore import RandomNumbers, Snapshot, hidden_gradients, is_library
 from hf_warmup.trainer.backends import Backend
 from hf_warmup.trainer.wrapping import innermost_method, wrap
 
@@ -310,13 +310,16 @@ class StepReplay:
         if self._now is None:
             self._now = self._snapshot(self._before)
         asked: list[Tensor] = []
+        # A forward pass may put a parameter in another's place.
+        modules = () if self._backend.splits_weights else trainer.model_wrapped.modules()
+        tables = [(module._parameters, dict(module._parameters)) for module in modules]
         with hidden_gradients(self._params()):
             try:
                 self._before.restore()
                 for module in trainer.model_wrapped.modules():
                     if isinstance(module, DistributedDataParallel):
                         module.require_forward_param_sync = False
-                vars(trainer)["log"] = lambda *args, **kwargs: None
+                vars(trainer)["log"] = vars(trainer)["save_model"] = lambda *args, **kwargs: None
                 vars(handler)["call_event"] = lambda event, args, state, control, **kwargs: control
                 if not self._goes_backward:
                     trainer.accelerator.backward = lambda loss, **kwargs: asked.append(loss)
@@ -330,8 +333,10 @@ class StepReplay:
                     f"without, {self._instead})"
                 ) from error
             finally:
-                del vars(handler)["call_event"]
+                vars(handler).pop("call_event", None)
                 self._now.restore()
+                for table, named in tables:
+                    table.update(named)
 
     def _params(self) -> list[Tensor]:
         return [p for group in innermost(self.trainer.optimizer).param_groups for p in group["params"]]
@@ -345,17 +350,21 @@ class StepReplay:
         while optimizer is not None:
             apart.append(optimizer)
             optimizer = getattr(optimizer, "optimizer", None)
-        # A loss gathers in no data set, and one that is a list may be large.
-        apart += [d for d in (trainer.train_dataset, trainer.eval_dataset) if isinstance(d, list | tuple | dict)]
         # Which tensor stands for a weight is no state of the model's: FSDP2 changes it while it gathers, and so do
         # the Hessian's products for single precision.
         apart += [module._parameters for module in model.modules()]
-        frozen = list(model.parameters())
+        more: list[Any] = list(model.parameters())
         if self._backend.splits_weights:
-            apart, frozen = apart + frozen, []  # gathered or not: its sharding's own affair
+            apart, more = apart + more, []  # gathered or not: its sharding's own affair
+        else:
+            # What hangs on the weights, and what is called with their gradients.
+            more += [vars(p) for p in params]
+            more += [h for p in params for h in (p._backward_hooks, p._post_accumulate_grad_hooks) if h]
+        more += [c for c in trainer.callback_handler.callbacks if not is_library(type(c).__module__)]
         return Snapshot(
-            [trainer, self._training_step, vars(accelerator), vars(accelerator.gradient_state), *frozen],
+            [trainer, self._training_step, vars(accelerator), vars(accelerator.gradient_state), *more],
             apart=apart,
+            data=[data for data in (trainer.train_dataset, trainer.eval_dataset) if data is not None],
             most_bytes=sum(p.numel() * p.element_size() for p in params),
             earlier=earlier,
         )
