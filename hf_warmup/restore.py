@@ -9,15 +9,16 @@ can be reached from some roots, and `restore` puts it back, in the same objects:
     before.restore()
 
 An object is reached through attributes, containers, bound methods and the variables that a function took from where
-it was defined; and, of classes and functions that are no library's, through the attributes of the class and the
-global variables that the function names. What is kept of an object is what it refers to (its attributes, its
-elements), not a copy of that, so cycles and large structures cost no more than a walk. Only tensors, arrays and
-generators of random numbers have their values copied. The random numbers of Python, numpy and torch belong to every
-snapshot.
+it was defined; and, of classes, functions and modules that are no library's, through the attributes of the class or
+module and the global variables that the function names. What is kept of an object is what it refers to (its
+attributes, its elements), not a copy of that, so cycles and large structures cost no more than a walk. Only
+tensors, arrays and generators of random numbers have their values copied. The random numbers of Python, numpy and
+torch belong to every snapshot.
 
 Two things cannot be put back, and `moved` tells whether they have changed: an iterator (of a data loader, or a
 generator of Python) has no way back; and of a tensor that is larger than all that may be copied only a checksum is
-kept. Not seen are files, other processes, and what an extension in C keeps to itself.
+kept. Not seen are files, other processes and threads, global variables of installed packages, single examples in a
+large data set, and what an extension in C keeps to itself.
 """
 
 import builtins
