@@ -214,6 +214,11 @@ class Snapshot:
                     _dropper(value),
                 )
                 yield _Fixed([("base", base) for base in value.__bases__])
+            elif issubclass(value, nn.Module):
+                # What somebody has put in the place of a library's methods.
+                foreign = (types.FunctionType, property, staticmethod, classmethod)
+                methods = [(name, method) for name, method in vars(value).items() if isinstance(method, foreign)]
+                yield _Fixed([m for m in methods if not is_library(getattr(m[1], "__module__", None))])
             return
         elif isinstance(value, types.ModuleType):
             if not is_library(value.__name__):
@@ -233,7 +238,7 @@ class Snapshot:
             yield _Dict(attributes, not_into=empty)
         if slots := _slots(kind):
             yield _Names(lambda: slots, _getter(value), _setter(value), _dropper(value))
-        if not is_library(kind.__module__):
+        if isinstance(value, nn.Module) or not is_library(kind.__module__):
             yield _Fixed([("__class__", kind)])
 
     def _tensor(self, value: Tensor) -> "_Part":
@@ -425,7 +430,9 @@ class _Tensor(_Part):
             self.copy = self.place.clone()
 
     def children(self) -> _Children:
-        return () if self.grad is None else [("grad", self.grad)]
+        # Where elements share memory, what they share it with is written to.
+        base = self.value._base if _overlaps(self.value) else None
+        return [(name, held) for name, held in (("grad", self.grad), ("base", base)) if held is not None]
 
     def is_same(self) -> bool:
         now = self.value.data

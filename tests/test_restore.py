@@ -206,6 +206,11 @@ CASES = {
         lambda o: write(o[0]),
         lambda o: o[0].tolist(),
     ),
+    "what an expanded tensor shares": (
+        lambda: [torch.zeros(1).expand(3)],
+        lambda o: o[0][:1].add_(1),
+        lambda o: o[0].tolist(),
+    ),
     "a sparse tensor": (
         lambda: [torch.eye(2).to_sparse()],
         lambda o: o[0].mul_(2),

@@ -360,6 +360,10 @@ class StepReplay:
             # What hangs on the weights, and what is called with their gradients.
             more += [vars(p) for p in params]
             more += [h for p in params for h in (p._backward_hooks, p._post_accumulate_grad_hooks) if h]
+        inner = innermost(trainer.optimizer)
+        more += [inner.param_groups, inner.state]
+        states = [state for state in inner.state.values() if isinstance(state, dict)]
+        apart += [value for state in states for value in state.values() if isinstance(value, Tensor)]
         more += [c for c in trainer.callback_handler.callbacks if not is_library(type(c).__module__)]
         return Snapshot(
             [trainer, self._training_step, vars(accelerator), vars(accelerator.gradient_state), *more],

@@ -218,8 +218,19 @@ class Discriminates(Trainer):
         return outputs.loss + 1e-2 * self.other(outputs.logits).mean()
 
 
+class Groups(Trainer):
+    """Its loss counts in the optimizer's groups, and on a weight."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        group, weight = self.optimizer.param_groups[0], self.model.get_input_embeddings().weight
+        group["losses"] = group.get("losses", 0) + 1
+        weight.losses = getattr(weight, "losses", 0) + 1
+        return super().compute_loss(model, inputs, *args, **kwargs) * (1 + 1 / group["losses"] + 1 / weight.losses)
+
+
 TRAINERS = {cls.__name__: cls for cls in (SAM, SAMOfTheSecondLoss, Noise, Scaled, Penalty, Adversarial, PlainBackward)}
-TRAINERS |= {cls.__name__: cls for cls in (Halves, Teacher, Mixup, Logs, Counts, TwoStreams, Discriminates)}
+TRAINERS |= {cls.__name__: cls for cls in (Halves, Teacher, Mixup, Logs, Counts, TwoStreams, Groups)}
+TRAINERS["Discriminates"] = Discriminates
 
 
 class Watch(TrainerCallback):
