@@ -202,7 +202,7 @@ def diagnose(
         numbers = RandomNumbers()
         restored.callback(numbers.restore)
         if module is not None:
-            size = sum(p.numel() * p.element_size() for p in params)
+            size = sum(p.nbytes for p in params)
             restored.enter_context(traceless(module, apart=params, most_bytes=size))
         restored.enter_context(traceless(vars(inner), apart=params))
         start = [(p, p.detach().clone(), p.grad) for p in params]

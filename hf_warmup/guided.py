@@ -400,14 +400,7 @@ class GuidedWarmup(_Controller):
 
     @classmethod
     def check_state(cls, state: dict[str, Any]) -> None:
-        """Refuse a state that no controller of this class has left.
-
-        Args:
-            state: As of `state_dict`.
-
-        Raises:
-            ValueError: With the number's name, or if it was made by another controller.
-        """
+        """As its base's, and of what the ramp keeps besides."""
         state = dict(state) if isinstance(state, dict) else state
         if isinstance(state, dict):
             boolean("ceiling", state.pop("ceiling", True))

@@ -93,7 +93,7 @@ def _prepared(
         restored.callback(numbers.restore)
         twins: dict[Tensor, Tensor] = {}
         if module is not None:
-            size = sum(p.numel() * p.element_size() for p in params)
+            size = sum(p.nbytes for p in params)
             restored.enter_context(traceless(module, apart=params, most_bytes=size))
             twins = restored.enter_context(_in_single_precision(module))
         leaves = [twins.get(p, p) for p in params]

@@ -207,9 +207,9 @@ def has_momentum(optimizer: Optimizer) -> bool:
 @contextmanager
 def _evaluating(shards: Shards, roots: Sequence[Any], moved: AbstractContextManager[Any] | None) -> Iterator[None]:
     """Let a loss be computed where `moved` has the parameters, or where they are; leave no trace in `roots`."""
-    params = [p for group in shards.optimizer.param_groups for p in group["params"]]
+    params = params_of(shards.optimizer)
     held = [p for p in params if p.grad is not None]
-    size = sum(p.numel() * p.element_size() for p in params)
+    size = sum(p.nbytes for p in params)
     with ExitStack() as restored:
         # A forward pass may write into the parameters that are not moved.
         still = [p for p in params if moved is None or p.grad is None]
@@ -392,9 +392,7 @@ def _moved(shards: Shards, lr: float, copy_on_cpu: bool) -> Iterator[list[tuple[
     # Copied back: θ - ηu + ηu is not θ in floating point.
     values = [shard.tensor.to("cpu", copy=True) if copy_on_cpu else shard.tensor.clone() for shard in held]
     # A forward pass may put another tensor in a weight's place, as one that is kept normalized.
-    plain = [
-        p for group in shards.optimizer.param_groups for p in group["params"] if type(p) in (Tensor, nn.Parameter)
-    ]
+    plain = [p for p in params_of(shards.optimizer) if type(p) in (Tensor, nn.Parameter)]
     places = [p.data for p in plain]
     try:
         with _no_global_hooks():
@@ -421,15 +419,14 @@ def _check_steps(shards: Shards) -> None:
     """
     optimizer = shards.optimizer
     name = type(optimizer).__name__
-    _, *arguments = inspect.signature(type(optimizer).step).parameters.values()
-    if any(a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments):
+    if needs_closure(optimizer):
         raise ValueError(f"cannot probe {name}: its step needs a closure, which makes forward passes of its own")
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise RuntimeError(
             f"cannot probe {name}: it has step hooks, which a probe would run once per learning "
             "rate; remove them before the search and register them again after it"
         )
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = params_of(optimizer)
     if type(shards) is Shards and params and all(p.grad is None for p in params):
         raise ValueError(
             f"cannot probe {name}: none of its {len(params)} parameters has a gradient; call backward() before, on a "
@@ -521,7 +518,7 @@ def _like(optimizer: Optimizer, group: dict[str, Any], lr: float, piece: list[_P
 
 def _step_and_restore_state(optimizer: Optimizer, lr: float) -> None:
     """Step `optimizer` itself on copies of its gradients, and give it back state, options and attributes."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = params_of(optimizer)
     with (
         traceless(vars(optimizer), optimizer, *map(vars, params), apart=params),
         _other_gradients(optimizer, torch.clone),
@@ -534,7 +531,7 @@ def _step_and_restore_state(optimizer: Optimizer, lr: float) -> None:
 @contextmanager
 def _other_gradients(optimizer: Optimizer, other: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
     """Other tensors in the place of the gradients, which are given."""
-    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    params = [p for p in params_of(optimizer) if p.grad is not None]
     grads = [p.grad for p in params]
     try:
         for p in params:
@@ -557,6 +554,18 @@ def _no_global_hooks() -> Iterator[None]:
     finally:
         for named, before in zip(hooks, held, strict=True):
             named.update(before)
+
+
+def params_of(optimizer: Optimizer) -> list[Any]:
+    """The parameters of all groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether its step cannot be made without a function that computes the loss."""
+    # That of the class: a scheduler wraps the one of the object.
+    _, *arguments = inspect.signature(type(optimizer).step).parameters.values()
+    return any(a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments)
 
 
 def innermost(optimizer: Any) -> Optimizer:

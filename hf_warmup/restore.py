@@ -45,7 +45,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# Elements of a container that are walked into every time; of a larger one see `quiet`.
+# Elements of a container that are walked into every time; of a larger one see `earlier`.
 _MANY = 50_000
 # And of one in a data set.
 _MANY_DATA = 1_000
@@ -99,7 +99,7 @@ class Snapshot:
         earlier: "Snapshot | None" = None,
     ) -> None:
         self._numbers = RandomNumbers()
-        self._left = float("inf") if most_bytes is None else most_bytes
+        self._left = math.inf if most_bytes is None else most_bytes
         self._copies: dict[int, _Tensor] = {}
         self._earlier = {} if earlier is None else earlier._copies
         self._quiet: dict[int, Any] = {} if earlier is None else earlier._quiet | earlier._unchanged()
@@ -242,14 +242,17 @@ class Snapshot:
             yield _Fixed([("__class__", kind)])
 
     def _tensor(self, value: Tensor) -> "_Part":
-        size = value.numel() * value.element_size()
-        same = self._earlier.get(id(value))
-        copied = size <= _SMALL or size <= self._left
-        if copied and size > _SMALL:
-            self._left -= size
-        part = _Tensor(value, copied, same)
-        self._copies[id(value)] = part
+        copied = self._may_copy(value.numel() * value.element_size())
+        part = self._copies[id(value)] = _Tensor(value, copied, self._earlier.get(id(value)))
         return part
+
+    def _may_copy(self, size: int) -> bool:
+        """Whether that many bytes more are copied; counts them."""
+        if size <= _SMALL:
+            return True
+        copied = size <= self._left
+        self._left -= size if copied else 0
+        return copied
 
     def _numpy(self, value: Any) -> "Iterator[_Part]":
         random_numbers = sys.modules["numpy"].random
@@ -264,10 +267,7 @@ class Snapshot:
                 yield _Fixed(list(enumerate(value.flat)))
                 yield _Array(value, True)
             else:
-                copied = value.nbytes <= _SMALL or value.nbytes <= self._left
-                if copied and value.nbytes > _SMALL:
-                    self._left -= value.nbytes
-                yield _Array(value, copied)
+                yield _Array(value, self._may_copy(value.nbytes))
 
 
 _Path = tuple[Any, Any]  # the one of the parent, and a label
@@ -683,9 +683,6 @@ def _name(path: _Path) -> str:
 def traceless(*roots: Any, apart: Iterable[Any] = (), most_bytes: int | None = None) -> Iterator[None]:
     """Put everything that can be reached from `roots` back on the way out.
 
-    DDP sends its buffers around before a forward pass and, after one without autograd, not before the next. The
-    step that is measured has sent them, so no pass does here, and what the next one does is left as it was.
-
     Args:
         roots: The model, a loss function, an optimizer's attributes.
         apart: As for `Snapshot`.
@@ -700,14 +697,27 @@ def traceless(*roots: Any, apart: Iterable[Any] = (), most_bytes: int | None = N
     before = Snapshot(roots, apart=apart, most_bytes=most_bytes)
     try:
         for root in roots:
-            for module in root.modules() if isinstance(root, nn.Module) else ():
-                if isinstance(module, DistributedDataParallel):
-                    module.require_forward_param_sync = False
+            if isinstance(root, nn.Module):
+                keep_buffers(root)
         yield
     finally:
         before.restore()
     if moved := before.moved():
         raise RuntimeError(f"a loss was measured that cannot be measured without a trace: it has moved {moved[0]}")
+
+
+def keep_buffers(model: nn.Module) -> None:
+    """Have DDP send no buffers around; what puts the model's attributes back undoes it.
+
+    DDP sends them before a forward pass and, after one without autograd, not before the next. The step that is
+    measured has sent them, so no pass that measures it does, and what the next step does is left as it was.
+
+    Args:
+        model: In DDP's wrapper or not.
+    """
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            module.require_forward_param_sync = False
 
 
 @contextmanager

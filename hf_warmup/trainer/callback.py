@@ -12,7 +12,6 @@ with.
 """
 
 import functools
-import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.gi_adam import GIAdamW
 from hf_warmup.guided import GuidedWarmup, PersistentCatapult
 from hf_warmup.numeric import number
-from hf_warmup.probe import Shards, has_momentum, innermost, loss_after_step, momentum_slope
+from hf_warmup.probe import Shards, has_momentum, innermost, loss_after_step, momentum_slope, needs_closure
 from hf_warmup.schedule import (
     ExponentialSchedule,
     SteeredSchedule,
@@ -671,8 +670,7 @@ def _check_optimizer(optimizer: Any) -> None:
             )
         if group.get("lr") is None:
             raise ValueError(f"lr must be a number in {name}, got None: warmup has no target; or pass init_lr=zero")
-    _, *options = inspect.signature(type(made).step).parameters.values()
-    if any(option.default is option.empty and option.kind is option.POSITIONAL_OR_KEYWORD for option in options):
+    if needs_closure(made):
         raise ValueError(
             f"the optimizer must make its step without a closure, got {name}: the Trainer has none to give, and the "
             "step of one learning rate is not the direction of another's"

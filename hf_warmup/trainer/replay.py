@@ -19,17 +19,16 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationMixin, Trainer
 
-from hf_warmup.probe import innermost
-from hf_warmup.restore import RandomNumbers, Snapshot, hidden_gradients, is_library
+from hf_warmup.probe import innermost, params_of
+from hf_warmup.restore import RandomNumbers, Snapshot, hidden_gradients, is_library, keep_buffers
 from hf_warmup.trainer.backends import Backend
 from hf_warmup.trainer.wrapping import innermost_method, wrap
 
@@ -93,12 +92,11 @@ class StepReplay:
             if not self._numbers:
                 self._before = self._snapshot(self._before)
             self._numbers.append(RandomNumbers())
-        if self._checked or not self._steps:
+        unknown = bool(self._steps) and not self._checked
+        watching: AbstractContextManager[list[bool]] = _noticed_generation() if unknown else nullcontext([])
+        with watching as noticed:
             loss = training_step(*args, **kwargs)
-        else:
-            with _noticed_generation() as noticed:
-                loss = training_step(*args, **kwargs)
-            self._generated = self._generated or bool(noticed)
+        self._generated = self._generated or bool(noticed)
         if not self._backend.steps_in_backward:
             self._losses.append(loss.detach().clone())
         return loss
@@ -152,7 +150,11 @@ class StepReplay:
         """
         if self.num_steps != 1 or not self._losses or self.trainer.args.torch_compile:
             return None
-        return float(sum(self._losses[: self._num_batches]))
+        return self._kept_loss()
+
+    def _kept_loss(self) -> float:
+        """That the step's batches had which are kept; NaN if they have had none."""
+        return float(sum(self._losses[: self._num_batches])) if self._losses else math.nan
 
     def own_loss(self) -> float:
         """The loss that the step itself had.
@@ -182,8 +184,7 @@ class StepReplay:
             self._refuse(self._moved())
         if self._checked:
             return
-        own = float(sum(self._losses[: self._num_batches])) if self._losses else math.nan
-        own = self._backend.together(lambda: [own])[0]
+        (own,) = self._backend.together(lambda: [self._kept_loss()])
         reason = self._difference(own, measure)
         if reason is not None and self._can_go_backward:
             self._goes_backward = True
@@ -295,9 +296,6 @@ class StepReplay:
     def _as_before(self) -> Iterator[list[Tensor]]:
         """Let losses be computed as at the step's start; gives those that a backward pass was asked for.
 
-        DDP sends its buffers around before a forward pass and, after one without autograd, not before the next. The
-        step has sent them, so no replay does, and what the next step does is left as it was.
-
         Yields:
             The losses, so far.
 
@@ -313,12 +311,10 @@ class StepReplay:
         # A forward pass may put a parameter in another's place.
         modules = () if self._backend.splits_weights else trainer.model_wrapped.modules()
         tables = [(module._parameters, dict(module._parameters)) for module in modules]
-        with hidden_gradients(self._params()):
+        with hidden_gradients(params_of(innermost(trainer.optimizer))):
             try:
                 self._before.restore()
-                for module in trainer.model_wrapped.modules():
-                    if isinstance(module, DistributedDataParallel):
-                        module.require_forward_param_sync = False
+                keep_buffers(trainer.model_wrapped)
                 vars(trainer)["log"] = vars(trainer)["save_model"] = lambda *args, **kwargs: None
                 vars(handler)["call_event"] = lambda event, args, state, control, **kwargs: control
                 if not self._goes_backward:
@@ -338,13 +334,10 @@ class StepReplay:
                 for table, named in tables:
                     table.update(named)
 
-    def _params(self) -> list[Tensor]:
-        return [p for group in innermost(self.trainer.optimizer).param_groups for p in group["params"]]
-
     def _snapshot(self, earlier: Snapshot | None) -> Snapshot:
         """What a training step may change, but for the weights that are trained and their optimizer."""
-        trainer, params = self.trainer, self._params()
-        accelerator, model = trainer.accelerator, trainer.model_wrapped
+        trainer, inner = self.trainer, innermost(self.trainer.optimizer)
+        params, accelerator, model = params_of(inner), trainer.accelerator, trainer.model_wrapped
         apart: list[Any] = [trainer.callback_handler, *params]
         optimizer: Any = trainer.optimizer
         while optimizer is not None:
@@ -360,7 +353,6 @@ class StepReplay:
             # What hangs on the weights, and what is called with their gradients.
             more += [vars(p) for p in params]
             more += [h for p in params for h in (p._backward_hooks, p._post_accumulate_grad_hooks) if h]
-        inner = innermost(trainer.optimizer)
         more += [inner.param_groups, inner.state]
         states = [state for state in inner.state.values() if isinstance(state, dict)]
         apart += [value for state in states for value in state.values() if isinstance(value, Tensor)]
@@ -369,7 +361,7 @@ class StepReplay:
             [trainer, self._training_step, vars(accelerator), vars(accelerator.gradient_state), *more],
             apart=apart,
             data=[data for data in (trainer.train_dataset, trainer.eval_dataset) if data is not None],
-            most_bytes=sum(p.numel() * p.element_size() for p in params),
+            most_bytes=sum(p.nbytes for p in params),
             earlier=earlier,
         )
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
 
-from test_traceless import LR, REFUSED, TRAINERS, Anneals, logs, run
+from test_traceless import LR, REFUSED, TRAINERS, Anneals, Masks, logs, run
 from tiny import VOCAB, make_model
 
 NUM_TRAININGS, PER_TEST = 200, 25
@@ -42,18 +42,6 @@ class Convolutional(nn.Module):
         logits = self.out(self.drop(x))
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()) if labels is not None else None
         return CausalLMOutput(loss=loss, logits=logits)
-
-
-class Seeded:
-    """A collator that drops tokens with random numbers of its own."""
-
-    def __init__(self, seed):
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, examples):
-        batch = {name: torch.stack([e[name] for e in examples]) for name in examples[0]}
-        dropped = torch.rand(batch["input_ids"].shape, generator=self.generator) < 0.1
-        return {**batch, "input_ids": batch["input_ids"].masked_fill(dropped, 3)}
 
 
 class Averages(TrainerCallback):
@@ -123,7 +111,7 @@ def trained(folder, what, given=None, **warmup):
     Made.__name__ = cls.__name__
     if given is not None:
         callbacks.append(given)
-    options = {**what, **warmup, "data_collator": Seeded(collator) if collator is not None else None}
+    options = {**what, **warmup, "data_collator": Masks(collator) if collator is not None else None}
     return run(Made, folder, model=make, callbacks=callbacks, **options)
 
 

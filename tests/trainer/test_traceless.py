@@ -453,8 +453,8 @@ def test_an_error_in_a_replay_says_that_it_was_one(tmp_path):
 class Masks:
     """A collator that draws what it masks from a generator of its own."""
 
-    def __init__(self):
-        self.generator = torch.Generator().manual_seed(0)
+    def __init__(self, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, examples):
         batch = {name: torch.stack([e[name] for e in examples]) for name in examples[0]}
