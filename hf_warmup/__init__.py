@@ -6,7 +6,6 @@ The integration with the Hugging Face Trainer is `hf_warmup.trainer`.
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.diagnosis import Diagnosis, diagnose
 from hf_warmup.gi_adam import GIAdamW
-from hf_warmup.guided import GuidedWarmup, PersistentCatapult
 from hf_warmup.probe import along_step, has_momentum, loss_after_step, momentum_slope, update_slope
 from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, steps_saved
 from hf_warmup.sharpness import (
@@ -16,6 +15,7 @@ from hf_warmup.sharpness import (
     critical_sharpness,
     stability_threshold,
 )
+from hf_warmup.warmup import GuidedWarmup, PersistentCatapult
 
 __version__ = "0.1.0"
 

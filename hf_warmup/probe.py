@@ -232,7 +232,14 @@ def _evaluating(shards: Shards, roots: Sequence[Any], moved: AbstractContextMana
 
 
 @torch.no_grad()
-def update_slope(optimizer: Optimizer, lr: float, *, module: nn.Module | None = None) -> float:
+def update_slope(
+    optimizer: Optimizer,
+    lr: float,
+    *,
+    module: nn.Module | None = None,
+    copy_on_cpu: bool = False,
+    shards: Shards | None = None,
+) -> float:
     """The slope gᵀu at which the loss starts down along the step that `optimizer` would make now.
 
     Args:
@@ -240,16 +247,19 @@ def update_slope(optimizer: Optimizer, lr: float, *, module: nn.Module | None = 
         lr: η at which the step is taken to measure u = (θ - step(η)(θ)) / η; any will do where u does not depend
             on it. Of the size that is probed: rounding blurs a step that is far smaller than θ.
         module: The model, if it is one of FSDP2.
+        copy_on_cpu: Hold less at a time, in more and smaller steps; where an optimizer acts on more than each
+            element alone, as for `loss_after_step`.
+        shards: As for `loss_after_step`.
 
     Returns:
         gᵀu, in units of the loss per learning rate; of parameters that are sharded this process's part of the sum.
-        Costs an optimizer step, no forward pass.
+        Costs an optimizer step, no forward pass, and leaves no trace.
 
     Raises:
-        ValueError: If `lr` is not positive and finite.
+        ValueError: If `lr` is not positive and finite, or the parameters are DTensors and `module` is None.
+        RuntimeError: As for `loss_after_step`.
     """
-    with along_step(optimizer, lambda: math.nan, lr, module=module) as (_, slope):
-        return slope
+    return _slope(optimizer, lr, torch.clone, module, copy_on_cpu, shards)
 
 
 @torch.no_grad()
@@ -267,27 +277,26 @@ def momentum_slope(
     A positive slope says that what earlier batches have left still descends on a new one. See `has_momentum`.
 
     Args:
-        optimizer: As for `loss_after_step`. Clipped gradients change the slope's size and not its sign.
-        lr: η at which the step is taken to measure u, as for `update_slope`.
-        module: The model, if it is one of FSDP2.
-        copy_on_cpu: Hold less at a time, in more and smaller steps; where an optimizer acts on more than each
-            element alone, as for `loss_after_step`.
-        shards: As for `loss_after_step`.
+        optimizer: As for `update_slope`. Clipped gradients change the slope's size and not its sign.
+        lr: As for `update_slope`.
+        module: As for `update_slope`.
+        copy_on_cpu: As for `update_slope`.
+        shards: As for `update_slope`.
 
     Returns:
-        gᵀu, in units of the loss per learning rate; of parameters that are sharded this process's part of the sum.
-        Costs an optimizer step, no forward pass, and leaves no trace.
+        As `update_slope`.
 
     Raises:
-        ValueError: If `lr` is not positive and finite, or the parameters are DTensors and `module` is None.
-        RuntimeError: As for `loss_after_step`.
+        ValueError: As `update_slope`.
+        RuntimeError: As `update_slope`.
     """
-    shards = _moving(optimizer, lr, module, shards)
-    if _is_elementwise(shards.optimizer):
-        return _slope(_momentum_updates(shards, lr, _PIECES if copy_on_cpu else _FEW_PIECES)) / lr
-    with _other_gradients(shards.optimizer, torch.zeros_like) as grads, _moved(shards, lr, copy_on_cpu) as starts:
-        updates = (value.to(shard.tensor.device) - shard.tensor for shard, value in starts)
-        return _slope(zip(updates, map(_local, grads), strict=True)) / lr
+    return _slope(optimizer, lr, torch.zeros_like, module, copy_on_cpu, shards)
+
+
+def gradient_norm(shards: Shards) -> float:
+    """The norm of all gradients, in one device sync; of parameters that are sharded that of this process's part."""
+    grads = [shard.whole_grad() for _, held in shards.groups() for shard in held]
+    return float(nn.utils.get_total_norm(grads)) if grads else 0.0
 
 
 def _moving(optimizer: Optimizer, lr: float, module: nn.Module | None, shards: Shards | None) -> Shards:
@@ -297,17 +306,36 @@ def _moving(optimizer: Optimizer, lr: float, module: nn.Module | None, shards: S
     return Shards(optimizer, module) if shards is None else shards
 
 
-def _momentum_updates(shards: Shards, lr: float, num_pieces: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The update, times `lr`, that the momentum alone would make, and the gradient; the parameters stay in place."""
+def _slope(
+    optimizer: Optimizer,
+    lr: float,
+    gradient: Callable[[Tensor], Tensor],
+    module: nn.Module | None,
+    copy_on_cpu: bool,
+    shards: Shards | None,
+) -> float:
+    """gᵀu along the step that would be made with `gradient` of every gradient g."""
+    shards = _moving(optimizer, lr, module, shards)
+    if _is_elementwise(shards.optimizer):
+        return _inner(_updates(shards, lr, _PIECES if copy_on_cpu else _FEW_PIECES, gradient)) / lr
+    with _other_gradients(shards.optimizer, gradient) as grads, _moved(shards, lr, copy_on_cpu) as starts:
+        updates = (value.to(shard.tensor.device) - shard.tensor for shard, value in starts)
+        return _inner(zip(updates, map(_local, grads), strict=True)) / lr
+
+
+def _updates(
+    shards: Shards, lr: float, num_pieces: int, gradient: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The update, times `lr`, that is made with other gradients, and the gradient; the parameters stay in place."""
     _check_steps(shards)
-    for piece, parts in _pieces(shards, lr, num_pieces, momentum_alone=True):
+    for piece, parts in _pieces(shards, lr, num_pieces, gradient):
         with _no_global_hooks():
             piece.step()
         yield from ((part.values - part.tensor, part.grad) for part in parts)
         del piece, parts  # before the next copies are made
 
 
-def _slope(updates: Iterable[tuple[Tensor, Tensor]]) -> float:
+def _inner(updates: Iterable[tuple[Tensor, Tensor]]) -> float:
     """The sum of the products of updates and their gradients."""
     parts = [(u * grad).sum(dtype=torch.float64) for u, grad in updates]
     # One wait for the device, and a sum in the order of the parameters.
@@ -347,7 +375,7 @@ def along_step(
     shards = _moving(optimizer, lr, module, shards)
     with torch.no_grad(), _moved(shards, lr, copy_on_cpu=False) as starts:
         updates = [(value - shard.tensor).div_(lr) for shard, value in starts]
-    slope = _slope((u, shard.whole_grad()) for u, (shard, _) in zip(updates, starts, strict=True))
+    slope = _inner((u, shard.whole_grad()) for u, (shard, _) in zip(updates, starts, strict=True))
     tensors, values = [shard.tensor for shard, _ in starts], [value for _, value in starts]
 
     @contextmanager
@@ -464,14 +492,14 @@ class _Part:
 
 
 def _pieces(
-    shards: Shards, lr: float, num_pieces: int, momentum_alone: bool = False
+    shards: Shards, lr: float, num_pieces: int, gradient: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[tuple[Optimizer, list[_Part]]]:
     """Optimizers like that of `shards`, each of some parts of them, with copies of their state."""
     groups = shards.groups()
     size = max(_PIECE, sum(shard.tensor.numel() for _, held in groups for shard in held) // num_pieces // 64 * 64)
     for (group, held), group_lr in zip(groups, _lrs(shards.optimizer, lr), strict=True):
         piece: list[_Part] = []
-        for part in _parts(held, size, momentum_alone):
+        for part in _parts(held, size, gradient):
             piece.append(part)
             if sum(other.values.numel() for other in piece) >= size:
                 yield _like(shards.optimizer, group, group_lr, piece), piece
@@ -481,8 +509,8 @@ def _pieces(
             yield _like(shards.optimizer, group, group_lr, piece), piece
 
 
-def _parts(held: Iterable[Shard], size: int, momentum_alone: bool) -> Iterator[_Part]:
-    """Parts of at most about `size` elements: views of them, or copies of them with gradients of zero."""
+def _parts(held: Iterable[Shard], size: int, gradient: Callable[[Tensor], Tensor] | None) -> Iterator[_Part]:
+    """Parts of at most about `size` elements: views of them, or copies of them with other gradients."""
     for shard in held:
         p, num_elements = shard.tensor, shard.tensor.numel()
         like_p = {k: v for k, v in shard.state.items() if isinstance(v, Tensor) and v.shape == p.shape}
@@ -496,9 +524,9 @@ def _parts(held: Iterable[Shard], size: int, momentum_alone: bool) -> Iterator[_
                 return tensor.detach() if stop - start == tensor.numel() else tensor.detach().view(-1)[start:stop]
 
             values, grad = cut(p), shard.grad(start, stop)
-            tensor = values.clone() if momentum_alone else values
+            tensor = values if gradient is None else values.clone()
             # A copy: some steps write into the gradient, as foreach SGD's with Nesterov's momentum does.
-            tensor.grad = torch.zeros_like(grad) if momentum_alone else grad.clone()
+            tensor.grad = (gradient or torch.clone)(grad)
             state = {k: cut(v).clone() if k in like_p else _copied(v) for k, v in shard.state.items()}
             yield _Part(values, grad, tensor, state)
 

@@ -23,7 +23,7 @@ so that training still ends at step N with the learning rate it would have had. 
 Two more do without T_wrm. `ExponentialSchedule` is a ramp of a fixed growth per step r, η_t = η_init r^t, which
 reaches η_trgt after T_reach = ln(η_trgt / η_init) / ln r steps, and then decays in the same way: f, made without
 warmup, is stretched over the steps that are left. `SteeredSchedule` takes the learning rate of every step from
-outside (`hf_warmup.guided`).
+outside (a rule of `hf_warmup.warmup`).
 
 [1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements",
     NeurIPS 2024, arXiv:2406.09405, "η_init from the loss catapult".
@@ -36,8 +36,13 @@ from typing import Any
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from hf_warmup.guided import decay_step
 from hf_warmup.numeric import number, positive, shown, whole
+
+
+def decay_step(step: float, ramp_end: int, num_training_steps: int) -> float:
+    """Where a decay made for all N steps stands if it began at t_r: (t - t_r) N / (N - t_r)."""
+    return (step - ramp_end) * num_training_steps / max(1, num_training_steps - ramp_end)
+
 
 _LOOKS = 20  # steps along a run where a factor is asked for, to see whether it rises
 

@@ -6,28 +6,15 @@ import torch
 from tabulate import tabulate
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from hf_warmup.guided import ramp_rate, trial_interval
 from hf_warmup.trainer import WarmupTrainingArguments
 from hf_warmup.trainer.arguments import TRYING
+from hf_warmup.warmup import GuidedWarmup
 
 from arguments import RecipeArguments, make_config, one_line
 
 SINGLE, HALF = 4, 2  # bytes of a number
 ADAM_STATES = 2  # numbers that Adam keeps per parameter
 SEARCH_COPIES = 1.1  # most that a search holds, in copies of the parameters
-
-
-def trials(steps: int, every: int) -> int:
-    """Trials of guided warmup in that many steps, beside the first search."""
-    count, step = 0, every
-    while step < steps:
-        count, step = count + 1, step + trial_interval(step, every)
-    return count
-
-
-def guided_ramp(args: WarmupTrainingArguments) -> int:
-    """About how many steps a ramp of guided warmup takes; without `max_steps` that of a short run."""
-    return round(2 / (args.guide_rate or ramp_rate(max(1, args.max_steps))))
 
 
 def search_cost(args: WarmupTrainingArguments) -> str:
@@ -39,12 +26,7 @@ def search_cost(args: WarmupTrainingArguments) -> str:
         return f" ({passes / 3 / steps:.2%} of the run)" if steps > 0 else ""
 
     if args.warmup == "guided":
-        ramp = guided_ramp(args)
-        most = trials(steps if args.guide_until == "end" else steps // 2, args.guide_every) if steps > 0 else None
-        usual = trials(ramp, args.guide_every) + 5
-        if most is None:
-            return f"about {usual} forward passes"
-        return f"about {min(usual, most + 5)} forward passes, at most {most + 8}{share(most + 8)}"
+        return "no forward pass; an optimizer step more in each step until the momentum overshoots"
     if args.warmup == "persistent":
         return "about 8 forward passes a search; how many searches depends on the run"
     if args.init_lr != "catapult":
@@ -55,7 +37,8 @@ def search_cost(args: WarmupTrainingArguments) -> str:
 
 def warmup_words(args: WarmupTrainingArguments) -> str:
     if args.warmup == "guided":
-        return f"guided: about {guided_ramp(args)} steps, at most half of the run"
+        steps = f"about {GuidedWarmup(args.max_steps).line_steps:.0f} steps" if args.max_steps > 0 else "some steps"
+        return f"guided: {steps} to the overshoot, and at most half of the run"
     if args.warmup != "linear":
         return f"{args.warmup}: as long as it takes"
     steps = args.get_warmup_steps(args.max_steps) if args.max_steps > 0 else args.warmup_steps

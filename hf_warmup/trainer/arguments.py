@@ -1,6 +1,6 @@
 """Flags: how to warm up, as a dataclass for `HfArgumentParser` and to mix into any TrainingArguments.
 
-The target η_trgt is `learning_rate` (unless `guide_target=guess`) and the duration T_wrm of linear warmup is
+The target η_trgt is `learning_rate` (unless `auto_lr` is on) and the duration T_wrm of linear warmup is
 `warmup_steps`, as in any Trainer.
 """
 
@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 
-from hf_warmup.guided import EVERY
 from hf_warmup.numeric import boolean, number, shown, whole
 
 # The warmups that try learning rates along the run.
@@ -38,63 +37,28 @@ class WarmupArguments:
         default="linear",
         metadata={
             "help": "How the learning rate rises: `linear` over warmup_steps; or, with warmup_steps=0, `exponential` "
-            "(by warmup_growth per step), `guided` (as the critical learning rate, measured along the run, allows: "
-            "to less than learning_rate or, with guide_target=guess, to more) or `persistent` (the paper's persistent "
-            "catapult: one search after another)."
+            "(by warmup_growth per step), `guided` (a straight line whose slope and end are measured on the way: to "
+            "learning_rate or, where that is too high or with auto_lr, to what the run shows to be enough) or "
+            "`persistent` (the paper's persistent catapult: one search after another)."
         },
     )
     init_lr: str = field(
         default="catapult",
         metadata={
             "help": "Where warmup starts: `catapult` (at the critical learning rate, searched for on the first step's "
-            "batch; `guided` starts at a thousandth of it), `zero` (the Trainer's own schedule, whose first step "
-            "trains at 0), or a learning rate."
+            "batch), `zero` (the Trainer's own schedule, whose first step trains at 0), or a learning rate. `guided` "
+            "finds its own start."
         },
     )
     warmup_growth: float = field(
         default=1.05, metadata={"help": "Growth of the learning rate per step with warmup=exponential."}
     )
-    guide_until: str = field(
-        default="target",
+    auto_lr: bool = field(
+        default=False,
         metadata={
-            "help": "`target`: warmup=guided ends when the learning rate has reached learning_rate, its ceiling, or "
-            "the peak that the critical learning rate allows, and the decay goes on from there; `end`: that peak may "
-            "still be lowered, to the end of the run."
+            "help": "warmup=guided finds the learning rate too: learning_rate then bounds nothing. For training from "
+            "scratch."
         },
-    )
-    guide_target: str = field(
-        default="ceiling",
-        metadata={
-            "help": "What learning_rate is to warmup=guided: `ceiling`, never passed; or `guess`, where the first "
-            "search begins, and nothing else: training goes as far as the run shows to be enough. `guess` is for "
-            "training from scratch, with an optimizer that has momentum."
-        },
-    )
-    guide_every: int = field(
-        default=EVERY,
-        metadata={
-            "help": "Steps between the trials (one forward pass each) of warmup=guided up to step 100; after it they "
-            "become rarer, in proportion to the step."
-        },
-    )
-    guide_micro_batches: int = field(
-        default=0,
-        metadata={
-            "help": "How many of a step's accumulated micro-batches (per process) a trial of guided or persistent "
-            "warmup is made on: fewer are cheaper and noisier; 0 is all."
-        },
-    )
-    guide_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "What part of the way to the critical learning rate, in its logarithm, warmup=guided goes in a "
-            "step: until it is near takes about two times its inverse. By default that is 160 steps, or 9 times the "
-            "root of the run's steps where that is more."
-        },
-    )
-    guide_kappa: float = field(
-        default=1.0,
-        metadata={"help": "A factor on how far the smallest critical learning rate met lets warmup=guided go."},
     )
     max_init_fraction: float = field(
         default=0.1,
@@ -173,40 +137,29 @@ class WarmupArguments:
             raise ValueError(f"sharpness_every must be at least 0, got {self.sharpness_every}")
         for name, words in (
             ("warmup", ("linear", "exponential", "persistent", "guided")),
-            ("guide_until", ("target", "end")),
-            ("guide_target", ("ceiling", "guess")),
             ("sharpness_kind", get_args(SharpnessKind)),
             ("critical_lr_method", ("secant", "paper")),
         ):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in words:
                 raise ValueError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, got {shown(value)}")
-        if self.guide_target == "guess" and self.warmup != "guided":
-            raise ValueError(f"guide_target must be ceiling with warmup={self.warmup}, got guess: only guided looks")
+        if self.auto_lr and self.warmup != "guided":
+            raise ValueError(f"auto_lr must be off with warmup={self.warmup}, got True: only guided finds one")
+        if self.warmup == "guided" and self.init_lr != "catapult":
+            raise ValueError(f"init_lr must be left out with warmup=guided, got {self.init_lr!r}: it finds its start")
         if self.warmup != "linear" and fixed is None and self.init_lr != "catapult":
             raise ValueError(f"init_lr must be catapult or a number with warmup={self.warmup}, got {self.init_lr!r}")
         if self.warmup in TRYING and self.search_batches != 1:
             raise ValueError(f"search_batches must be 1 with warmup={self.warmup}, got {self.search_batches}")
         if not 1 < self.warmup_growth < math.inf:
             raise ValueError(f"warmup_growth must be above 1 and finite, got {self.warmup_growth}")
-        if self.guide_every < 1:
-            raise ValueError(f"guide_every must be at least 1, got {self.guide_every}")
-        if self.guide_micro_batches < 0:
-            raise ValueError(f"guide_micro_batches must be at least 0, got {self.guide_micro_batches}")
-        if self.guide_rate is not None and not 0 < self.guide_rate <= 1:
-            raise ValueError(f"guide_rate must be above 0 and at most 1, got {self.guide_rate}")
         if self.search_batches < 1:
             raise ValueError(f"search_batches must be at least 1, got {self.search_batches}")
         if not 0 < self.max_init_fraction <= 1:
             raise ValueError(f"max_init_fraction must be above 0 and at most 1, got {self.max_init_fraction}")
-        for name in ("catapult_delta", "critical_lr_rtol", "guide_kappa"):
+        for name in ("catapult_delta", "critical_lr_rtol"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
-
-    @property
-    def guesses(self) -> bool:
-        """Whether learning_rate is a guess that training may pass."""
-        return self.guide_target == "guess"
 
     @property
     def fixed_init_lr(self) -> float | None:

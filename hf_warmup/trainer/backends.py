@@ -149,6 +149,19 @@ class Backend:
         # In single precision, as the Trainer averages the loss that it logs.
         return torch.tensor([given for given, _ in outcomes]).mean(dim=0).tolist()
 
+    def total(self, measure: Callable[[], list[float]]) -> list[float]:
+        """The numbers of `measure` over all parameters, of which each is of what this process holds; on all at once.
+
+        Args:
+            measure: As for `together`.
+
+        Returns:
+            The same numbers on every process: the sums over those that hold different parts.
+        """
+        parallelism = getattr(self.trainer.accelerator, "parallelism_config", None)
+        copies = getattr(parallelism, "dp_replicate_size", 1) if self.splits_weights else self.trainer.args.world_size
+        return [mean * self.trainer.args.world_size / copies for mean in self.together(measure)]
+
     def watch_step(self, before: Callable[[], None]) -> None:
         """Have `before` called before every step of the optimizer, if the Trainer's own event comes too late."""
 

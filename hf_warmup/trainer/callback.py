@@ -11,7 +11,6 @@ Guided and persistent warmup try learning rates in the same way in later steps, 
 with.
 """
 
-import functools
 import logging
 import math
 from collections.abc import Callable
@@ -24,9 +23,8 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.gi_adam import GIAdamW
-from hf_warmup.guided import GuidedWarmup, PersistentCatapult
 from hf_warmup.numeric import number
-from hf_warmup.probe import Shards, has_momentum, innermost, loss_after_step, momentum_slope, needs_closure
+from hf_warmup.probe import Shards, has_momentum, innermost, needs_closure
 from hf_warmup.schedule import (
     ExponentialSchedule,
     SteeredSchedule,
@@ -50,7 +48,9 @@ from hf_warmup.trainer.model_card import RunCard
 from hf_warmup.trainer.optimizer import GIAdamWFactory, gi_adam_cls_and_kwargs
 from hf_warmup.trainer.replay import StepReplay, loss_before, why_not_replay
 from hf_warmup.trainer.sharpness import SharpnessCallback
+from hf_warmup.trainer.step import TrainerStep
 from hf_warmup.trainer.wrapping import wrap
+from hf_warmup.warmup import GuidedWarmup, PersistentCatapult
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +62,11 @@ class WarmupCallback(TrainerCallback):
         self.trainer = trainer
         self.arguments = arguments
         self._schedule: WarmupSchedule | ExponentialSchedule | SteeredSchedule | None = None
-        self._guide: GuidedWarmup | PersistentCatapult | None = None
+        self._rule: GuidedWarmup | PersistentCatapult | None = None
         self._replay: StepReplay | None = None
         self._backend: Backend | None = None
         self._num_batches = 1
+        self._trials = 0
         self._noticed = False
 
     @classmethod
@@ -171,9 +172,10 @@ class WarmupCallback(TrainerCallback):
         """Start from a fixed η_init at once; get ready to search for one, or to be guided, otherwise.
 
         Raises:
-            ValueError: If the trainer made another optimizer than GIAdamW although `gi_adam` is on, if the
-                checkpoint is of another warmup or `guide_target` or holds numbers that no run left, if `init_lr` is
-                above the learning rate of the optimizer, or if another trainer than that of `attach` trains.
+            ValueError: If the trainer made another optimizer than GIAdamW although `gi_adam` is on, if that of guided
+                warmup has no momentum, if the checkpoint is of another warmup or bound or holds numbers
+                that no run left, if `init_lr` is above the learning rate of the optimizer, or if another trainer than
+                that of `attach` trains.
         """
         if state is not self.trainer.state:
             raise ValueError(_COPY)
@@ -265,16 +267,16 @@ class WarmupCallback(TrainerCallback):
         target, asked, fixed = self._target, self.trainer.args.learning_rate, self.arguments.fixed_init_lr
         if not 0 < target < math.inf:
             raise ValueError(f"the optimizer's learning rate must be positive and finite, got {target:g}")
-        if not (math.isclose(target, asked, rel_tol=1e-6) or (self.arguments.guesses and schedule.started)):
+        if not (math.isclose(target, asked, rel_tol=1e-6) or self.arguments.auto_lr):
             whose = "the checkpoint has" if schedule.scheduler.last_epoch > 0 else "the optimizer was made with"
-            goes = "searches from" if self.arguments.guesses else "goes to"
-            logger.warning(f"learning_rate is {asked:g}, but {whose} {target:g}: warmup {goes} {target:g}")
-        if self.arguments.guesses and not has_momentum(innermost(self.trainer.optimizer)):
+            logger.warning(f"learning_rate is {asked:g}, but {whose} {target:g}: warmup goes to {target:g}")
+        optimizer = innermost(self.trainer.optimizer)
+        if self.arguments.warmup == "guided" and not has_momentum(optimizer):
             raise ValueError(
-                "guide_target must be ceiling with an optimizer without momentum (betas or momentum), got guess: "
-                "nothing would turn and tell how far to go"
+                f"warmup=guided needs an optimizer with momentum (betas or momentum), got {type(optimizer).__name__} "
+                "without: nothing else tells how far to go; give it one, or set warmup=linear and warmup_steps"
             )
-        if fixed is not None and fixed > target and not self.arguments.guesses and not schedule.started:
+        if fixed is not None and fixed > target and not self.arguments.auto_lr and not schedule.started:
             raise ValueError(f"init_lr must be at most the optimizer's learning rate, {target:g}, got {fixed:g}")
 
     def _watch_steps(self, keeps: Callable[[], bool] = lambda: True, num_batches: int | None = None) -> None:
@@ -301,8 +303,8 @@ class WarmupCallback(TrainerCallback):
             return
         self._notice_other_lrs()
         try:
-            if self._guide is not None:
-                self._steer(self._guide, self._backend, self._replay)
+            if self._rule is not None:
+                self._steer(self._rule, self._backend, self._replay)
             else:
                 self._search_and_start(self._backend, self._replay)
         except BaseException:
@@ -370,7 +372,7 @@ class WarmupCallback(TrainerCallback):
             replay.draw(arguments.search_batches - 1)
         self._num_batches = replay.num_steps
         return find_critical_lr(
-            lambda lr: self._losses_after(shards, backend, replay, lr),
+            self._step(shards, backend, replay, lr=target).losses,
             guess=guess if paper else None,
             target=target,
             start=loss_before(backend, replay),
@@ -415,134 +417,69 @@ class WarmupCallback(TrainerCallback):
         log(self.trainer, logs, record)
 
     def _be_guided(self, schedule: SteeredSchedule) -> None:
-        """Make the controller, at its start or where the checkpoint left it."""
+        """Make the rule, at its start or where the checkpoint left it."""
         arguments, target = self.arguments, self._target
-        init_lr = arguments.fixed_init_lr
-        guide: GuidedWarmup | PersistentCatapult
+        rule: GuidedWarmup | PersistentCatapult
         if arguments.warmup == "guided":
-            guide = GuidedWarmup(
-                target,
-                schedule.num_steps,
-                schedule.decay,
-                init_lr=init_lr,
-                rate=arguments.guide_rate,
-                kappa=arguments.guide_kappa,
-                every=arguments.guide_every,
-                ceiling=not arguments.guesses,
-                until=arguments.guide_until,
-            )
+            rule = GuidedWarmup(schedule.num_steps, None if arguments.auto_lr else target)
         else:
-            guide = PersistentCatapult(
-                target,
-                schedule.num_steps,
-                schedule.decay,
-                init_lr=init_lr or 1e-4,
-                delta=arguments.catapult_delta,
-            )
+            init_lr = arguments.fixed_init_lr or 1e-4
+            rule = PersistentCatapult(schedule.num_steps, target, init_lr=init_lr, delta=arguments.catapult_delta)
         if schedule.started:
-            made = "ceiling" if schedule.controller.get("ceiling", True) else "guess"
-            if made != arguments.guide_target:
-                raise ValueError(
-                    f"guide_target must be {made} as in the checkpoint, got {arguments.guide_target}: its learning "
-                    "rates were found with that"
-                )
-            guide.load_state_dict(schedule.controller)
+            rule.load_state_dict(schedule.controller)
         if schedule.handed_over:
             return
-        if guide.handed_over:
-            # The checkpoint's trials went on behind its ramp (guide_until=end), and no more are asked for.
-            assert guide.ramp_end is not None
-            ended = schedule.scheduler.last_epoch - (guide.num_steps - guide.ramp_end)
-            schedule.steer(guide.level / target, guide.state_dict(), ramp_end=ended)
-            return
-        self._guide = guide
-        self._watch_steps(lambda: guide.needs_trial, arguments.guide_micro_batches or None)
+        self._rule = rule
+        self._watch_steps(lambda: rule.will_probe)
 
-    def _steer(self, guide: GuidedWarmup | PersistentCatapult, backend: Backend, replay: StepReplay) -> None:
+    def _steer(self, rule: GuidedWarmup | PersistentCatapult, backend: Backend, replay: StepReplay) -> None:
         """Say what the step that is about to be made is made with."""
         schedule, target = self._schedule, self._target
         assert isinstance(schedule, SteeredSchedule)
-        optimizer = innermost(self.trainer.optimizer)
-        own_warmup: float | Callable[[float], float] = 1.0
-        loss_at: Callable[[float], float] = _not_asked
-        slope_at: Callable[[float], float] | None = None
-        has_slope = guide.needs_slope and has_momentum(optimizer)
-        if guide.needs_trial or guide.needs_loss or has_slope:
-            shards = backend.shards()
-            if not backend.can_step(shards, first=guide.num_steps == 0):
-                return  # an overflow that the gradient scaler will skip, or nothing to learn from yet: next step
-            if isinstance(optimizer, GIAdamW):
-                # Asked for now only, as the count may be on the device; of all, as a partition may be born late.
-                own_warmup = optimizer.own_warmup_ahead(backend.largest(optimizer.clock()))
-            if guide.needs_trial:
-                loss_at = self._loss_at(shards, backend, replay)
-            if has_slope:
-                slope_at = functools.partial(self._momentum_slope, shards, backend)
-        ramping, passes, turned = guide.ramp_end is None, guide.num_trials, _turn_lr(guide)
-        lr = guide.step(loss_at, own_warmup, slope_at, lambda: backend.together(lambda: [replay.own_loss()])[0])
-        if guide.handed_over:
-            # The schedule counts its own steps, of which a resumed or a waiting run may have had more.
-            ramp_end = schedule.scheduler.last_epoch
-            schedule.steer(guide.level / target, guide.state_dict(), ramp_end=ramp_end)
-        else:
-            schedule.steer(lr / target, guide.state_dict())
+        shards = backend.shards()
+        if not backend.can_step(shards, first=rule.num_steps == 0):
+            return  # an overflow that the gradient scaler will skip, or nothing to learn from yet: next step
+        before = max(map(float, schedule.scheduler.get_last_lr()))
+        step = self._step(shards, backend, replay, lr=before)
+        overshot = isinstance(rule, GuidedWarmup) and rule.overshoot_lr is not None
+        lr = rule(step)
+        # The schedule counts its own steps, of which a resumed or a waiting run may have had more.
+        ramp_end = None if rule.ended_by is None else schedule.scheduler.last_epoch
+        schedule.steer(lr / target, rule.state_dict(), ramp_end=ramp_end)
         logs: dict[str, Any] = {}
-        record: dict[str, Any] = {}
-        if guide.num_steps == 1:
+        if rule.num_steps == 1:
             logs |= {"warmup/init_lr": lr, "warmup/target_lr": target}
-            record["warmup/guessed"] = self.arguments.guesses
-        if guide.num_trials > passes:
-            logs |= {"warmup/critical_lr": guide.critical_lr, "warmup/forward_passes": guide.num_trials}
-        if isinstance(guide, GuidedWarmup) and turned is None and _turn_lr(guide) is not None:
-            logs["warmup/turn_lr"] = guide.turn_lr
-            record["warmup/beyond_turn"] = guide.beyond
-        if ramping and guide.ramp_end is not None:
-            logs["warmup/peak_lr"] = guide.level
-            record["warmup/warmup_steps"] = guide.num_steps
-            if isinstance(guide, GuidedWarmup):
-                record |= {"warmup/waited_steps": guide.waited, "warmup/still_waits": guide.still_waits}
-                record["warmup/of_critical"] = guide.kappa * (guide.stretch if guide.slopes else 1.0)
+        if isinstance(rule, PersistentCatapult) and rule.num_trials > self._trials:
+            self._trials = rule.num_trials
+            logs |= {"warmup/critical_lr": rule.critical_lr, "warmup/forward_passes": rule.num_trials}
+        if isinstance(rule, GuidedWarmup) and not overshot and rule.overshoot_lr is not None:
+            logs["warmup/overshoot_lr"] = rule.overshoot_lr
+        record: dict[str, Any] = {}
+        if rule.ended_by is not None:
+            logs["warmup/peak_lr"] = lr
+            record |= {"warmup/warmup_steps": rule.num_steps, "warmup/ended_by": rule.ended_by}
         if logs:
             record |= {"warmup/mode": self.arguments.warmup, "warmup/asked": self.arguments.init_lr}
-            log(self.trainer, logs, record)
-        if guide.handed_over:
+            log(self.trainer, logs, record | {"warmup/auto_lr": self.arguments.auto_lr})
+        if rule.ended_by is not None:
+            self._say_if_bound(rule)
             self._stop_watching()
 
-    def _losses_after(self, shards: Shards, backend: Backend, replay: StepReplay, lr: float) -> list[float]:
-        """The losses of the batches of `replay` after the step that the optimizer would make with `lr`."""
+    def _say_if_bound(self, rule: GuidedWarmup | PersistentCatapult) -> None:
+        """Say that learning_rate has ended guided warmup long before the run would have."""
+        if not isinstance(rule, GuidedWarmup) or rule.ended_by != "learning_rate":
+            return
+        times = rule.expected_peak / rule.lr
+        if times >= _FAR_BELOW:
+            logger.warning(
+                f"learning_rate={rule.lr:.3g} has ended warmup after {rule.num_steps} steps: by its loss and its slope "
+                f"the model would have borne about {times:.2g} times as much. From scratch it trains faster with more, "
+                "or with auto_lr, which needs none; to fine-tune this says little"
+            )
 
-        def losses_after(lr: float) -> list[float]:
-            # No module: the replay puts back what it changes there.
-            on_cpu = self.arguments.search_copy_on_cpu
-            return loss_after_step(shards.optimizer, replay.losses, lr, copy_on_cpu=on_cpu, shards=shards)
-
-        replay.check(lambda: losses_after(0.0)[0])
-        return backend.together(lambda: losses_after(lr))
-
-    def _momentum_slope(self, shards: Shards, backend: Backend, lr: float) -> float:
-        """The slope along the momentum, but for a factor: the mean of the parts of all processes."""
-        (slope,) = backend.together(
-            lambda: [
-                momentum_slope(
-                    shards.optimizer,
-                    lr,
-                    module=self.trainer.model_wrapped,
-                    copy_on_cpu=self.arguments.search_copy_on_cpu,
-                    shards=shards,
-                )
-            ]
-        )
-        return slope
-
-    def _loss_at(self, shards: Shards, backend: Backend, replay: StepReplay) -> Callable[[float], float]:
-        """The loss of the present step's batches after a step of some learning rate."""
-
-        @functools.cache
-        def loss_at(lr: float) -> float:
-            known = loss_before(backend, replay) if lr == 0 else None
-            return self._losses_after(shards, backend, replay, lr)[0] if known is None else known
-
-        return loss_at
+    def _step(self, shards: Shards, backend: Backend, replay: StepReplay, lr: float) -> TrainerStep:
+        on_cpu = self.arguments.search_copy_on_cpu
+        return TrainerStep(self.trainer, backend, replay, shards, lr=lr, copy_on_cpu=on_cpu)
 
     def _stop_watching(self) -> None:
         if self._replay is not None:
@@ -551,35 +488,27 @@ class WarmupCallback(TrainerCallback):
         if self._backend is not None:
             self._backend.unwatch_step()
             self._backend = None
-        self._guide = None
+        self._rule = None
 
 
 _COPY = (
     "the trainer must be the one that WarmupCallback was attached to, got a copy, or another that was given its "
     "callbacks: attach to the one that trains, or copy with copy.deepcopy"
 )
+_FAR_BELOW = 3  # times less than training would bear: where learning_rate is worth a word
 # By warmup: options that count at the start of warmup alone, and those that a resumed run takes over anew.
 _STARTED_WITH = {
     "linear": ("init_lr", "max_init_fraction"),
     "exponential": ("init_lr", "max_init_fraction", "warmup_growth"),
-    "guided": ("init_lr",),
+    "guided": (),
     "persistent": ("init_lr",),
 }
 _GOES_ON_WITH: dict[str, tuple[str, ...]] = {
     "linear": (),
     "exponential": (),
-    "guided": ("guide_rate", "guide_kappa", "guide_every", "guide_until", "guide_micro_batches"),
-    "persistent": ("catapult_delta", "guide_micro_batches"),
+    "guided": (),
+    "persistent": ("catapult_delta",),
 }
-
-
-def _turn_lr(guide: GuidedWarmup | PersistentCatapult) -> float | None:
-    """The learning rate at which the momentum turned, if it has."""
-    return guide.turn_lr if isinstance(guide, GuidedWarmup) and not math.isnan(guide.turn_lr) else None
-
-
-def _not_asked(lr: float) -> float:
-    raise AssertionError(f"no loss was to be asked for, got {lr}")
 
 
 def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
@@ -615,7 +544,7 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
         or trainer.optimizer_cls_and_kwargs is not None
         or type(trainer).create_optimizer is not Trainer.create_optimizer
     )
-    bounded = not (own_optimizer or arguments.guesses)  # by an optimizer of the user's once that is there
+    bounded = not (own_optimizer or arguments.auto_lr)  # by an optimizer of the user's once that is there
     if fixed is not None and fixed > args.learning_rate and bounded:
         raise ValueError(f"init_lr must be at most learning_rate={args.learning_rate}, got {arguments.init_lr}")
     if trainer.lr_scheduler is None and args.lr_scheduler_type in (
@@ -627,14 +556,15 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
             f"{SchedulerType(args.lr_scheduler_type).value}: it follows the loss and has no warmup to start; pass "
             "init_lr=zero to leave it as it is"
         )
-    if arguments.guesses and trainer.lr_scheduler is None:
+    if arguments.auto_lr and trainer.lr_scheduler is None:
         kind = SchedulerType(args.lr_scheduler_type).value
         options = args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}
         absolute = "lr_end" if kind == "polynomial" else "min_lr" if options.get("min_lr") is not None else None
         if absolute is not None:
             raise ValueError(
-                f"lr_scheduler_type must decay to a part of its peak with guide_target=guess, got {kind} with "
-                f"{absolute}: a learning rate that says nothing beside a guess; cosine_with_min_lr has min_lr_rate"
+                f"lr_scheduler_type must decay to a part of its peak with auto_lr, got {kind} with "
+                f"{absolute}: a learning rate that says nothing beside one that the run finds; cosine_with_min_lr has "
+                "min_lr_rate"
             )
     tries = arguments.warmup in TRYING
     if tries or fixed is None:
@@ -647,7 +577,7 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
             )
         if (reason := why_not_try(trainer)) is not None:
             raise ValueError(f"{asked} cannot try learning rates here: {reason}; or {instead} to a number or to zero")
-        if (reason := why_not_replay(trainer)) is not None:
+        if arguments.warmup != "guided" and (reason := why_not_replay(trainer)) is not None:
             raise ValueError(
                 f"{asked} does not run with {type(trainer).__name__}: {reason}; {instead} to a number or to zero"
             )

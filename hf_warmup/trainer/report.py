@@ -70,18 +70,15 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         "smallest_critical_lr": min(
             (e["warmup/critical_lr"] for e in entries if "warmup/critical_lr" in e), default=None
         ),
-        "turn_lr": last.get("warmup/turn_lr"),
-        "beyond_turn": last.get("warmup/beyond_turn"),
-        "of_critical": last.get("warmup/of_critical"),
-        "waited_steps": last.get("warmup/waited_steps"),
-        "still_waits": last.get("warmup/still_waits", False),
+        "overshoot_lr": last.get("warmup/overshoot_lr"),
+        "ended_by": last.get("warmup/ended_by"),
         "search_status": start.get("warmup/status"),
         "search_evals": start.get("warmup/evals"),
         "capped": bool(start.get("warmup/capped", False)),
         "init_lr": init_lr,
         "target_lr": target,
         "smallest_target_lr": min(_numbers(group_values(optimizer, "initial_lr")), default=None),
-        "guessed": start.get("warmup/guessed", False),
+        "auto_lr": start.get("warmup/auto_lr", False),
         "peak_lr": last.get("warmup/peak_lr") if mode in TRYING else None if steps_taken is None else target,
         "warmup_steps": warmup_steps,
         "warmup_steps_taken": steps_taken,
@@ -332,12 +329,14 @@ def target_words(report: dict[str, Any]) -> str:
         report: From `warmup_report`.
 
     Returns:
-        The number, and whether it was but a guess, or that of some parameters.
+        The number, and whether it was that of some parameters; or that the run found its own.
     """
-    target, smallest = report["target_lr"], report.get("smallest_target_lr")  # a report may be older than that
-    if target is not None and smallest is not None and smallest < 0.999 * target and not _guessed(report):
+    if report.get("auto_lr"):  # a report may be older than that
+        return "found by the run (auto_lr)"
+    target, smallest = report["target_lr"], report.get("smallest_target_lr")
+    if target is not None and smallest is not None and smallest < 0.999 * target:
         return f"{target:.3g} (the largest: that of other parameters is {smallest:.3g} at the least)"
-    return number(target) + " (a guess)" * _guessed(report)
+    return number(target)
 
 
 def peak_words(report: dict[str, Any]) -> str:
@@ -349,47 +348,15 @@ def peak_words(report: dict[str, Any]) -> str:
     Returns:
         The number, and what decided it.
     """
-    words = {
-        "turn": f"{report['beyond_turn'] or math.nan:.3g} times where the momentum turned",
-        "waits": "near where the momentum turned: the loss fell no further in half of the run",
-        "late": "at half of the run",
-        "critical": f"{_times(report)}the smallest mean of η_c",
-        "target": "η_trgt",
-    }
-    reason = _peak_reason(report)
     if report["target_lr"] is None or (report["warmup"] == "linear" and report["warmup_steps"] is None):
         return "not known"
-    return f"{report['peak_lr']:.3g} ({words[reason]})" if reason else "not reached: the run ended before its warmup"
-
-
-def _peak_reason(report: dict[str, Any]) -> str | None:
-    """What decided the learning rate at the ramp's end; None if it was not reached."""
-    peak, turn = report["peak_lr"], report["turn_lr"]
-    if peak is None or report["target_lr"] is None:
-        return None
-    if peak >= 0.999 * report["target_lr"] and not _guessed(report):
-        return "target"
-    if turn is not None and peak >= 0.999 * report["beyond_turn"] * turn:
-        return "turn"
-    if report["still_waits"]:
-        return "waits"
-    # The ramp was still going at half of the run, and gave way to the decay.
-    steps = report.get("max_steps") or report["train_steps"]  # a report may be older than that
-    return "late" if 2 * report["warmup_steps_taken"] >= steps else "critical"
-
-
-def _guessed(report: dict[str, Any]) -> bool:
-    """Whether η_trgt was no more than a guess."""
-    return bool(report.get("guessed"))  # a report may be older than that
-
-
-def _of_critical(report: dict[str, Any]) -> float:
-    """How many times the smallest mean of η_c the peak may be."""
-    return report.get("of_critical") or 1.0  # a report may be older than that
-
-
-def _times(report: dict[str, Any]) -> str:
-    return "" if _of_critical(report) == 1 else f"{_of_critical(report):.3g} times "
+    if report["peak_lr"] is None:
+        return "not reached: the run ended before its warmup"
+    words = {
+        "peak": f"from the overshoot of the momentum at {number(report['overshoot_lr'])}",
+        "half of the run": "at half of the run",
+    }
+    return f"{report['peak_lr']:.3g} ({words.get(report['ended_by'], 'η_trgt')})"
 
 
 def optimizer_words(report: dict[str, Any]) -> str:
@@ -428,7 +395,7 @@ def mode_words(report: dict[str, Any]) -> str:
     return {
         "linear": "linear",
         "exponential": "exponential: a fixed growth per step",
-        "guided": "guided by the critical learning rate along the run",
+        "guided": "guided: a straight line, measured along the run",
         "persistent": "persistent catapult: one search for the critical learning rate after another",
     }[report["warmup"]]
 
@@ -469,17 +436,10 @@ def init_words(report: dict[str, Any]) -> str:
         return "there was no warmup" if report["warmup_steps"] == 0 else "the Trainer's own schedule"
     if report["warmup"] == "persistent":
         return "the first η_c" if report["init_lr"] < report["target_lr"] else "η_trgt, as the first η_c is above it"
+    if report["warmup"] == "guided":
+        return "from the loss and its slope along the first step"
     if report["asked_init_lr"] != "catapult":
         return "chosen by hand"
-    if report["warmup"] == "guided":
-        if report["init_lr"] >= report["target_lr"] and not _guessed(report):
-            return "η_trgt, as a thousandth of the first η_c is above it"
-        fraction = report["init_lr"] / report["critical_lr"]
-        if math.isclose(fraction, 1e-3, rel_tol=1e-2):
-            return "a thousandth of the first η_c"
-        if report["v0"] is not None:
-            return f"a thousandth of the first η_c, times {1e3 * fraction:.3g} for GI-Adam's own warmup"
-        return f"{fraction:.3g} of the first η_c"
     if report["capped"]:
         return f"the cap decided: {report['init_lr'] / report['target_lr']:.3g} of η_trgt, η_c being larger"
     if report["search_status"] == "not_descent":
@@ -524,31 +484,16 @@ def _ramp_steps(beta2: float) -> int:
 
 def _verdict_of_a_ramp(report: dict[str, Any]) -> str:
     """What it says of a warmup that chose its peak itself."""
-    reason = _peak_reason(report)
-    if reason is None:
+    if report["peak_lr"] is None:
         return "The run ended before its warmup had found where to stop."
-    if reason == "target":
-        return "η_trgt stayed below η_c all the way up: this run would have borne a larger one."
-    peak = f"{report['peak_lr']:.3g}"
-    lead = "η_trgt was more than training would bear"
-    if _guessed(report):
-        lead = "η_trgt was a guess, which training went beyond"
-        if report["peak_lr"] <= report["target_lr"]:
-            lead = "η_trgt was a guess, and more than training would bear"
-    if reason == "late":
-        return f"The ramp had come to {peak} at half of the run, and gave way to the decay."
-    if reason == "critical":
-        times = _times(report)
-        return (
-            f"{lead}: on the way up η_c came down to "
-            f"{report['peak_lr'] / _of_critical(report):.3g}, and the learning rate was held at "
-            f"{times + 'that, ' if times else ''}{peak}."
-        )
-    turned = f"{report['turn_lr']:.3g} on the momentum pointed uphill on new batches, and"
-    if reason == "turn":
-        return f"{lead}: from {turned} the learning rate was held at {peak}."
-    return (
-        f"From {turned} in half of the run the loss did not fall by another tenth of its first descent: the learning "
-        f"rate waited at {peak} and gave way to the decay. Such a model wants more steps, or a slower ramp: a smaller "
-        "guide_rate."
-    )
+    peak, overshoot = f"{report['peak_lr']:.3g}", report["overshoot_lr"]
+    over = f"From {number(overshoot)} on the momentum overshot: it pointed uphill on new batches."
+    if report["ended_by"] == "half of the run":
+        came = f"Warmup had come to {peak} at half of the run, and gave way to the decay."
+        return came if overshoot is None else f"{over} {came}"
+    if report["ended_by"] == "peak":
+        bound = "" if report["auto_lr"] else " η_trgt was more than that."
+        return f"{over} Warmup went on to {peak}.{bound}"
+    if report["warmup"] == "guided" and overshoot is None:
+        return "η_trgt was reached before the momentum overshot: this run would have borne a larger one."
+    return ""

@@ -11,7 +11,6 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from transformers import PreTrainedTokenizerBase, Trainer
 
 import __main__
-from hf_warmup.trainer.arguments import TRYING
 from hf_warmup.trainer.markdown import fence, plain, table
 from hf_warmup.trainer.report import (
     critical_words,
@@ -92,14 +91,13 @@ def warmup_section(report: dict[str, Any], *, plotted: bool = True) -> str:
         Markdown, with the plot as `warmup.png`.
     """
     rows = [("Optimizer", plain(optimizer_words(report))), ("Warmup", mode_words(report))]
-    if report["asked_init_lr"] == "catapult" or report["warmup"] in TRYING:
+    if report["warmup"] == "persistent" or (report["warmup"] != "guided" and report["asked_init_lr"] == "catapult"):
         rows.append(("Critical learning rate η_c", critical_words(report)))
     if report["init_lr"] is not None:
         rows.append(("Initial learning rate η_init", f"{number(report['init_lr'])} ({init_words(report)})"))
     rows.append(("Target learning rate η_trgt", target_words(report)))
     steps = "not finished" if report["warmup_steps_taken"] is None else str(report["warmup_steps_taken"])
-    waited = f", {report['waited_steps']} of them waiting for the loss to fall" if report["waited_steps"] else ""
-    taken = ("Warmup steps taken", steps + waited)
+    taken = ("Warmup steps taken", steps)
     passes = f"{report['forward_passes']} forward passes"
     if report["warmup"] == "linear":
         if report["warmup_steps"]:
@@ -107,7 +105,9 @@ def warmup_section(report: dict[str, Any], *, plotted: bool = True) -> str:
         if report["asked_init_lr"] != "zero":
             rows.append(("Steps saved (T_save)", f"{report['steps_saved']:.1f}, after {passes}"))
     else:
-        rows += [("Learning rate at its end, before decay", peak_words(report)), taken, ("Cost of the search", passes)]
+        rows += [("Learning rate at its end, before decay", peak_words(report)), taken]
+        if report["warmup"] == "persistent":
+            rows.append(("Cost of the search", passes))
     if report["final_eval_loss"] is not None:
         rows.append(("Final validation loss", f"{report['final_eval_loss']:.4f}"))
     parts = ["## Learning-rate warmup", table(("Warmup", "This run"), rows), verdict(report)]

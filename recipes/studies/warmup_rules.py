@@ -4,13 +4,14 @@ All decay by a cosine to a tenth, from the end of warmup to the end of the run; 
 that only β2 decides), from step 0.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
-from hf_warmup import has_momentum, momentum_slope
-from hf_warmup.guided import GuidedWarmup, PersistentCatapult
+from torch import nn
+
+from hf_warmup import GuidedWarmup, PersistentCatapult, has_momentum, momentum_slope, update_slope
+from hf_warmup.warmup import Warmup
 
 from warmup_cases import LossAt, Rule, Setting
 
@@ -49,46 +50,64 @@ def factor(f: Callable[[float, int], float]) -> Callable[..., Rule]:
     return make
 
 
-class Guided:
-    """Ours.
+class TrainingStep:
+    """What a rule may ask of a step of `warmup_cases.train`."""
+
+    def __init__(self, optimizer: Any, loss_at: LossAt, lr: float) -> None:
+        self.optimizer, self.loss, self.lr = optimizer, loss_at, lr
+
+    def slope(self) -> float:
+        """gᵀu / max(1, ‖g‖) along the step."""
+        return self._slope(update_slope)
+
+    def momentum_slope(self) -> float | None:
+        """The same along the momentum alone."""
+        return self._slope(momentum_slope) if has_momentum(self.optimizer) else None
+
+    def _slope(self, measure: Callable[..., float]) -> float:
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = float(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
+        return measure(self.optimizer, self.lr) / max(1.0, norm)
+
+
+class Ruled:
+    """A rule of ours, then the decay.
 
     Args:
         setting: What is trained.
-        optimizer: Its name.
-        target: η_trgt.
-        turn: Whether it looks for the turn of the momentum.
-        **options: Of `GuidedWarmup`.
+        rule: Until it has ended.
     """
 
-    def __init__(self, setting: Setting, optimizer: str, target: float, turn: bool = True, **options: Any) -> None:
-        self.guide = GuidedWarmup(target, setting.steps, lambda step: cosine(step, setting.steps), **options)
-        self.beta2 = setting.beta2 if optimizer == "GIAdamW" else 0.0
-        self.turn, self.slope_at = turn, None
+    def __init__(self, setting: Setting, rule: Warmup) -> None:
+        self.steps, self.rule, self.lr, self.end = setting.steps, rule, 1e-6, 0
+        self.found: dict[str, float] = {}
 
     def begin(self, optimizer: Any, model: Any, loss_fn: Any) -> None:
-        """Remember whose momentum it is."""
-        if self.turn and has_momentum(optimizer):
-            self.slope_at = functools.partial(momentum_slope, optimizer)
+        """Remember whose steps they are."""
+        self.optimizer = optimizer
 
     def __call__(self, step: int, loss_at: LossAt) -> float:
         """η of the step."""
-        return self.guide.step(loss_at, self.own_warmup(step), self.slope_at)
+        if self.rule.ended_by is not None:
+            return self.lr * cosine(step - self.end, self.steps - self.end)
+        self.lr, self.end = self.rule(TrainingStep(self.optimizer, loss_at, self.lr)), step
+        return self.lr
 
-    def own_warmup(self, step: int) -> Callable[[float], float]:
-        """GI-Adam's factor of a step and of those after it; 1 of another optimizer."""
-        return lambda ahead: math.sqrt(1 - self.beta2 ** (step + 1 + ahead))
+
+def guided(setting: Setting, optimizer: str, target: float, auto_lr: bool = False) -> Rule:
+    """Ours."""
+    return Ruled(setting, GuidedWarmup(setting.steps, None if auto_lr else target))
 
 
 def persistent(setting: Setting, optimizer: str, target: float, delta: float = 0.01) -> Rule:
     """Algorithm 3 of the paper."""
-    catapult = PersistentCatapult(target, setting.steps, lambda step: cosine(step, setting.steps), delta=delta)
-    return lambda step, loss_at: catapult.step(loss_at)
+    return Ruled(setting, PersistentCatapult(setting.steps, target, delta=delta))
 
 
 RULES: dict[str, Callable[..., Rule]] = {
     "linear": linear,
     "ramp": ramp,
-    "guided": Guided,
+    "guided": guided,
     "persistent": persistent,
     "sqrt(1-b2^t)": factor(lambda beta2, t: math.sqrt(1 - beta2**t)),
     "untuned linear": factor(lambda beta2, t: min(1.0, t * (1 - beta2) / 2)),

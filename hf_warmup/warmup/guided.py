@@ -1,0 +1,288 @@
+"""Guided warmup: a straight line whose slope, end and height are measured while it is made.
+
+The first descent of a training goes from the loss at initialization into a valley, where the steps begin to swing
+from side to side. How far away the valley is, as the sum S of the learning rates on the way, hardly depends on how
+fast they rise. What hurts a training is to make that way in too few steps. So guided warmup estimates S as it goes,
+makes the way in a straight line of about t* steps, notices the valley, and takes the peak from S. It costs one
+optimizer step on copies per training step until the valley, and no forward pass:
+
+    path        s_t = η_0 + ... + η_{t-1}
+    slope       γ_t = g_tᵀu_t / max(1, ‖g_t‖): how fast the loss of this batch falls along the momentum, in which
+                this batch had no part; G_t is the mean of the last 6
+    distance    Ŝ_t = s_t + 0.3 L_t / G_t
+    line        η_t = 2 √(Ŝ_t (s_t + η_{t-1}/2)) / t*,  between η_{t-1} and (1 + 2/t) η_{t-1}
+    overshoot   where at least half of the last 6 slopes are not positive: S = s_t, η_o = η_t
+    peak        p = 0.15 S
+    climb       from there on η goes on along the line or, where it would not reach p by half of the run, in one that
+                is up to three times as steep; but no further than to η_o + (p - η_o) φ_t
+    end         at p, at `learning_rate` if that is a bound, or at half of the run
+
+with t* = min(0.22 N, 120) steps in a run of N. L/G is Polyak's step: the learning rate that would bring the loss to
+zero if it fell on at its present slope; 0.3 of it is about what is left of the first descent. A straight line that
+starts at 0 and makes the way Ŝ in t* steps is at 2 √(Ŝ s)/t* when it has made s of it, which is the third line. If
+the estimate is off by a factor of 2, the overshoot comes after t*/√2 or √2 t* steps.
+
+At the overshoot a decoder goes on learning at once. A masked model has only learned how often each token comes, and
+may stay on that plateau for hundreds of steps; a learning rate that rises meanwhile can lose it for good. So the
+climb follows the loss: φ is how far the loss has fallen again behind the overshoot, in parts of a tenth of its first
+descent, and at most 1.
+
+A training without such a descent, as fine-tuning mostly is, has a small G beside its loss. The line is steep then,
+and reaches `learning_rate` within a few steps.
+
+The rule is ours. Its constants were chosen on the development settings of `recipes/studies`, whose tables show what
+each is good for; L/G is of Polyak, "Introduction to Optimization" (1987), and the line's reason the sharpness that
+warmup reduces: Kalra and Barkeshli, "Why Warmup the Learning Rate?", NeurIPS 2024, arXiv:2406.09405.
+"""
+
+import math
+from statistics import fmean
+from typing import Any
+
+from hf_warmup.numeric import number, positive, shown, whole
+from hf_warmup.warmup.rule import Step
+
+_DISTANCE = 0.3  # of Polyak's step: how far the valley is
+_SHARE, _MOST = 0.22, 120  # t* is that part of the run, at most so many steps
+_SLOPES = 6  # in the mean, and of which half tell the overshoot
+_POWER = 2  # η rises no faster than t to this power
+_NEAR = 0.2  # of the distance that the mean of all slopes tells: no overshoot is believed before
+_PEAK = 0.15  # of the path to the valley
+_FALL = 0.1  # of the first descent: how far the loss falls again until the climb may reach the peak
+_STEEPEST = 3  # of the climb, in slopes of the line before it
+_LATEST = 0.5  # of the run
+
+ENDS = ("learning_rate", "peak", "half of the run")
+_SAVED = (
+    *("num_training_steps", "learning_rate", "num_steps", "lr", "path", "slopes", "mean_slope", "first_loss"),
+    *("overshoot_step", "overshoot_lr", "overshoot_path", "valley_loss", "recent_loss", "progress", "ended_by"),
+)
+
+
+class GuidedWarmup:
+    """The learning rate of a run whose warmup nobody chooses.
+
+    For training from scratch without a learning rate, and for any training with one that may be too high.
+
+    Example:
+        >>> rule = GuidedWarmup(1000, learning_rate=1e-2)
+        >>> class Falling:  # a step whose loss falls by 20 per learning rate, on this batch and along the momentum
+        ...     loss, slope, momentum_slope = lambda self: 6.0, lambda self: 20.0, lambda self: 20.0
+        >>> [round(rule(Falling()), 8) for _ in range(3)]
+        [1.25e-05, 2.797e-05, 4.34e-05]
+
+    Args:
+        num_training_steps: N, all steps of the run.
+        learning_rate: Bounds η; None to let the run find its own.
+
+    Attributes:
+        num_training_steps: N.
+        learning_rate: The bound.
+        num_steps: Steps decided so far.
+        lr: η of the last step decided.
+        path: s, the sum of η so far.
+        overshoot_step: t_o, counted from 0; None before.
+        overshoot_lr: η_o; None before.
+        ended_by: `learning_rate`, `peak` or `half of the run`; None during warmup.
+        will_probe: False: it asks for no loss at a learning rate.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    will_probe = False
+
+    def __init__(self, num_training_steps: int, learning_rate: float | None = None) -> None:
+        self.num_training_steps = whole("num_training_steps", num_training_steps, 1)
+        self.learning_rate = None if learning_rate is None else positive("learning_rate", learning_rate)
+        self.num_steps = 0
+        self.lr = self.path = 0.0
+        self.slopes: list[float] = []
+        self.mean_slope = self.first_loss = 0.0
+        self.overshoot_step: int | None = None
+        self.overshoot_lr: float | None = None
+        self.overshoot_path = 0.0
+        self.valley_loss = self.recent_loss = self.progress = 0.0
+        self.ended_by: str | None = None
+
+    def __call__(self, step: Step) -> float:
+        """Decide the learning rate of the step that is about to be made.
+
+        Args:
+            step: Of which the loss and a slope are asked for, until warmup has ended.
+
+        Returns:
+            η_t; once warmup has ended, its last.
+
+        Raises:
+            RuntimeError: If the loss of the first step is not positive and finite, or does not fall along the step;
+                or if nothing has bounded η by half of the run.
+            ValueError: If the optimizer has no momentum.
+        """
+        if self.ended_by is not None:
+            return self.lr
+        loss = step.loss()
+        if self.num_steps == 0:
+            self._start(loss, step.slope())
+        elif self.overshoot_step is None:
+            self._descend(loss, step.momentum_slope())
+        if self.overshoot_step is not None:
+            self._climb(loss)
+        self._end()
+        self.path += self.lr
+        self.num_steps += 1
+        return self.lr
+
+    @property
+    def line_steps(self) -> float:
+        """t*, the steps that the way to the valley is to take."""
+        return max(1.0, min(_SHARE * self.num_training_steps, _MOST))
+
+    @property
+    def peak(self) -> float:
+        """p, 0.15 S; infinite before the overshoot."""
+        return math.inf if self.overshoot_lr is None else max(self.overshoot_lr, self.expected_peak)
+
+    @property
+    def expected_peak(self) -> float:
+        """0.15 of S, or of its present estimate; NaN if there is none."""
+        if self.overshoot_lr is not None:
+            return _PEAK * self.overshoot_path
+        slope = fmean(self.slopes) if self.slopes else math.nan
+        return _PEAK * (self.path + _DISTANCE * self.recent_loss / slope) if slope > 0 else math.nan
+
+    def _start(self, loss: float, slope: float) -> None:
+        if not 0 < loss < math.inf:
+            raise RuntimeError(
+                f"the loss of the first step must be positive and finite, got {loss:g}: warmup=guided compares it "
+                "with its slope; set warmup=linear and warmup_steps"
+            )
+        if not 0 < slope < math.inf:
+            raise RuntimeError(
+                f"the loss does not fall along the first step (its slope is {slope:g}): mostly the optimizer goes "
+                "uphill, makes another step than that of its learning rate, or has gradients of another loss; if it "
+                "is to be so, set warmup=linear and warmup_steps"
+            )
+        self.first_loss = self.recent_loss = loss
+        self.lr = 2 * _DISTANCE * loss / slope / self.line_steps**2
+
+    def _descend(self, loss: float, slope: float | None) -> None:
+        if slope is None:
+            raise ValueError("the optimizer must have a momentum, got one without: nothing would tell the overshoot")
+        self.recent_loss = loss
+        self.slopes = [*self.slopes, slope][-_SLOPES:]
+        self.mean_slope += (slope - self.mean_slope) / self.num_steps
+        if self._overshoots(loss):
+            self.overshoot_step, self.overshoot_lr, self.overshoot_path = self.num_steps, self.lr, self.path
+        else:
+            self.lr = self._on_the_line(loss)
+
+    def _on_the_line(self, loss: float) -> float:
+        slope, most = fmean(self.slopes), self.lr * (1 + _POWER / self.num_steps)
+        if slope <= 0:
+            return most
+        distance = self.path + _DISTANCE * loss / slope
+        return max(self.lr, min(most, 2 * math.sqrt(distance * (self.path + self.lr / 2)) / self.line_steps))
+
+    def _overshoots(self, loss: float) -> bool:
+        turned = sum(slope <= 0 for slope in self.slopes)
+        if len(self.slopes) < _SLOPES or turned < _SLOPES / 2 or self.mean_slope <= 0:
+            return False
+        # Where batches say little, slopes of both signs come long before the valley.
+        return self.path >= _NEAR * _DISTANCE * loss / self.mean_slope
+
+    def _climb(self, loss: float) -> None:
+        assert self.overshoot_step is not None
+        assert self.overshoot_lr is not None
+        since = self.num_steps - self.overshoot_step
+        self._follow(loss, since + 1)
+        way, left = self.peak - self.overshoot_lr, _LATEST * self.num_training_steps - self.overshoot_step
+        before = self.overshoot_lr / self.overshoot_step
+        rise = max(before, min(_STEEPEST * before, way / max(1.0, left)))
+        self.lr = max(self.lr, self.overshoot_lr + min(rise * since, way * self.progress))
+
+    def _follow(self, loss: float, count: int) -> None:
+        """Update φ with the loss of the `count`-th step from the overshoot on."""
+        assert self.overshoot_step is not None
+        first = max(_SLOPES, self.overshoot_step // 4)  # steps whose mean is the loss in the valley
+        if count <= first:
+            self.valley_loss += (loss - self.valley_loss) / count
+            return
+        # The mean of the last `first` steps, or of the last quarter where that is more.
+        seen = count - first
+        self.recent_loss = loss if seen == 1 else self.recent_loss
+        self.recent_loss += (loss - self.recent_loss) * max(1 / seen, 2 / max(first, count / 4))
+        if seen >= _SLOPES:
+            descent = self.first_loss - self.valley_loss
+            fallen = (self.valley_loss - self.recent_loss) / (_FALL * descent) if descent > 0 else 1.0
+            self.progress = max(self.progress, min(1.0, fallen))
+
+    def _end(self) -> None:
+        bound = math.inf if self.learning_rate is None else self.learning_rate
+        if self.lr >= bound:
+            self.lr, self.ended_by = bound, "learning_rate"
+        elif self.lr >= self.peak:
+            self.ended_by = "peak"
+        elif self.num_steps + 1 >= _LATEST * self.num_training_steps:
+            self.ended_by = "half of the run"
+            if self.learning_rate is None and self.overshoot_step is None and not self.mean_slope > 0:
+                raise RuntimeError(
+                    f"nothing bounds the learning rate: in {self.num_steps + 1} steps, up to {self.lr:.3g}, the loss "
+                    "did not fall along the momentum; give a learning_rate without auto_lr, or check that the model "
+                    "can learn from its data"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, in plain numbers and lists of them, with the options it was made with."""
+        return {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in _SAVED}
+
+    @staticmethod
+    def check_state(state: dict[str, Any]) -> None:
+        """Refuse a state that no rule of this class has left.
+
+        Args:
+            state: As of `state_dict`.
+
+        Raises:
+            ValueError: With the number's name, or if it was made by another rule.
+        """
+        if not isinstance(state, dict) or state.keys() != set(_SAVED):
+            got = ", ".join(map(str, state)) if isinstance(state, dict) else shown(state)
+            raise ValueError(f"the state must be of a GuidedWarmup, with {', '.join(_SAVED)}, got {got}")
+        whole("num_training_steps", state["num_training_steps"], 1)
+        num_steps = whole("num_steps", state["num_steps"], 0)
+        if state["learning_rate"] is not None:
+            positive("learning_rate", state["learning_rate"])
+        for name in ("lr", "path", "first_loss", "overshoot_path", "progress"):
+            if not 0 <= number(name, state[name]) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {state[name]}")
+        for name in ("mean_slope", "valley_loss", "recent_loss"):
+            number(name, state[name])
+        if not isinstance(state["slopes"], list) or len(state["slopes"]) > _SLOPES:
+            raise ValueError(f"slopes must be a list of at most {_SLOPES} numbers, got {shown(state['slopes'])}")
+        for slope in state["slopes"]:
+            number("slopes", slope)
+        if (state["overshoot_step"] is None) != (state["overshoot_lr"] is None):
+            raise ValueError("overshoot_step and overshoot_lr must both be None or numbers, got one of each")
+        if state["overshoot_step"] is not None:
+            positive("overshoot_lr", state["overshoot_lr"])
+            if not 1 <= whole("overshoot_step", state["overshoot_step"], 0) < max(2, num_steps):
+                raise ValueError(f"overshoot_step must be from 1 to {num_steps - 1}, got {state['overshoot_step']}")
+        if state["ended_by"] not in (None, *ENDS):
+            raise ValueError(f"ended_by must be {' or '.join(ENDS)}, got {shown(state['ended_by'])}")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken.
+
+        Args:
+            state: Made by a rule with the same options.
+
+        Raises:
+            ValueError: If it was made with others, or holds what no run leaves; nothing is loaded then.
+        """
+        self.check_state(state)
+        for name in ("learning_rate", "num_training_steps"):
+            if state[name] != getattr(self, name) and state["ended_by"] is None:
+                raise ValueError(f"{name} must be {state[name]} as in the checkpoint, got {getattr(self, name)}")
+        for name in _SAVED:
+            setattr(self, name, list(state[name]) if isinstance(state[name], list) else state[name])

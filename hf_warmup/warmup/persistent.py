@@ -1,0 +1,163 @@
+"""Algorithm 3 of the paper: search for η_c, train at it until the loss is below where it was, and search again.
+
+Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements", NeurIPS 2024,
+arXiv:2406.09405, Algorithm 3.
+"""
+
+import math
+from typing import Any
+
+from hf_warmup.critical_lr import find_critical_lr
+from hf_warmup.numeric import number, positive, shown, whole
+from hf_warmup.warmup.rule import Step
+
+_LATEST = 0.5  # of the run
+_SAVED = (
+    *("num_training_steps", "learning_rate", "num_steps", "num_trials", "num_searches"),
+    *("lr", "loss", "critical_lr", "ended_by"),
+)
+
+
+class PersistentCatapult:
+    """One catapult after another, until the target learning rate: the paper's persistent catapult.
+
+    At θ* the search of Algorithms 1 and 2 gives η = η_c, the upper end of its bracket; training goes on at η until
+    a step's loss is below that at θ*; there the search is made again, doubling from the present η. A search costs
+    some 8 forward passes, and a noisy loss may ask for one soon. The losses are of the steps' own batches. Warmup
+    ends when η_trgt is reached, or at half of the run.
+
+    Example:
+        >>> rule = PersistentCatapult(100, learning_rate=0.1)
+        >>> class Quadratic:  # whose loss after a step of η is that before it at η_c = 0.05
+        ...     loss = lambda self, lr=0.0: 1 + lr * (lr - 0.05)
+        >>> 0.05 <= rule(Quadratic()) < 0.06
+        True
+
+    Args:
+        num_training_steps: N, all steps of the run.
+        learning_rate: η_trgt.
+        init_lr: The first learning rate that is tried.
+        delta: δ of BIN_SEARCH; the paper advises about 0.01 for Adam.
+
+    Attributes:
+        num_training_steps: N.
+        learning_rate: η_trgt.
+        num_steps: Steps decided so far.
+        num_trials: Forward passes spent so far.
+        num_searches: Searches made so far.
+        lr: η.
+        loss: L(θ*); infinite before the first step.
+        critical_lr: What the last search gave; NaN before the first.
+        ended_by: `learning_rate` or `half of the run`; None during warmup.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self, num_training_steps: int, learning_rate: float, *, init_lr: float = 1e-4, delta: float = 0.1
+    ) -> None:
+        self.num_training_steps = whole("num_training_steps", num_training_steps, 1)
+        self.learning_rate = positive("learning_rate", learning_rate)
+        self.delta = positive("delta", delta)
+        self.lr = min(positive("init_lr", init_lr), self.learning_rate)
+        self.num_steps = self.num_trials = self.num_searches = 0
+        self.loss, self.critical_lr = math.inf, math.nan
+        self.ended_by: str | None = None
+
+    @property
+    def will_probe(self) -> bool:
+        """Whether the next call may ask for losses at learning rates."""
+        return self.ended_by is None
+
+    def __call__(self, step: Step) -> float:
+        """Decide the learning rate of the step that is about to be made.
+
+        Args:
+            step: Of which losses are asked for, until warmup has ended.
+
+        Returns:
+            η.
+
+        Raises:
+            RuntimeError: If the loss before the first step is not finite, or rises at every rate tried.
+        """
+        if self.ended_by is not None:
+            return self.lr
+        before = step.loss()
+        if self.num_steps == 0 or before < self.loss:
+            self.loss = before
+            self._search(step, before)
+        if self.lr >= self.learning_rate:
+            self.ended_by = "learning_rate"
+        elif self.num_steps + 1 >= _LATEST * self.num_training_steps:
+            self.ended_by = "half of the run"
+        self.num_steps += 1
+        return self.lr
+
+    def _search(self, step: Step, before: float) -> None:
+        found = find_critical_lr(
+            step.loss, guess=self.lr, target=self.learning_rate, start=before, method="paper", delta=self.delta
+        )
+        self.num_trials += found.num_evals
+        self.num_searches += 1
+        found.check_finite(self.num_steps + 1)
+        self.critical_lr = found.value
+        if found.value > 0:
+            self.lr = found.value
+        elif self.num_steps == 0:
+            # Nothing is known then, and warmup from the lowest learning rate tried would never get anywhere.
+            tried = [lr for lr, _ in found.evals if lr > 0]
+            raise RuntimeError(
+                f"no learning rate from {min(tried):.3g} to {max(tried):.3g} keeps the loss of the first step from "
+                f"rising ({found.status}): mostly the optimizer goes uphill, makes another step than that of its "
+                "learning rate, or has gradients of another loss; if it is to be so, set warmup=linear, with "
+                "warmup_steps, and init_lr to a number"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, in plain numbers, with the options it was made with."""
+        return {name: getattr(self, name) for name in _SAVED}
+
+    @staticmethod
+    def check_state(state: dict[str, Any]) -> None:
+        """Refuse a state that no rule of this class has left.
+
+        Args:
+            state: As of `state_dict`.
+
+        Raises:
+            ValueError: With the number's name, or if it was made by another rule.
+        """
+        if not isinstance(state, dict) or state.keys() != set(_SAVED):
+            got = ", ".join(map(str, state)) if isinstance(state, dict) else shown(state)
+            raise ValueError(f"the state must be of a PersistentCatapult, with {', '.join(_SAVED)}, got {got}")
+        whole("num_training_steps", state["num_training_steps"], 1)
+        num_steps = whole("num_steps", state["num_steps"], 0)
+        for name in ("num_trials", "num_searches"):
+            whole(name, state[name], 0)
+        for name in ("learning_rate", "lr"):
+            positive(name, state[name])
+        number("loss", state["loss"])
+        if not (number("critical_lr", state["critical_lr"]) >= 0 or num_steps == 0):
+            raise ValueError(f"critical_lr must be at least 0, got {state['critical_lr']}")
+        if state["ended_by"] not in (None, "learning_rate", "half of the run"):
+            raise ValueError(f"ended_by must be learning_rate or half of the run, got {shown(state['ended_by'])}")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken.
+
+        Args:
+            state: Made by a rule of the same class.
+
+        Raises:
+            ValueError: If it was made by another, with another target, or holds what no rule leaves.
+        """
+        self.check_state(state)
+        if state["learning_rate"] != self.learning_rate:
+            raise ValueError(
+                f"learning_rate must be {state['learning_rate']} as in the checkpoint, got {self.learning_rate}"
+            )
+        for name in _SAVED:
+            if name not in ("num_training_steps", "learning_rate"):
+                setattr(self, name, state[name])

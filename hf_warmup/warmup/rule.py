@@ -1,0 +1,57 @@
+"""The two protocols between a training loop and a rule for its learning rate.
+
+A rule is asked once per step, when the gradients are there and the optimizer has not used them:
+
+    rule = GuidedWarmup(num_training_steps=1000)
+    ...
+    loss.backward()
+    lr = rule(step)  # `step` answers what the rule asks about this step
+    set the learning rate, optimizer.step()
+    if rule.ended_by is not None: the rest of the run decays from `lr`
+
+It is arithmetic on numbers: it holds no tensors, and decides the same on every process that sees the same numbers.
+"""
+
+from typing import Any, Protocol
+
+
+class Step(Protocol):
+    """What a rule may ask of the step that is about to be made. Everything is measured when it is asked for."""
+
+    def loss(self, lr: float = 0.0) -> float:
+        """The loss of the step's batch after the step at `lr`, for a forward pass; at 0 that before it, for none."""
+
+    def slope(self) -> float:
+        """How fast the batch's loss falls per learning rate, at first, along the step that would be made.
+
+        Returns:
+            gᵀu / max(1, ‖g‖), with u what is subtracted from the weights at a learning rate of 1.
+        """
+
+    def momentum_slope(self) -> float | None:
+        """The same along the step that the momentum alone would make, in which this batch had no part.
+
+        Returns:
+            None of an optimizer without momentum.
+        """
+
+
+class Warmup(Protocol):
+    """A rule.
+
+    Attributes:
+        will_probe: Whether the next call may ask for the loss at a learning rate, so that its batch must be kept.
+        ended_by: Why warmup has ended; None before.
+    """
+
+    will_probe: bool
+    ended_by: str | None
+
+    def __call__(self, step: Step) -> float:
+        """The learning rate of the step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, in plain numbers and lists of them: fit for JSON and for `torch.load(weights_only=True)`."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken."""
