@@ -172,10 +172,10 @@ class WarmupCallback(TrainerCallback):
         """Start from a fixed η_init at once; get ready to search for one, or to be guided, otherwise.
 
         Raises:
-            ValueError: If the trainer made another optimizer than GIAdamW although `gi_adam` is on, if that of guided
-                warmup has no momentum, if the checkpoint is of another warmup or bound or holds numbers
-                that no run left, if `init_lr` is above the learning rate of the optimizer, or if another trainer than
-                that of `attach` trains.
+            ValueError: If the trainer made another optimizer than GIAdamW although `gi_adam` is on, if that of
+                guided warmup has no momentum, if the checkpoint is of another warmup or bound or holds numbers that
+                no run left, if `init_lr` is above the learning rate of the optimizer, or if another trainer than that
+                of `attach` trains.
         """
         if state is not self.trainer.state:
             raise ValueError(_COPY)
@@ -472,9 +472,9 @@ class WarmupCallback(TrainerCallback):
         times = rule.expected_peak / rule.lr
         if times >= _FAR_BELOW:
             logger.warning(
-                f"learning_rate={rule.lr:.3g} has ended warmup after {rule.num_steps} steps: by its loss and its slope "
-                f"the model would have borne about {times:.2g} times as much. From scratch it trains faster with more, "
-                "or with auto_lr, which needs none; to fine-tune this says little"
+                f"learning_rate={rule.lr:.3g} has ended warmup after {rule.num_steps} steps: by its loss and its "
+                f"slope the model would have borne about {times:.2g} times as much. From scratch it trains faster "
+                "with more, or with auto_lr, which needs none; to fine-tune this says little"
             )
 
     def _step(self, shards: Shards, backend: Backend, replay: StepReplay, lr: float) -> TrainerStep:

@@ -7,14 +7,16 @@ makes the way in a straight line of about t* steps, notices the valley, and take
 optimizer step on copies per training step until the valley, and no forward pass:
 
     path        s_t = η_0 + ... + η_{t-1}
-    slope       γ_t = g_tᵀu_t / max(1, ‖g_t‖): how fast the loss of this batch falls along the momentum, in which
-                this batch had no part; G_t is the mean of the last 6
+    slope       γ_t = g_tᵀu_t / max(1, ‖g_t‖): how fast the loss of this batch falls along the momentum, in which it
+                had no part; G_t is the mean of the last 6
     distance    Ŝ_t = s_t + 0.3 L_t / G_t
     line        η_t = 2 √(Ŝ_t (s_t + η_{t-1}/2)) / t*,  between η_{t-1} and (1 + 2/t) η_{t-1}
-    overshoot   where at least half of the last 6 slopes are not positive: S = s_t, η_o = η_t
+    overshoot   where at least half of the last 6 slopes are not positive: S = s_t, η_o = η_t. (Not before half of
+                the distance 0.3 L_t / Ḡ_t, with Ḡ the mean of all slopes: where batches say little, slopes of both
+                signs come long before the valley.)
     peak        p = 0.15 S
-    climb       from there on η goes on along the line or, where it would not reach p by half of the run, in one that
-                is up to three times as steep; but no further than to η_o + (p - η_o) φ_t
+    climb       from there on η goes on along the line or, where that would not reach p by half of the run, along
+                one that is up to 3 times as steep; but no further than to η_o + (p - η_o) φ_t
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
 with t* = min(0.22 N, 120) steps in a run of N. L/G is Polyak's step: the learning rate that would bring the loss to
@@ -46,11 +48,9 @@ _DISTANCE = 0.3  # of Polyak's step: how far the valley is
 _SHARE, _MOST = 0.22, 120  # t* is that part of the run, at most so many steps
 _SLOPES = 6  # in the mean, and of which half tell the overshoot
 _POWER = 2  # η rises no faster than t to this power
-_NEAR = 0.2  # of the distance that the mean of all slopes tells: no overshoot is believed before
 _PEAK = 0.15  # of the path to the valley
 _FALL = 0.1  # of the first descent: how far the loss falls again until the climb may reach the peak
 _STEEPEST = 3  # of the climb, in slopes of the line before it
-_LATEST = 0.5  # of the run
 
 ENDS = ("learning_rate", "peak", "half of the run")
 _SAVED = (
@@ -188,15 +188,14 @@ class GuidedWarmup:
         turned = sum(slope <= 0 for slope in self.slopes)
         if len(self.slopes) < _SLOPES or turned < _SLOPES / 2 or self.mean_slope <= 0:
             return False
-        # Where batches say little, slopes of both signs come long before the valley.
-        return self.path >= _NEAR * _DISTANCE * loss / self.mean_slope
+        return self.path >= _DISTANCE * loss / self.mean_slope / 2
 
     def _climb(self, loss: float) -> None:
         assert self.overshoot_step is not None
         assert self.overshoot_lr is not None
         since = self.num_steps - self.overshoot_step
         self._follow(loss, since + 1)
-        way, left = self.peak - self.overshoot_lr, _LATEST * self.num_training_steps - self.overshoot_step
+        way, left = self.peak - self.overshoot_lr, self.num_training_steps / 2 - self.overshoot_step
         before = self.overshoot_lr / self.overshoot_step
         rise = max(before, min(_STEEPEST * before, way / max(1.0, left)))
         self.lr = max(self.lr, self.overshoot_lr + min(rise * since, way * self.progress))
@@ -223,7 +222,7 @@ class GuidedWarmup:
             self.lr, self.ended_by = bound, "learning_rate"
         elif self.lr >= self.peak:
             self.ended_by = "peak"
-        elif self.num_steps + 1 >= _LATEST * self.num_training_steps:
+        elif self.num_steps + 1 >= self.num_training_steps / 2:
             self.ended_by = "half of the run"
             if self.learning_rate is None and self.overshoot_step is None and not self.mean_slope > 0:
                 raise RuntimeError(

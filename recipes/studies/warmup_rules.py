@@ -54,7 +54,11 @@ class TrainingStep:
     """What a rule may ask of a step of `warmup_cases.train`."""
 
     def __init__(self, optimizer: Any, loss_at: LossAt, lr: float) -> None:
-        self.optimizer, self.loss, self.lr = optimizer, loss_at, lr
+        self.optimizer, self.loss_at, self.lr = optimizer, loss_at, lr
+
+    def loss(self, lr: float = 0.0) -> float:
+        """The batch's loss after the step; at 0 before it."""
+        return self.loss_at(lr)
 
     def slope(self) -> float:
         """gᵀu / max(1, ‖g‖) along the step."""
