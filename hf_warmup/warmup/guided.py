@@ -16,7 +16,7 @@ optimizer step on copies per training step until the valley, and no forward pass
                 signs come long before the valley.)
     peak        p = 0.15 S
     climb       from there on η goes on along the line or, where that would not reach p by half of the run, along
-                one that is up to 3 times as steep; but no further than to η_o + (p - η_o) φ_t
+                one that does; but no further than to η_o + (p - η_o) φ_t
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
 with t* = min(0.22 N, 120) steps in a run of N. L/G is Polyak's step: the learning rate that would bring the loss to
@@ -50,7 +50,6 @@ _SLOPES = 6  # in the mean, and of which half tell the overshoot
 _POWER = 2  # η rises no faster than t to this power
 _PEAK = 0.15  # of the path to the valley
 _FALL = 0.1  # of the first descent: how far the loss falls again until the climb may reach the peak
-_STEEPEST = 3  # of the climb, in slopes of the line before it
 
 ENDS = ("learning_rate", "peak", "half of the run")
 _SAVED = (
@@ -195,10 +194,10 @@ class GuidedWarmup:
         assert self.overshoot_lr is not None
         since = self.num_steps - self.overshoot_step
         self._follow(loss, since + 1)
-        way, left = self.peak - self.overshoot_lr, self.num_training_steps / 2 - self.overshoot_step
-        before = self.overshoot_lr / self.overshoot_step
-        rise = max(before, min(_STEEPEST * before, way / max(1.0, left)))
-        self.lr = max(self.lr, self.overshoot_lr + min(rise * since, way * self.progress))
+        way, left = self.peak - self.overshoot_lr, self.num_training_steps / 2 - 1 - self.overshoot_step
+        risen = since * max(self.overshoot_lr / self.overshoot_step, way / max(1.0, left))
+        lr = self.overshoot_lr + min(risen, way * self.progress)
+        self.lr = self.peak if min(risen, way * self.progress) >= way else max(self.lr, lr)
 
     def _follow(self, loss: float, count: int) -> None:
         """Update φ with the loss of the `count`-th step from the overshoot on."""
