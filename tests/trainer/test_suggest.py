@@ -131,8 +131,8 @@ def test_a_trainer_that_has_a_warmup_is_refused(tmp_path):
 
 
 def test_a_run_without_overshoot_is_an_error_and_no_number(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=40)
-    with pytest.raises(RuntimeError, match="the momentum did not overshoot in 20 steps"):
+    trainer = make_trainer(tmp_path, max_steps=6)
+    with pytest.raises(RuntimeError, match="did not overshoot|nothing bounds"):
         suggest_lr(trainer)
     assert not isinstance(trainer.model, nn.parallel.DistributedDataParallel)
     assert trainer.optimizer is None
