@@ -16,18 +16,13 @@ optimizer step on copies per training step until the valley, and no forward pass
                 signs come long before the valley.)
     peak        p = 0.15 S
     climb       from there on η goes on along the line or, where that would not reach p by half of the run, along
-                one that is up to 3 times as steep; but no further than to η_o + (p - η_o) φ_t
+                one that does, up to 3 times as steep
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
 with t* = min(0.22 N, 120) steps in a run of N. L/G is Polyak's step: the learning rate that would bring the loss to
 zero if it fell on at its present slope; 0.3 of it is about what is left of the first descent. A straight line that
 starts at 0 and makes the way Ŝ in t* steps is at 2 √(Ŝ s)/t* when it has made s of it, which is the third line. If
 the estimate is off by a factor of 2, the overshoot comes after t*/√2 or √2 t* steps.
-
-At the overshoot a decoder goes on learning at once. A masked model has only learned how often each token comes, and
-may stay on that plateau for hundreds of steps; a learning rate that rises meanwhile can lose it for good. So the
-climb follows the loss: φ is how far the loss has fallen again behind the overshoot, in parts of a tenth of its first
-descent, and at most 1.
 
 A training without such a descent, as fine-tuning mostly is, has a small G beside its loss. The line is steep then,
 and reaches `learning_rate` within a few steps.
@@ -44,18 +39,20 @@ from typing import Any
 from hf_warmup.numeric import number, positive, shown, whole
 from hf_warmup.warmup.rule import Step
 
-_DISTANCE = 0.3  # of Polyak's step: how far the valley is
-_SHARE, _MOST = 0.22, 120  # t* is that part of the run, at most so many steps
-_SLOPES = 6  # in the mean, and of which half tell the overshoot
-_POWER = 2  # η rises no faster than t to this power
-_PEAK = 0.15  # of the path to the valley
-_FALL = 0.1  # of the first descent: how far the loss falls again until the climb may reach the peak
-_STEEPEST = 3  # of the climb, in slopes of the line before it
-
 ENDS = ("learning_rate", "peak", "half of the run")
 _SAVED = (
-    *("num_training_steps", "learning_rate", "num_steps", "lr", "path", "slopes", "mean_slope", "first_loss"),
-    *("overshoot_step", "overshoot_lr", "overshoot_path", "valley_loss", "recent_loss", "progress", "ended_by"),
+    *(
+        "num_training_steps",
+        "learning_rate",
+        "line_steps",
+        "num_steps",
+        "lr",
+        "path",
+        "slopes",
+        "mean_slope",
+        "last_loss",
+    ),
+    *("overshoot_step", "overshoot_lr", "overshoot_path", "ended_by"),
 )
 
 
@@ -74,10 +71,13 @@ class GuidedWarmup:
     Args:
         num_training_steps: N, all steps of the run.
         learning_rate: Bounds η; None to let the run find its own.
+        line_steps: t*, the steps that the way to the valley is to take: min(0.22 N, 120) if None. More is safer and
+            slower; a BERT with LayerNorm behind the residual wants twice as many.
 
     Attributes:
         num_training_steps: N.
         learning_rate: The bound.
+        line_steps: t*.
         num_steps: Steps decided so far.
         lr: η of the last step decided.
         path: s, the sum of η so far.
@@ -90,26 +90,36 @@ class GuidedWarmup:
         ValueError: If an argument is out of range.
     """
 
+    DISTANCE = 0.3  # of Polyak's step: how far the valley is
+    SHARE, MOST_STEPS = 0.22, 120  # t* is that part of the run, at most so many steps
+    SLOPES = 6  # in the mean, and of which half tell the overshoot
+    POWER = 2  # η rises no faster than t to this power
+    PEAK = 0.15  # of the path to the valley
+    STEEPEST = 3  # of the climb, in slopes of the line before it
+
     will_probe = False
 
-    def __init__(self, num_training_steps: int, learning_rate: float | None = None) -> None:
+    def __init__(
+        self, num_training_steps: int, learning_rate: float | None = None, *, line_steps: float | None = None
+    ) -> None:
         self.num_training_steps = whole("num_training_steps", num_training_steps, 1)
+        usual = max(1.0, min(self.SHARE * self.num_training_steps, self.MOST_STEPS))
+        self.line_steps = usual if line_steps is None else positive("line_steps", line_steps)
         self.learning_rate = None if learning_rate is None else positive("learning_rate", learning_rate)
         self.num_steps = 0
         self.lr = self.path = 0.0
         self.slopes: list[float] = []
-        self.mean_slope = self.first_loss = 0.0
+        self.mean_slope = self.last_loss = 0.0
         self.overshoot_step: int | None = None
         self.overshoot_lr: float | None = None
         self.overshoot_path = 0.0
-        self.valley_loss = self.recent_loss = self.progress = 0.0
         self.ended_by: str | None = None
 
     def __call__(self, step: Step) -> float:
         """Decide the learning rate of the step that is about to be made.
 
         Args:
-            step: Of which the loss and a slope are asked for, until warmup has ended.
+            step: Of which the loss and a slope are asked for, until the overshoot.
 
         Returns:
             η_t; once warmup has ended, its last.
@@ -121,22 +131,16 @@ class GuidedWarmup:
         """
         if self.ended_by is not None:
             return self.lr
-        loss = step.loss()
         if self.num_steps == 0:
-            self._start(loss, step.slope())
+            self._start(step.loss(), step.slope())
         elif self.overshoot_step is None:
-            self._descend(loss, step.momentum_slope())
+            self._descend(step.loss(), step.momentum_slope())
         if self.overshoot_step is not None:
-            self._climb(loss)
+            self._climb()
         self._end()
         self.path += self.lr
         self.num_steps += 1
         return self.lr
-
-    @property
-    def line_steps(self) -> float:
-        """t*, the steps that the way to the valley is to take."""
-        return max(1.0, min(_SHARE * self.num_training_steps, _MOST))
 
     @property
     def peak(self) -> float:
@@ -147,9 +151,9 @@ class GuidedWarmup:
     def expected_peak(self) -> float:
         """0.15 of S, or of its present estimate; NaN if there is none."""
         if self.overshoot_lr is not None:
-            return _PEAK * self.overshoot_path
+            return self.PEAK * self.overshoot_path
         slope = fmean(self.slopes) if self.slopes else math.nan
-        return _PEAK * (self.path + _DISTANCE * self.recent_loss / slope) if slope > 0 else math.nan
+        return self.PEAK * (self.path + self.DISTANCE * self.last_loss / slope) if slope > 0 else math.nan
 
     def _start(self, loss: float, slope: float) -> None:
         if not 0 < loss < math.inf:
@@ -163,14 +167,14 @@ class GuidedWarmup:
                 "uphill, makes another step than that of its learning rate, or has gradients of another loss; if it "
                 "is to be so, set warmup=linear and warmup_steps"
             )
-        self.first_loss = self.recent_loss = loss
-        self.lr = 2 * _DISTANCE * loss / slope / self.line_steps**2
+        self.last_loss = loss
+        self.lr = 2 * self.DISTANCE * loss / slope / self.line_steps**2
 
     def _descend(self, loss: float, slope: float | None) -> None:
         if slope is None:
             raise ValueError("the optimizer must have a momentum, got one without: nothing would tell the overshoot")
-        self.recent_loss = loss
-        self.slopes = [*self.slopes, slope][-_SLOPES:]
+        self.last_loss = loss
+        self.slopes = [*self.slopes, slope][-self.SLOPES :]
         self.mean_slope += (slope - self.mean_slope) / self.num_steps
         if self._overshoots(loss):
             self.overshoot_step, self.overshoot_lr, self.overshoot_path = self.num_steps, self.lr, self.path
@@ -178,43 +182,26 @@ class GuidedWarmup:
             self.lr = self._on_the_line(loss)
 
     def _on_the_line(self, loss: float) -> float:
-        slope, most = fmean(self.slopes), self.lr * (1 + _POWER / self.num_steps)
+        slope, most = fmean(self.slopes), self.lr * (1 + self.POWER / self.num_steps)
         if slope <= 0:
             return most
-        distance = self.path + _DISTANCE * loss / slope
+        distance = self.path + self.DISTANCE * loss / slope
         return max(self.lr, min(most, 2 * math.sqrt(distance * (self.path + self.lr / 2)) / self.line_steps))
 
     def _overshoots(self, loss: float) -> bool:
         turned = sum(slope <= 0 for slope in self.slopes)
-        if len(self.slopes) < _SLOPES or turned < _SLOPES / 2 or self.mean_slope <= 0:
+        if len(self.slopes) < self.SLOPES or turned < self.SLOPES / 2 or self.mean_slope <= 0:
             return False
-        return self.path >= _DISTANCE * loss / self.mean_slope / 2
+        return self.path >= self.DISTANCE * loss / self.mean_slope / 2
 
-    def _climb(self, loss: float) -> None:
+    def _climb(self) -> None:
+        """On along the line, or as steeply as it takes to be at the peak by half of the run."""
         assert self.overshoot_step is not None
         assert self.overshoot_lr is not None
-        since = self.num_steps - self.overshoot_step
-        self._follow(loss, since + 1)
-        way, left = self.peak - self.overshoot_lr, self.num_training_steps / 2 - self.overshoot_step
-        before = self.overshoot_lr / self.overshoot_step
-        rise = max(before, min(_STEEPEST * before, way / max(1.0, left)))
-        self.lr = max(self.lr, self.overshoot_lr + min(rise * since, way * self.progress))
-
-    def _follow(self, loss: float, count: int) -> None:
-        """Update φ with the loss of the `count`-th step from the overshoot on."""
-        assert self.overshoot_step is not None
-        first = max(_SLOPES, self.overshoot_step // 4)  # steps whose mean is the loss in the valley
-        if count <= first:
-            self.valley_loss += (loss - self.valley_loss) / count
-            return
-        # The mean of the last `first` steps, or of the last quarter where that is more.
-        seen = count - first
-        self.recent_loss = loss if seen == 1 else self.recent_loss
-        self.recent_loss += (loss - self.recent_loss) * max(1 / seen, 2 / max(first, count / 4))
-        if seen >= _SLOPES:
-            descent = self.first_loss - self.valley_loss
-            fallen = (self.valley_loss - self.recent_loss) / (_FALL * descent) if descent > 0 else 1.0
-            self.progress = max(self.progress, min(1.0, fallen))
+        since, left = self.num_steps - self.overshoot_step, self.num_training_steps / 2 - 1 - self.overshoot_step
+        line, way = self.overshoot_lr / self.overshoot_step, self.peak - self.overshoot_lr
+        risen = since * max(line, min(way / max(1.0, left), self.STEEPEST * line))
+        self.lr = self.peak if risen >= way else self.overshoot_lr + risen
 
     def _end(self) -> None:
         bound = math.inf if self.learning_rate is None else self.learning_rate
@@ -235,8 +222,8 @@ class GuidedWarmup:
         """The state, in plain numbers and lists of them, with the options it was made with."""
         return {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in _SAVED}
 
-    @staticmethod
-    def check_state(state: dict[str, Any]) -> None:
+    @classmethod
+    def check_state(cls, state: dict[str, Any]) -> None:
         """Refuse a state that no rule of this class has left.
 
         Args:
@@ -250,15 +237,15 @@ class GuidedWarmup:
             raise ValueError(f"the state must be of a GuidedWarmup, with {', '.join(_SAVED)}, got {got}")
         whole("num_training_steps", state["num_training_steps"], 1)
         num_steps = whole("num_steps", state["num_steps"], 0)
-        if state["learning_rate"] is not None:
-            positive("learning_rate", state["learning_rate"])
-        for name in ("lr", "path", "first_loss", "overshoot_path", "progress"):
+        for name in ("learning_rate",) * (state["learning_rate"] is not None) + ("line_steps",):
+            positive(name, state[name])
+        for name in ("lr", "path", "overshoot_path"):
             if not 0 <= number(name, state[name]) < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {state[name]}")
-        for name in ("mean_slope", "valley_loss", "recent_loss"):
+        for name in ("mean_slope", "last_loss"):
             number(name, state[name])
-        if not isinstance(state["slopes"], list) or len(state["slopes"]) > _SLOPES:
-            raise ValueError(f"slopes must be a list of at most {_SLOPES} numbers, got {shown(state['slopes'])}")
+        if not isinstance(state["slopes"], list) or len(state["slopes"]) > cls.SLOPES:
+            raise ValueError(f"slopes must be a list of at most {cls.SLOPES} numbers, got {shown(state['slopes'])}")
         for slope in state["slopes"]:
             number("slopes", slope)
         if (state["overshoot_step"] is None) != (state["overshoot_lr"] is None):
@@ -280,7 +267,7 @@ class GuidedWarmup:
             ValueError: If it was made with others, or holds what no run leaves; nothing is loaded then.
         """
         self.check_state(state)
-        for name in ("learning_rate", "num_training_steps"):
+        for name in ("learning_rate", "num_training_steps", "line_steps"):
             if state[name] != getattr(self, name) and state["ended_by"] is None:
                 raise ValueError(f"{name} must be {state[name]} as in the checkpoint, got {getattr(self, name)}")
         for name in _SAVED:
