@@ -247,7 +247,7 @@ def provenance(made: list[Row]) -> str:
 
 
 def complete(study: Study, folder: Path) -> list[Row]:
-    """The finished runs of the grid, of the seeds that lack none; an optimizer or rule without any does not count."""
+    """The finished runs of the grid, of the seeds that lack none; an optimizer or rule without any is left out."""
     made = {row["keys"]: row for row in rows(folder, study.name)}
     known = {(row["optimizer"], row["rule"]) for row in made.values()}
     jobs = [job for job in study.jobs if (job.optimizer, job.rule) in known]
