@@ -15,14 +15,18 @@ optimizer step on copies per training step until the valley, and no forward pass
                 the distance 0.3 L_t / Ḡ_t, with Ḡ the mean of all slopes: where batches say little, slopes of both
                 signs come long before the valley.)
     peak        p = 0.15 S
-    climb       from there on η goes on along the line or, where that would not reach p by half of the run, along
-                one that does, up to 3 times as steep
+    wait        at η_o until the loss has fallen by another tenth of its first descent
+    climb       then η goes on along the line or, where that would not reach p by half of the run, along one that
+                does, up to 3 times as steep
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
 with t* = min(0.22 N, 120) steps in a run of N. L/G is Polyak's step: the learning rate that would bring the loss to
 zero if it fell on at its present slope; 0.3 of it is about what is left of the first descent. A straight line that
 starts at 0 and makes the way Ŝ in t* steps is at 2 √(Ŝ s)/t* when it has made s of it, which is the third line. If
 the estimate is off by a factor of 2, the overshoot comes after t*/√2 or √2 t* steps.
+
+In the valley a model has learned how often each token comes. A decoder goes on at once. A masked model may stay on
+that plateau for hundreds of steps, and a learning rate that rises meanwhile can lose it for good; hence the wait.
 
 A training without such a descent, as fine-tuning mostly is, has a small G beside its loss. The line is steep then,
 and reaches `learning_rate` within a few steps.
@@ -50,9 +54,11 @@ _SAVED = (
         "path",
         "slopes",
         "mean_slope",
+        "first_loss",
         "last_loss",
+        "valley_loss",
     ),
-    *("overshoot_step", "overshoot_lr", "overshoot_path", "ended_by"),
+    *("overshoot_step", "overshoot_lr", "overshoot_path", "climb_step", "ended_by"),
 )
 
 
@@ -95,6 +101,7 @@ class GuidedWarmup:
     SLOPES = 6  # in the mean, and of which half tell the overshoot
     POWER = 2  # η rises no faster than t to this power
     PEAK = 0.15  # of the path to the valley
+    FALL = 0.1  # of the first descent: how far the loss falls again before the climb
     STEEPEST = 3  # of the climb, in slopes of the line before it
 
     will_probe = False
@@ -109,17 +116,18 @@ class GuidedWarmup:
         self.num_steps = 0
         self.lr = self.path = 0.0
         self.slopes: list[float] = []
-        self.mean_slope = self.last_loss = 0.0
+        self.mean_slope = self.first_loss = self.last_loss = self.valley_loss = 0.0
         self.overshoot_step: int | None = None
         self.overshoot_lr: float | None = None
         self.overshoot_path = 0.0
+        self.climb_step: int | None = None
         self.ended_by: str | None = None
 
     def __call__(self, step: Step) -> float:
         """Decide the learning rate of the step that is about to be made.
 
         Args:
-            step: Of which the loss and a slope are asked for, until the overshoot.
+            step: Of which the loss is asked for until the climb, and a slope until the overshoot.
 
         Returns:
             η_t; once warmup has ended, its last.
@@ -131,11 +139,9 @@ class GuidedWarmup:
         """
         if self.ended_by is not None:
             return self.lr
-        if self.num_steps == 0:
-            self._start(step.loss(), step.slope())
-        elif self.overshoot_step is None:
-            self._descend(step.loss(), step.momentum_slope())
-        if self.overshoot_step is not None:
+        if self.climb_step is None:
+            self._before_the_climb(step)
+        if self.climb_step is not None:
             self._climb()
         self._end()
         self.path += self.lr
@@ -155,6 +161,15 @@ class GuidedWarmup:
         slope = fmean(self.slopes) if self.slopes else math.nan
         return self.PEAK * (self.path + self.DISTANCE * self.last_loss / slope) if slope > 0 else math.nan
 
+    def _before_the_climb(self, step: Step) -> None:
+        loss = step.loss()
+        if self.num_steps == 0:
+            self._start(loss, step.slope())
+        elif self.overshoot_step is None:
+            self._descend(loss, step.momentum_slope())
+        if self.overshoot_step is not None:
+            self._wait(loss)
+
     def _start(self, loss: float, slope: float) -> None:
         if not 0 < loss < math.inf:
             raise RuntimeError(
@@ -167,7 +182,7 @@ class GuidedWarmup:
                 "uphill, makes another step than that of its learning rate, or has gradients of another loss; if it "
                 "is to be so, set warmup=linear and warmup_steps"
             )
-        self.last_loss = loss
+        self.first_loss = self.last_loss = loss
         self.lr = 2 * self.DISTANCE * loss / slope / self.line_steps**2
 
     def _descend(self, loss: float, slope: float | None) -> None:
@@ -194,11 +209,27 @@ class GuidedWarmup:
             return False
         return self.path >= self.DISTANCE * loss / self.mean_slope / 2
 
+    def _wait(self, loss: float) -> None:
+        """Begin the climb once the loss has fallen on from where it was behind the overshoot."""
+        assert self.overshoot_step is not None
+        count = self.num_steps - self.overshoot_step + 1
+        first = max(self.SLOPES, self.overshoot_step // 4)  # steps whose mean is the loss in the valley
+        if count <= first:
+            self.valley_loss += (loss - self.valley_loss) / count
+            return
+        # The mean of the last `first` steps, or of the last quarter where that is more.
+        seen, before = count - first, self.last_loss
+        self.last_loss = loss if seen == 1 else before + (loss - before) * max(1 / seen, 2 / max(first, count / 4))
+        fallen = self.valley_loss - self.last_loss
+        if seen >= self.SLOPES and fallen >= self.FALL * (self.first_loss - self.valley_loss):
+            self.climb_step = self.num_steps
+
     def _climb(self) -> None:
         """On along the line, or as steeply as it takes to be at the peak by half of the run."""
         assert self.overshoot_step is not None
         assert self.overshoot_lr is not None
-        since, left = self.num_steps - self.overshoot_step, self.num_training_steps / 2 - 1 - self.overshoot_step
+        assert self.climb_step is not None
+        since, left = self.num_steps - self.climb_step, self.num_training_steps / 2 - 1 - self.climb_step
         line, way = self.overshoot_lr / self.overshoot_step, self.peak - self.overshoot_lr
         risen = since * max(line, min(way / max(1.0, left), self.STEEPEST * line))
         self.lr = self.peak if risen >= way else self.overshoot_lr + risen
@@ -242,7 +273,7 @@ class GuidedWarmup:
         for name in ("lr", "path", "overshoot_path"):
             if not 0 <= number(name, state[name]) < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {state[name]}")
-        for name in ("mean_slope", "last_loss"):
+        for name in ("mean_slope", "first_loss", "last_loss", "valley_loss"):
             number(name, state[name])
         if not isinstance(state["slopes"], list) or len(state["slopes"]) > cls.SLOPES:
             raise ValueError(f"slopes must be a list of at most {cls.SLOPES} numbers, got {shown(state['slopes'])}")
@@ -254,6 +285,8 @@ class GuidedWarmup:
             positive("overshoot_lr", state["overshoot_lr"])
             if not 1 <= whole("overshoot_step", state["overshoot_step"], 0) < max(2, num_steps):
                 raise ValueError(f"overshoot_step must be from 1 to {num_steps - 1}, got {state['overshoot_step']}")
+        if state["climb_step"] is not None:
+            whole("climb_step", state["climb_step"], state["overshoot_step"] or 0)
         if state["ended_by"] not in (None, *ENDS):
             raise ValueError(f"ended_by must be {' or '.join(ENDS)}, got {shown(state['ended_by'])}")
 

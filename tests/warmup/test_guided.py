@@ -77,7 +77,7 @@ def test_the_learning_rates_are_those_of_the_equations_written_out():
     slopes = [60 + 30 * math.sin(t * t) - t for t in range(400)]
     losses = [6 - 0.01 * t + 0.1 * math.cos(3 * t * t) for t in range(400)]
     rule, lrs, eta, path, kept = GuidedWarmup(400), [], 0.0, 0.0, []
-    valley = None
+    valley = climb = None
 
     class Step:
         def loss(self):
@@ -104,14 +104,25 @@ def test_the_learning_rates_are_those_of_the_equations_written_out():
                 mean = fmean(kept[-6:])
                 line = 2 * math.sqrt((path + 0.3 * losses[t] / mean) * (path + eta / 2)) / 88 if mean > 0 else math.inf
                 eta = max(eta, min(line, eta * (1 + 2 / t)))
-        if valley is not None:
+        if valley is not None and climb is None:
+            first, after = max(6, t_o // 4), losses[t_o : t + 1]
+            if len(after) <= first:
+                settled, recent = fmean(after), None
+            else:
+                seen = len(after) - first
+                weight = max(1 / seen, 2 / max(first, len(after) / 4))
+                recent = losses[t] if recent is None else recent + weight * (losses[t] - recent)
+                if seen >= 6 and settled - recent >= 0.1 * (losses[0] - settled):
+                    climb = t
+        if climb is not None:
             peak = max(eta_o, 0.15 * valley)
-            rise = max(eta_o / t_o, min((peak - eta_o) / (199 - t_o), 3 * eta_o / t_o))
-            eta = min(peak, eta_o + rise * (t - t_o))
+            rise = max(eta_o / t_o, min((peak - eta_o) / (199 - climb), 3 * eta_o / t_o))
+            eta = min(peak, eta_o + rise * (t - climb))
         path += eta
         assert lrs[t] == pytest.approx(eta, rel=1e-12)
     assert valley is not None
     assert rule.overshoot_lr == eta_o
+    assert rule.climb_step == climb is not None
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -148,26 +159,50 @@ def test_the_peak_is_a_part_of_the_way_to_the_valley():
     assert lrs[-1] == rule.peak == pytest.approx(0.15 * 0.05, rel=0.15)  # six slopes tell it, some steps late
 
 
+def test_it_waits_in_the_valley_until_the_loss_falls_again_by_a_tenth_of_its_first_descent():
+    rule = GuidedWarmup(2000)
+    world = World(0.05)
+    since = 0
+
+    def loss(path):
+        nonlocal since
+        since += path >= 0.05
+        return learning_on(min(path, 0.05)) - (0.2 if since > 300 else 0.05)  # the first descent is 1
+
+    world.loss_of = loss
+    lrs = world.run(rule)
+    waited = lrs[rule.overshoot_step : rule.climb_step + 1]
+    assert set(waited) == {rule.overshoot_lr}
+    assert 290 < len(waited) < 400
+    assert rule.ended_by == "peak"
+
+
+def test_a_loss_that_stays_in_the_valley_holds_the_learning_rate_there():
+    rule = GuidedWarmup(400)
+    lrs = World(0.05, loss=lambda path: max(5.0, learning_on(path))).run(rule)
+    assert rule.ended_by == "half of the run"
+    assert len(lrs) == 200
+    assert set(lrs[rule.overshoot_step :]) == {rule.overshoot_lr}
+
+
 def test_it_climbs_along_the_line_and_no_more_slowly_than_to_be_at_the_peak_by_half_of_the_run():
     long = GuidedWarmup(4000)
-    lrs = World(0.05, loss=learning_on).run(long)
-    after = lrs[long.overshoot_step :]
+    after = World(0.05, loss=learning_on).run(long)[long.climb_step :]
     line = long.overshoot_lr / long.overshoot_step
     assert [b - a for a, b in zip(after[:-2], after[1:-1], strict=True)] == pytest.approx([line] * (len(after) - 2))
-    short = GuidedWarmup(1200)
+    short = GuidedWarmup(1300)
     lrs = World(0.05, loss=learning_on).run(short)
-    assert len(lrs) == 600
+    assert len(lrs) == 650
     assert lrs[-1] == short.peak
     assert short.ended_by == "peak"
 
 
-def test_an_overshoot_just_before_half_of_the_run_is_no_jump():
-    slopes = iter([40.0] * 190 + [-1.0] * 100)
-    rule = GuidedWarmup(400)
-    lrs = World(1e9, slope=lambda path: next(slopes)).run(rule)
-    assert rule.overshoot_step > 190
-    assert lrs[-1] < 1.2 * rule.overshoot_lr
-    assert rule.ended_by == "half of the run"
+def test_a_climb_just_before_half_of_the_run_is_no_jump():
+    rule = GuidedWarmup(300)
+    lrs = World(0.05, loss=learning_on).run(rule)
+    line = rule.overshoot_lr / rule.overshoot_step
+    rises = [b - a for a, b in zip(lrs[rule.climb_step :], lrs[rule.climb_step + 1 :], strict=False)]
+    assert max(rises) == pytest.approx(3 * line)
 
 
 @pytest.mark.parametrize("bound", [1e-5, 1e-3, 3e-3])
