@@ -15,7 +15,7 @@ optimizer step on copies per training step until the valley, and no forward pass
                 the distance 0.3 L_t / Ḡ_t, with Ḡ the mean of all slopes: where batches say little, slopes of both
                 signs come long before the valley.)
     peak        p = 0.15 S
-    wait        at η_o until the loss has fallen by another tenth of its first descent
+    wait        at η_o until the loss has fallen by another tenth of its first descent; not of a decoder (`wait=False`)
     climb       then η goes on along the line or, where that would not reach p by half of the run, along one that
                 does, up to 3 times as steep
     end         at p, at `learning_rate` if that is a bound, or at half of the run
@@ -40,7 +40,7 @@ import math
 from statistics import fmean
 from typing import Any
 
-from hf_warmup.numeric import number, positive, shown, whole
+from hf_warmup.numeric import boolean, number, positive, shown, whole
 from hf_warmup.warmup.rule import Step
 
 ENDS = ("learning_rate", "peak", "half of the run")
@@ -49,6 +49,7 @@ _SAVED = (
         "num_training_steps",
         "learning_rate",
         "line_steps",
+        "wait",
         "num_steps",
         "lr",
         "path",
@@ -78,12 +79,14 @@ class GuidedWarmup:
         num_training_steps: N, all steps of the run.
         learning_rate: Bounds η; None to let the run find its own.
         line_steps: t*, the steps that the way to the valley is to take: min(0.22 N, 120) if None. More is safer and
-            slower; a BERT with LayerNorm behind the residual wants twice as many.
+            slower.
+        wait: Whether the climb waits for the loss to fall again. No for a decoder, which does not need it.
 
     Attributes:
         num_training_steps: N.
         learning_rate: The bound.
         line_steps: t*.
+        wait: Whether there is a wait.
         num_steps: Steps decided so far.
         lr: η of the last step decided.
         path: s, the sum of η so far.
@@ -107,12 +110,18 @@ class GuidedWarmup:
     will_probe = False
 
     def __init__(
-        self, num_training_steps: int, learning_rate: float | None = None, *, line_steps: float | None = None
+        self,
+        num_training_steps: int,
+        learning_rate: float | None = None,
+        *,
+        line_steps: float | None = None,
+        wait: bool = True,
     ) -> None:
         self.num_training_steps = whole("num_training_steps", num_training_steps, 1)
         usual = max(1.0, min(self.SHARE * self.num_training_steps, self.MOST_STEPS))
         self.line_steps = usual if line_steps is None else positive("line_steps", line_steps)
         self.learning_rate = None if learning_rate is None else positive("learning_rate", learning_rate)
+        self.wait = boolean("wait", wait)
         self.num_steps = 0
         self.lr = self.path = 0.0
         self.slopes: list[float] = []
@@ -168,7 +177,7 @@ class GuidedWarmup:
         elif self.overshoot_step is None:
             self._descend(loss, step.momentum_slope())
         if self.overshoot_step is not None:
-            self._wait(loss)
+            self._wait_for_a_fall(loss)
 
     def _start(self, loss: float, slope: float) -> None:
         if not 0 < loss < math.inf:
@@ -209,11 +218,14 @@ class GuidedWarmup:
             return False
         return self.path >= self.DISTANCE * loss / self.mean_slope / 2
 
-    def _wait(self, loss: float) -> None:
+    def _wait_for_a_fall(self, loss: float) -> None:
         """Begin the climb once the loss has fallen on from where it was behind the overshoot."""
         assert self.overshoot_step is not None
+        if not self.wait:
+            self.climb_step = self.num_steps
+            return
         count = self.num_steps - self.overshoot_step + 1
-        first = max(self.SLOPES, self.overshoot_step // 4)  # steps whose mean is the loss in the valley
+        first = max(self.SLOPES, self.overshoot_step // 2)  # steps whose mean is the loss in the valley
         if count <= first:
             self.valley_loss += (loss - self.valley_loss) / count
             return
@@ -268,6 +280,7 @@ class GuidedWarmup:
             raise ValueError(f"the state must be of a GuidedWarmup, with {', '.join(_SAVED)}, got {got}")
         whole("num_training_steps", state["num_training_steps"], 1)
         num_steps = whole("num_steps", state["num_steps"], 0)
+        boolean("wait", state["wait"])
         for name in ("learning_rate",) * (state["learning_rate"] is not None) + ("line_steps",):
             positive(name, state[name])
         for name in ("lr", "path", "overshoot_path"):
@@ -300,7 +313,7 @@ class GuidedWarmup:
             ValueError: If it was made with others, or holds what no run leaves; nothing is loaded then.
         """
         self.check_state(state)
-        for name in ("learning_rate", "num_training_steps", "line_steps"):
+        for name in ("learning_rate", "num_training_steps", "line_steps", "wait"):
             if state[name] != getattr(self, name) and state["ended_by"] is None:
                 raise ValueError(f"{name} must be {state[name]} as in the checkpoint, got {getattr(self, name)}")
         for name in _SAVED:

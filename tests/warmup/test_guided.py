@@ -105,7 +105,7 @@ def test_the_learning_rates_are_those_of_the_equations_written_out():
                 line = 2 * math.sqrt((path + 0.3 * losses[t] / mean) * (path + eta / 2)) / 88 if mean > 0 else math.inf
                 eta = max(eta, min(line, eta * (1 + 2 / t)))
         if valley is not None and climb is None:
-            first, after = max(6, t_o // 4), losses[t_o : t + 1]
+            first, after = max(6, t_o // 2), losses[t_o : t + 1]
             if len(after) <= first:
                 settled, recent = fmean(after), None
             else:
@@ -175,6 +175,14 @@ def test_it_waits_in_the_valley_until_the_loss_falls_again_by_a_tenth_of_its_fir
     assert set(waited) == {rule.overshoot_lr}
     assert 290 < len(waited) < 400
     assert rule.ended_by == "peak"
+
+
+def test_a_decoder_climbs_at_once():
+    rule = GuidedWarmup(2000, wait=False)
+    lrs = World(0.05, loss=lambda path: max(5.0, learning_on(path))).run(rule)
+    assert rule.climb_step == rule.overshoot_step
+    line = rule.overshoot_lr / rule.overshoot_step
+    assert lrs[rule.overshoot_step + 10] == pytest.approx(rule.overshoot_lr + 10 * line)
 
 
 def test_a_loss_that_stays_in_the_valley_holds_the_learning_rate_there():
@@ -289,6 +297,7 @@ def test_a_rule_that_is_loaded_goes_on_to_the_digit(at):
         (GuidedWarmup(400, 1e-3), "learning_rate must be None"),
         (GuidedWarmup(500), "num_training_steps must be 400"),
         (GuidedWarmup(400, line_steps=5), "line_steps must be 88.0"),
+        (GuidedWarmup(400, wait=False), "wait must be True"),
     ],
 )
 def test_other_options_than_those_of_the_checkpoint_are_refused_by_name(other, message):
