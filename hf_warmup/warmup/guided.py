@@ -15,7 +15,7 @@ optimizer step on copies per training step until the valley, and no forward pass
                 the distance 0.3 L_t / Ḡ_t, with Ḡ the mean of all slopes: where batches say little, slopes of both
                 signs come long before the valley.)
     peak        p = 0.15 S
-    wait        at η_o until the loss has fallen by another tenth of its first descent; not of a decoder (`wait=False`)
+    wait        at η_o until the loss has fallen by another tenth of its first descent (`wait`; not of a decoder)
     climb       then η goes on along the line or, where that would not reach p by half of the run, along one that
                 does, up to 3 times as steep
     end         at p, at `learning_rate` if that is a bound, or at half of the run

@@ -178,7 +178,7 @@ def test_it_waits_in_the_valley_until_the_loss_falls_again_by_a_tenth_of_its_fir
 
 
 def test_a_decoder_climbs_at_once():
-    rule = GuidedWarmup(2000, wait=False)
+    rule = GuidedWarmup(4000, wait=False)
     lrs = World(0.05, loss=lambda path: max(5.0, learning_on(path))).run(rule)
     assert rule.climb_step == rule.overshoot_step
     line = rule.overshoot_lr / rule.overshoot_step
