@@ -44,23 +44,10 @@ from hf_warmup.numeric import boolean, number, positive, shown, whole
 from hf_warmup.warmup.rule import Step
 
 ENDS = ("learning_rate", "peak", "half of the run")
-_SAVED = (
-    *(
-        "num_training_steps",
-        "learning_rate",
-        "line_steps",
-        "wait",
-        "num_steps",
-        "lr",
-        "path",
-        "slopes",
-        "mean_slope",
-        "first_loss",
-        "last_loss",
-        "valley_loss",
-    ),
-    *("overshoot_step", "overshoot_lr", "overshoot_path", "climb_step", "ended_by"),
-)
+_OPTIONS = ("num_training_steps", "learning_rate", "line_steps", "wait")
+_DESCENT = ("num_steps", "lr", "path", "slopes", "mean_slope", "first_loss", "last_loss")
+_VALLEY = ("overshoot_step", "overshoot_lr", "overshoot_path", "valley_loss", "climb_step", "ended_by")
+_SAVED = _OPTIONS + _DESCENT + _VALLEY
 
 
 class GuidedWarmup:
@@ -197,6 +184,8 @@ class GuidedWarmup:
     def _descend(self, loss: float, slope: float | None) -> None:
         if slope is None:
             raise ValueError("the optimizer must have a momentum, got one without: nothing would tell the overshoot")
+        if not math.isfinite(loss + slope):
+            return
         self.last_loss = loss
         self.slopes = [*self.slopes, slope][-self.SLOPES :]
         self.mean_slope += (slope - self.mean_slope) / self.num_steps
@@ -209,7 +198,7 @@ class GuidedWarmup:
         slope, most = fmean(self.slopes), self.lr * (1 + self.POWER / self.num_steps)
         if slope <= 0:
             return most
-        distance = self.path + self.DISTANCE * loss / slope
+        distance = self.path + self.DISTANCE * max(0.0, loss) / slope
         return max(self.lr, min(most, 2 * math.sqrt(distance * (self.path + self.lr / 2)) / self.line_steps))
 
     def _overshoots(self, loss: float) -> bool:
@@ -223,6 +212,7 @@ class GuidedWarmup:
         assert self.overshoot_step is not None
         if not self.wait:
             self.climb_step = self.num_steps
+        if not (self.wait and math.isfinite(loss)):
             return
         count = self.num_steps - self.overshoot_step + 1
         first = max(self.SLOPES, self.overshoot_step // 2)  # steps whose mean is the loss in the valley
@@ -313,7 +303,7 @@ class GuidedWarmup:
             ValueError: If it was made with others, or holds what no run leaves; nothing is loaded then.
         """
         self.check_state(state)
-        for name in ("learning_rate", "num_training_steps", "line_steps", "wait"):
+        for name in _OPTIONS:
             if state[name] != getattr(self, name) and state["ended_by"] is None:
                 raise ValueError(f"{name} must be {state[name]} as in the checkpoint, got {getattr(self, name)}")
         for name in _SAVED:

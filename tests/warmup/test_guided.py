@@ -261,6 +261,15 @@ def test_a_first_step_that_goes_uphill_is_refused(slope):
         GuidedWarmup(100)(World(slope=lambda path: slope))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -3.0])
+def test_a_later_loss_that_says_nothing_leaves_the_learning_rate_where_it_was(value):
+    rule, world = GuidedWarmup(400), World(0.05)
+    world.run(rule, most=20)
+    before = rule.lr
+    world.loss_of, world.slope_of = lambda path: value, lambda path: 40.0
+    assert rule(world) == before
+
+
 def test_an_optimizer_without_momentum_is_refused():
     class Plain(World):
         def momentum_slope(self):
