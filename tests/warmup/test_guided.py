@@ -177,6 +177,21 @@ def test_it_waits_in_the_valley_until_the_loss_falls_again_by_a_tenth_of_its_fir
     assert rule.ended_by == "peak"
 
 
+def test_a_long_wait_looks_at_the_last_quarter_of_its_losses():
+    rule, since = GuidedWarmup(4000), 0
+    world = World(0.05)
+
+    def loss(path):
+        nonlocal since
+        since += path >= 0.05
+        return 6 - 20 * min(path, 0.05) - 0.3 * (since > 800)  # the first descent is 1
+
+    world.loss_of = loss
+    world.run(rule)
+    # A mean over some n steps has taken a third of the fall after ln(3/2) n/2.
+    assert rule.climb_step - rule.overshoot_step - 800 == pytest.approx(math.log(1.5) * 200 / 2, rel=0.15)
+
+
 def test_a_decoder_climbs_at_once():
     rule = GuidedWarmup(4000, wait=False)
     lrs = World(0.05, loss=lambda path: max(5.0, learning_on(path))).run(rule)
