@@ -31,7 +31,7 @@ class TrainerStep:
         backend: How its model is spread.
         replay: The step's batches, kept if a loss at a learning rate is asked for.
         shards: What this process holds.
-        lr: The learning rate of the step before.
+        lr: The learning rate of the step before; 0 in the first step.
         copy_on_cpu: Whether copies of weights are kept in the CPU's memory.
     """
 
@@ -99,8 +99,8 @@ class TrainerStep:
         return self._slope(momentum_slope) if has_momentum(self.shards.optimizer) else None
 
     def _slope(self, measure: Callable[..., float]) -> float:
-        low = any(p.dtype in _LOW for p in params_of(self.shards.optimizer))
-        lr = max(self.lr, _VISIBLE) if low else self.lr
+        hidden = self.lr == 0 or any(p.dtype in _LOW for p in params_of(self.shards.optimizer))
+        lr = max(self.lr, _VISIBLE) if hidden else self.lr
         along = functools.partial(
             measure,
             self.shards.optimizer,
