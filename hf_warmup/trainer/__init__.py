@@ -6,14 +6,17 @@ from hf_warmup.trainer.compare import Comparison, compare_runs
 from hf_warmup.trainer.optimizer import GIAdamWFactory
 from hf_warmup.trainer.report import warmup_report
 from hf_warmup.trainer.sharpness import SharpnessCallback
+from hf_warmup.trainer.suggest import LearningRate, suggest_lr
 
 __all__ = [
     "Comparison",
     "GIAdamWFactory",
+    "LearningRate",
     "SharpnessCallback",
     "WarmupArguments",
     "WarmupCallback",
     "WarmupTrainingArguments",
     "compare_runs",
+    "suggest_lr",
     "warmup_report",
 ]

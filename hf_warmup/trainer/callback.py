@@ -56,13 +56,17 @@ logger = logging.getLogger(__name__)
 
 
 class WarmupCallback(TrainerCallback):
-    """Warms the learning rate up. Made by `attach`."""
+    """Warms the learning rate up. Made by `attach`.
+
+    Attributes:
+        rule: That of guided or persistent warmup while it decides; None before and after.
+    """
 
     def __init__(self, trainer: Trainer, arguments: WarmupArguments) -> None:
         self.trainer = trainer
         self.arguments = arguments
         self._schedule: WarmupSchedule | ExponentialSchedule | SteeredSchedule | None = None
-        self._rule: GuidedWarmup | PersistentCatapult | None = None
+        self.rule: GuidedWarmup | PersistentCatapult | None = None
         self._replay: StepReplay | None = None
         self._backend: Backend | None = None
         self._num_batches = 1
@@ -174,8 +178,8 @@ class WarmupCallback(TrainerCallback):
         Raises:
             ValueError: If the trainer made another optimizer than GIAdamW although `gi_adam` is on, if that of
                 guided warmup has no momentum, if the checkpoint is of another warmup or bound or holds numbers that
-                no run left, if `init_lr` is above the learning rate of the optimizer, or if another trainer than that
-                of `attach` trains.
+                no run left, if `init_lr` is above the learning rate of the optimizer, or if another trainer than
+                that of `attach` trains.
         """
         if state is not self.trainer.state:
             raise ValueError(_COPY)
@@ -303,8 +307,8 @@ class WarmupCallback(TrainerCallback):
             return
         self._notice_other_lrs()
         try:
-            if self._rule is not None:
-                self._steer(self._rule, self._backend, self._replay)
+            if self.rule is not None:
+                self._steer(self.rule, self._backend, self._replay)
             else:
                 self._search_and_start(self._backend, self._replay)
         except BaseException:
@@ -431,7 +435,7 @@ class WarmupCallback(TrainerCallback):
             rule.load_state_dict(schedule.controller)
         if schedule.handed_over:
             return
-        self._rule = rule
+        self.rule = rule
         self._watch_steps(lambda: rule.will_probe)
 
     def _steer(self, rule: GuidedWarmup | PersistentCatapult, backend: Backend, replay: StepReplay) -> None:
@@ -489,7 +493,7 @@ class WarmupCallback(TrainerCallback):
         if self._backend is not None:
             self._backend.unwatch_step()
             self._backend = None
-        self._rule = None
+        self.rule = None
 
 
 _COPY = (

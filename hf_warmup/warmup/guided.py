@@ -16,7 +16,7 @@ optimizer step on copies per training step until the valley, and no forward pass
                 signs come long before the valley.)
     peak        p = 0.15 S
     climb       from there on η goes on along the line or, where that would not reach p by half of the run, along
-                one that is up to 3 times as steep; but no further than to η_o + (p - η_o) φ_t
+                one that does; but no further than to η_o + (p - η_o) φ_t
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
 with t* = min(0.22 N, 120) steps in a run of N. L/G is Polyak's step: the learning rate that would bring the loss to
@@ -43,14 +43,6 @@ from typing import Any
 
 from hf_warmup.numeric import number, positive, shown, whole
 from hf_warmup.warmup.rule import Step
-
-_DISTANCE = 0.3  # of Polyak's step: how far the valley is
-_SHARE, _MOST = 0.22, 120  # t* is that part of the run, at most so many steps
-_SLOPES = 6  # in the mean, and of which half tell the overshoot
-_POWER = 2  # η rises no faster than t to this power
-_PEAK = 0.15  # of the path to the valley
-_FALL = 0.1  # of the first descent: how far the loss falls again until the climb may reach the peak
-_STEEPEST = 3  # of the climb, in slopes of the line before it
 
 ENDS = ("learning_rate", "peak", "half of the run")
 _SAVED = (
@@ -89,6 +81,13 @@ class GuidedWarmup:
     Raises:
         ValueError: If an argument is out of range.
     """
+
+    DISTANCE = 0.3  # of Polyak's step: how far the valley is
+    SHARE, MOST_STEPS = 0.22, 120  # t* is that part of the run, at most so many steps
+    SLOPES = 6  # in the mean, and of which half tell the overshoot
+    POWER = 2  # η rises no faster than t to this power
+    PEAK = 0.15  # of the path to the valley
+    FALL = 0.1  # of the first descent: how far the loss falls again until the climb may reach the peak
 
     will_probe = False
 
@@ -136,7 +135,7 @@ class GuidedWarmup:
     @property
     def line_steps(self) -> float:
         """t*, the steps that the way to the valley is to take."""
-        return max(1.0, min(_SHARE * self.num_training_steps, _MOST))
+        return max(1.0, min(self.SHARE * self.num_training_steps, self.MOST_STEPS))
 
     @property
     def peak(self) -> float:
@@ -147,9 +146,9 @@ class GuidedWarmup:
     def expected_peak(self) -> float:
         """0.15 of S, or of its present estimate; NaN if there is none."""
         if self.overshoot_lr is not None:
-            return _PEAK * self.overshoot_path
+            return self.PEAK * self.overshoot_path
         slope = fmean(self.slopes) if self.slopes else math.nan
-        return _PEAK * (self.path + _DISTANCE * self.recent_loss / slope) if slope > 0 else math.nan
+        return self.PEAK * (self.path + self.DISTANCE * self.recent_loss / slope) if slope > 0 else math.nan
 
     def _start(self, loss: float, slope: float) -> None:
         if not 0 < loss < math.inf:
@@ -164,13 +163,13 @@ class GuidedWarmup:
                 "is to be so, set warmup=linear and warmup_steps"
             )
         self.first_loss = self.recent_loss = loss
-        self.lr = 2 * _DISTANCE * loss / slope / self.line_steps**2
+        self.lr = 2 * self.DISTANCE * loss / slope / self.line_steps**2
 
     def _descend(self, loss: float, slope: float | None) -> None:
         if slope is None:
             raise ValueError("the optimizer must have a momentum, got one without: nothing would tell the overshoot")
         self.recent_loss = loss
-        self.slopes = [*self.slopes, slope][-_SLOPES:]
+        self.slopes = [*self.slopes, slope][-self.SLOPES :]
         self.mean_slope += (slope - self.mean_slope) / self.num_steps
         if self._overshoots(loss):
             self.overshoot_step, self.overshoot_lr, self.overshoot_path = self.num_steps, self.lr, self.path
@@ -178,32 +177,32 @@ class GuidedWarmup:
             self.lr = self._on_the_line(loss)
 
     def _on_the_line(self, loss: float) -> float:
-        slope, most = fmean(self.slopes), self.lr * (1 + _POWER / self.num_steps)
+        slope, most = fmean(self.slopes), self.lr * (1 + self.POWER / self.num_steps)
         if slope <= 0:
             return most
-        distance = self.path + _DISTANCE * loss / slope
+        distance = self.path + self.DISTANCE * loss / slope
         return max(self.lr, min(most, 2 * math.sqrt(distance * (self.path + self.lr / 2)) / self.line_steps))
 
     def _overshoots(self, loss: float) -> bool:
         turned = sum(slope <= 0 for slope in self.slopes)
-        if len(self.slopes) < _SLOPES or turned < _SLOPES / 2 or self.mean_slope <= 0:
+        if len(self.slopes) < self.SLOPES or turned < self.SLOPES / 2 or self.mean_slope <= 0:
             return False
-        return self.path >= _DISTANCE * loss / self.mean_slope / 2
+        return self.path >= self.DISTANCE * loss / self.mean_slope / 2
 
     def _climb(self, loss: float) -> None:
         assert self.overshoot_step is not None
         assert self.overshoot_lr is not None
         since = self.num_steps - self.overshoot_step
         self._follow(loss, since + 1)
-        way, left = self.peak - self.overshoot_lr, self.num_training_steps / 2 - self.overshoot_step
-        before = self.overshoot_lr / self.overshoot_step
-        rise = max(before, min(_STEEPEST * before, way / max(1.0, left)))
-        self.lr = max(self.lr, self.overshoot_lr + min(rise * since, way * self.progress))
+        way, left = self.peak - self.overshoot_lr, self.num_training_steps / 2 - 1 - self.overshoot_step
+        risen = since * max(self.overshoot_lr / self.overshoot_step, way / max(1.0, left))
+        lr = self.overshoot_lr + min(risen, way * self.progress)
+        self.lr = self.peak if min(risen, way * self.progress) >= way else max(self.lr, lr)
 
     def _follow(self, loss: float, count: int) -> None:
         """Update φ with the loss of the `count`-th step from the overshoot on."""
         assert self.overshoot_step is not None
-        first = max(_SLOPES, self.overshoot_step // 4)  # steps whose mean is the loss in the valley
+        first = max(self.SLOPES, self.overshoot_step // 4)  # steps whose mean is the loss in the valley
         if count <= first:
             self.valley_loss += (loss - self.valley_loss) / count
             return
@@ -211,9 +210,9 @@ class GuidedWarmup:
         seen = count - first
         self.recent_loss = loss if seen == 1 else self.recent_loss
         self.recent_loss += (loss - self.recent_loss) * max(1 / seen, 2 / max(first, count / 4))
-        if seen >= _SLOPES:
+        if seen >= self.SLOPES:
             descent = self.first_loss - self.valley_loss
-            fallen = (self.valley_loss - self.recent_loss) / (_FALL * descent) if descent > 0 else 1.0
+            fallen = (self.valley_loss - self.recent_loss) / (self.FALL * descent) if descent > 0 else 1.0
             self.progress = max(self.progress, min(1.0, fallen))
 
     def _end(self) -> None:
@@ -235,8 +234,8 @@ class GuidedWarmup:
         """The state, in plain numbers and lists of them, with the options it was made with."""
         return {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in _SAVED}
 
-    @staticmethod
-    def check_state(state: dict[str, Any]) -> None:
+    @classmethod
+    def check_state(cls, state: dict[str, Any]) -> None:
         """Refuse a state that no rule of this class has left.
 
         Args:
@@ -257,8 +256,8 @@ class GuidedWarmup:
                 raise ValueError(f"{name} must be at least 0 and finite, got {state[name]}")
         for name in ("mean_slope", "valley_loss", "recent_loss"):
             number(name, state[name])
-        if not isinstance(state["slopes"], list) or len(state["slopes"]) > _SLOPES:
-            raise ValueError(f"slopes must be a list of at most {_SLOPES} numbers, got {shown(state['slopes'])}")
+        if not isinstance(state["slopes"], list) or len(state["slopes"]) > cls.SLOPES:
+            raise ValueError(f"slopes must be a list of at most {cls.SLOPES} numbers, got {shown(state['slopes'])}")
         for slope in state["slopes"]:
             number("slopes", slope)
         if (state["overshoot_step"] is None) != (state["overshoot_lr"] is None):

@@ -37,7 +37,7 @@ class Setting:
     """What is trained, on what, with which optimizer options."""
 
     name: str
-    family: str = "gpt"  # gpt, bert, modernbert, llama or cnn
+    family: str = "gpt"  # gpt, bert, modernbert, llama, llama-gqa or cnn
     tokens: str = "bytes"  # or "bpe": 512 pieces; "bpe8192": so many
     text: str = "shakespeare"  # or "code": Python's own standard library; "packages": torch and transformers
     width: int = 64
@@ -156,13 +156,16 @@ def make_model(setting: Setting) -> nn.Module:
         )
         model: Any = GPT2LMHeadModel(config)
         model.loss_type = "ForCausalLM"
-    elif s.family == "llama":
+    elif s.family in ("llama", "llama-gqa"):
+        grouped = s.family == "llama-gqa"
         config = LlamaConfig(
             vocab_size=s.vocab,
             hidden_size=s.width,
             intermediate_size=3 * s.width,
             num_hidden_layers=s.depth,
             num_attention_heads=heads,
+            num_key_value_heads=heads // 2 if grouped else heads,
+            tie_word_embeddings=grouped,
             max_position_embeddings=s.context,
             bos_token_id=0,
             eos_token_id=0,

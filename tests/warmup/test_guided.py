@@ -1,0 +1,309 @@
+"""Guided warmup, on worlds in which the way to the valley is known."""
+
+import json
+import math
+from statistics import fmean
+
+import pytest
+
+from hf_warmup import GuidedWarmup
+
+
+class World:
+    """A training in which the loss and its slope are functions of the path, the sum of the learning rates.
+
+    Args:
+        valley: The path at which the slope turns.
+        slope: Of the path, before that; such that the estimate of the distance is right, if None.
+        loss: Of the path.
+    """
+
+    def __init__(self, valley=0.05, slope=None, loss=lambda path: 6.0):
+        self.valley, self.path, self.loss_of = valley, 0.0, loss
+        self.slope_of = slope or (lambda path: 0.3 * loss(path) / (valley - path))
+
+    def loss(self, lr=0.0):
+        assert lr == 0.0, "guided warmup asks for no loss at a learning rate"
+        return self.loss_of(self.path)
+
+    def slope(self):
+        return self.slope_of(self.path)
+
+    def momentum_slope(self):
+        return self.slope_of(self.path) if self.path < self.valley else -1.0
+
+    def run(self, rule, most=10_000):
+        lrs = []
+        while rule.ended_by is None and len(lrs) < most:
+            lrs.append(rule(self))
+            self.path += lrs[-1]
+        return lrs
+
+
+def learning_on(path):
+    """A loss that falls by a unit until the path is 0.05, and then on."""
+    return 6.0 - 20 * path
+
+
+def test_the_first_learning_rate_is_that_of_a_line_that_makes_the_distance_in_its_steps():
+    rule = GuidedWarmup(300)
+    assert rule(World(slope=lambda path: 40.0)) == pytest.approx(2 * 0.3 * 6 / 40 / 66**2, rel=1e-12)
+
+
+@pytest.mark.parametrize(("num_steps", "line"), [(100, 22), (300, 66), (545, 119.9), (546, 120), (10**6, 120), (2, 1)])
+def test_the_line_takes_22_percent_of_the_run_and_at_most_120_steps(num_steps, line):
+    assert GuidedWarmup(num_steps).line_steps == pytest.approx(line)
+
+
+@pytest.mark.parametrize("valley", [1e-4, 0.05, 30.0])
+def test_where_the_estimate_is_right_the_way_is_a_straight_line_of_t_star_steps_to_the_valley(valley):
+    rule = GuidedWarmup(1000)
+    lrs = World(valley, loss=lambda path: 6.0).run(rule)[: rule.overshoot_step]
+    assert rule.overshoot_step == pytest.approx(120, abs=6)  # six slopes tell it
+    slope = 2 * valley / 120**2
+    for t in range(20, 110):
+        assert lrs[t] == pytest.approx(slope * t, rel=0.1)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_an_estimate_that_is_off_by_a_factor_changes_the_steps_to_the_valley_by_its_root(factor):
+    rule = GuidedWarmup(1000)
+    # The remaining distance is told too long by the factor, up to the last tenth.
+    World(0.05, slope=lambda path: 0.3 * 6 / factor / max(0.05 - path, 0.005)).run(rule)
+    assert rule.overshoot_step == pytest.approx(120 / math.sqrt(factor), rel=0.2)
+
+
+def test_the_learning_rates_are_those_of_the_equations_written_out():
+    slopes = [60 + 30 * math.sin(t * t) - t for t in range(400)]
+    losses = [6 - 0.01 * t + 0.1 * math.cos(3 * t * t) for t in range(400)]
+    rule, lrs, eta, path, kept = GuidedWarmup(400), [], 0.0, 0.0, []
+    valley = settled = None
+
+    class Step:
+        def loss(self):
+            return losses[t]
+
+        def slope(self):
+            return 50.0
+
+        def momentum_slope(self):
+            return slopes[t]
+
+    for t in range(200):
+        if rule.ended_by is not None:
+            break
+        lrs.append(rule(Step()))
+        if t == 0:
+            eta = 2 * 0.3 * losses[0] / 50 / 88**2
+        elif valley is None:
+            kept.append(slopes[t])
+            near = path >= 0.3 * losses[t] / fmean(kept) / 2
+            if len(kept) >= 6 and sum(slope <= 0 for slope in kept[-6:]) >= 3 and near:
+                valley, t_o, eta_o = path, t, eta
+            else:
+                mean = fmean(kept[-6:])
+                line = 2 * math.sqrt((path + 0.3 * losses[t] / mean) * (path + eta / 2)) / 88 if mean > 0 else math.inf
+                eta = max(eta, min(line, eta * (1 + 2 / t)))
+        if valley is not None:
+            first = max(6, t_o // 4)
+            after = losses[t_o : t + 1]
+            if len(after) <= first:
+                settled, recent, phi = fmean(after), None, 0.0
+            else:
+                seen = len(after) - first
+                weight = max(1 / seen, 2 / max(first, len(after) / 4))
+                recent = losses[t] if recent is None else recent + weight * (losses[t] - recent)
+                if seen >= 6:
+                    phi = max(phi, min(1.0, (settled - recent) / (0.1 * (losses[0] - settled))))
+            peak = max(eta_o, 0.15 * valley)
+            rise = max(eta_o / t_o, (peak - eta_o) / (199 - t_o))
+            eta = max(eta, eta_o + min(rise * (t - t_o), (peak - eta_o) * phi))
+        path += eta
+        assert lrs[t] == pytest.approx(eta, rel=1e-12)
+    assert valley is not None
+    assert rule.overshoot_lr == eta_o
+    assert phi > 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_learning_rate_never_falls_and_rises_no_faster_than_the_square_of_the_steps(seed):
+    import random
+
+    noise = random.Random(seed)
+    rule = GuidedWarmup(400)
+    lrs = World(0.05, slope=lambda path: noise.uniform(-50, 100) if path else 25.0, loss=learning_on).run(rule)
+    assert all(new >= old for old, new in zip(lrs, lrs[1:], strict=False))
+    way = lrs[: rule.overshoot_step]
+    assert len(way) > 10
+    assert all(way[t] <= way[t - 1] * (1 + 2 / t) * (1 + 1e-12) for t in range(1, len(way)))
+
+
+def test_the_unit_of_the_learning_rate_does_not_matter():
+    small, large = GuidedWarmup(400), GuidedWarmup(400)
+    lrs = World(0.05, loss=learning_on).run(small)
+    others = World(50.0, loss=lambda path: learning_on(path / 1000)).run(large)
+    assert others == pytest.approx([1000 * lr for lr in lrs])
+    assert small.ended_by == large.ended_by == "peak"
+
+
+def test_a_scale_of_the_loss_does_not_matter():
+    lrs = World(0.05, loss=learning_on).run(GuidedWarmup(400))
+    others = World(0.05, loss=lambda path: 1000 * learning_on(path)).run(GuidedWarmup(400))
+    assert others == pytest.approx(lrs)
+
+
+def test_the_peak_is_a_part_of_the_way_to_the_valley():
+    rule = GuidedWarmup(400)
+    lrs = World(0.05, loss=learning_on).run(rule)
+    assert rule.ended_by == "peak"
+    assert lrs[-1] == rule.peak == pytest.approx(0.15 * 0.05, rel=0.15)  # six slopes tell it, some steps late
+
+
+def test_a_loss_that_stays_in_the_valley_holds_the_learning_rate_there():
+    rule = GuidedWarmup(400)
+    lrs = World(0.05, loss=lambda path: max(5.0, learning_on(path))).run(rule)
+    assert rule.ended_by == "half of the run"
+    assert len(lrs) == 200
+    assert set(lrs[rule.overshoot_step :]) == {rule.overshoot_lr}
+
+
+def test_a_loss_that_falls_on_by_half_of_what_is_asked_lets_it_go_half_of_the_way_to_the_peak():
+    rule = GuidedWarmup(1000)
+    falls = lambda path: learning_on(path) if path < 0.06 else max(4.8, 4.9 - (path - 0.06))  # noqa: E731
+    World(0.05, loss=lambda path: max(falls(path), 4.84)).run(rule)
+    assert rule.ended_by == "half of the run"
+    settled = rule.valley_loss
+    fallen = (settled - 4.84) / (0.1 * (6 - settled))
+    assert 0.2 < fallen < 0.8
+    assert rule.lr == pytest.approx(rule.overshoot_lr + fallen * (rule.peak - rule.overshoot_lr), rel=0.05)
+
+
+@pytest.mark.parametrize("bound", [1e-5, 1e-3, 3e-3])
+def test_a_bound_is_reached_and_never_passed(bound):
+    rule = GuidedWarmup(400, learning_rate=bound)
+    lrs = World(0.05, loss=learning_on).run(rule)
+    assert rule.ended_by == "learning_rate"
+    assert max(lrs) == lrs[-1] == bound
+    free = World(0.05, loss=learning_on).run(GuidedWarmup(400))
+    assert lrs[:-1] == free[: len(lrs) - 1]
+
+
+def test_a_bound_above_the_peak_changes_nothing():
+    lrs = World(0.05, loss=learning_on).run(GuidedWarmup(400, learning_rate=0.1))
+    assert lrs == World(0.05, loss=learning_on).run(GuidedWarmup(400))
+
+
+def test_slopes_of_both_signs_far_from_the_valley_are_no_overshoot():
+    signs = iter([1, -0.5] * 1000)
+    rule = GuidedWarmup(400)
+    World(1e9, slope=lambda path: 40.0 * next(signs) if path else 10.0).run(rule, most=30)
+    assert rule.overshoot_step is None
+
+
+def test_a_run_too_short_for_its_line_decays_from_its_half_on():
+    rule = GuidedWarmup(8)
+    lrs = World(1e9, slope=lambda path: 40.0).run(rule)
+    assert len(lrs) == 4
+    assert rule.ended_by == "half of the run"
+
+
+def test_after_its_end_it_says_its_last_learning_rate():
+    rule = GuidedWarmup(400, learning_rate=1e-3)
+    world = World(0.05)
+    world.run(rule)
+    assert rule(world) == rule(world) == 1e-3
+
+
+@pytest.mark.parametrize("loss", [0.0, -1.0, math.nan, math.inf])
+def test_a_first_loss_that_is_not_positive_is_refused(loss):
+    with pytest.raises(RuntimeError, match="the loss of the first step must be positive and finite, got"):
+        GuidedWarmup(100)(World(slope=lambda path: 1.0, loss=lambda path: loss))
+
+
+@pytest.mark.parametrize("slope", [0.0, -1.0, math.nan])
+def test_a_first_step_that_goes_uphill_is_refused(slope):
+    with pytest.raises(RuntimeError, match="the loss does not fall along the first step"):
+        GuidedWarmup(100)(World(slope=lambda path: slope))
+
+
+def test_an_optimizer_without_momentum_is_refused():
+    class Plain(World):
+        def momentum_slope(self):
+            return None
+
+    with pytest.raises(ValueError, match="must have a momentum"):
+        Plain().run(GuidedWarmup(100))
+
+
+def test_where_nothing_bounds_it_is_an_error_and_no_number():
+    flat = lambda path: 1.0 if path == 0 else -1e-9  # noqa: E731
+    with pytest.raises(RuntimeError, match="nothing bounds the learning rate: in 50 steps, up to"):
+        World(1e9, slope=flat).run(GuidedWarmup(100))
+    rule = GuidedWarmup(100, learning_rate=1.0)
+    World(1e9, slope=flat).run(rule)
+    assert rule.ended_by in ("learning_rate", "half of the run")
+
+
+@pytest.mark.parametrize("at", [0, 1, 5, 40, 70, 90, 150])
+def test_a_rule_that_is_loaded_goes_on_to_the_digit(at):
+    world, rule = World(0.05, loss=learning_on), GuidedWarmup(400)
+    world.run(rule, most=at)
+    twin, other = World(0.05, loss=learning_on), GuidedWarmup(400)
+    twin.path = world.path
+    other.load_state_dict(json.loads(json.dumps(rule.state_dict())))
+    assert other.state_dict() == rule.state_dict()
+    assert twin.run(other) == world.run(rule)
+    assert other.state_dict() == rule.state_dict()
+
+
+@pytest.mark.parametrize("other", [GuidedWarmup(400, 1e-3), GuidedWarmup(500)])
+def test_other_options_than_those_of_the_checkpoint_are_refused_by_name(other):
+    rule = GuidedWarmup(400)
+    World(0.05).run(rule, most=10)
+    name = "num_training_steps must be 400" if other.num_training_steps == 500 else "learning_rate must be None"
+    before = other.state_dict()
+    with pytest.raises(ValueError, match=f"{name} as in the checkpoint"):
+        other.load_state_dict(rule.state_dict())
+    assert other.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_steps", -1),
+        ("lr", math.nan),
+        ("path", -1.0),
+        ("slopes", [1.0] * 7),
+        ("slopes", ["x"]),
+        ("slopes", 3.0),
+        ("mean_slope", None),
+        ("overshoot_step", 0),
+        ("overshoot_lr", None),
+        ("progress", math.inf),
+        ("learning_rate", 0.0),
+        ("num_training_steps", 0),
+        ("ended_by", "magic"),
+    ],
+)
+def test_a_state_that_no_run_leaves_is_refused_by_name(name, value):
+    rule = GuidedWarmup(400)
+    World(0.05, loss=learning_on).run(rule, most=150)
+    assert rule.overshoot_step is not None
+    with pytest.raises(ValueError, match=name):
+        GuidedWarmup(400).load_state_dict(rule.state_dict() | {name: value})
+    with pytest.raises(ValueError, match="the state must be of a GuidedWarmup"):
+        GuidedWarmup(400).load_state_dict({"lr": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_training_steps": 0}, "num_training_steps must be"),
+        ({"num_training_steps": 1.5}, "num_training_steps must be"),
+        ({"num_training_steps": 10, "learning_rate": 0.0}, "learning_rate must be"),
+        ({"num_training_steps": 10, "learning_rate": math.nan}, "learning_rate must be"),
+    ],
+)
+def test_bad_options_are_refused_by_name(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GuidedWarmup(**arguments)
