@@ -20,6 +20,7 @@ from hf_warmup.trainer.backends import Backend
 from hf_warmup.trainer.replay import StepReplay, loss_before
 
 _LOW = (torch.bfloat16, torch.float16)
+_CLIPPED = 0.98  # of max_grad_norm: gradients of that norm were clipped
 _VISIBLE = 1e-3  # a learning rate whose steps rounding does not hide in weights of low precision
 
 
@@ -111,5 +112,6 @@ class TrainerStep:
         )
         slope, squares = self.backend.total(lambda: [along(), gradient_norm(self.shards) ** 2])
         norm, clip = math.sqrt(squares), self.trainer.args.max_grad_norm or math.inf
-        # Gradients are clipped by now. One that was clipped below 1 had a norm of 1, as far as one can tell.
-        return slope / norm if norm >= min(1.0, 0.999 * clip) else slope
+        # Gradients are clipped by now. One that was clipped below 1 had a norm of 1, as far as one can tell, and is as
+        # long as it was clipped to up to rounding, in bfloat16 to half a percent.
+        return slope / norm if norm >= min(1.0, _CLIPPED * clip) else slope

@@ -154,8 +154,10 @@ def test_clipping_of_gradients_changes_the_learning_rates_by_little(make_trainer
     assert max(clipped) == pytest.approx(max(free), rel=0.2)
 
 
-def test_weights_of_low_precision_are_guided_as_others(make_trainer):
-    low, high = (train(make_trainer(model=make_model().to(dtype), **AUTO)) for dtype in (torch.bfloat16, None))
+@pytest.mark.parametrize("clip", [0.1, 1.0])
+def test_weights_of_low_precision_are_guided_as_others(make_trainer, clip):
+    models = [make_model().to(dtype) for dtype in (torch.bfloat16, None)]
+    low, high = (train(make_trainer(model=model, max_grad_norm=clip, **AUTO)) for model in models)
     assert low[:8] == pytest.approx(high[:8], rel=0.1)
     assert max(low) == pytest.approx(max(high), rel=0.5)
 
