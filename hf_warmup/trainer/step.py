@@ -112,6 +112,6 @@ class TrainerStep:
         )
         slope, squares = self.backend.total(lambda: [along(), gradient_norm(self.shards) ** 2])
         norm, clip = math.sqrt(squares), self.trainer.args.max_grad_norm or math.inf
-        # Gradients are clipped by now. One that was clipped below 1 had a norm of 1, as far as one can tell, and is as
-        # long as it was clipped to up to rounding, in bfloat16 to half a percent.
+        # Gradients are clipped by now. One that was clipped below 1 had a norm of 1, as far as one can tell. In
+        # bfloat16 its norm is that to which it was clipped only up to a percent.
         return slope / norm if norm >= min(1.0, _CLIPPED * clip) else slope

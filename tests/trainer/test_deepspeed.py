@@ -142,7 +142,9 @@ def test_random_second_moments_have_the_norm_of_the_whole_gradient(backend, run,
 
 
 @sharded
-@pytest.mark.parametrize(("name", "unbroken"), [("from_4", "linear"), ("from_12", "linear"), ("guided_from_12", "guided")])
+@pytest.mark.parametrize(
+    ("name", "unbroken"), [("from_4", "linear"), ("from_12", "linear"), ("guided_from_12", "guided")]
+)
 def test_a_resumed_run_has_the_losses_of_the_unbroken_one(backend, name, unbroken, run):
     unbroken, seen = run(backend, unbroken), run(backend, name)
     assert seen.numbers("learning_rate") == pytest.approx(unbroken.numbers("learning_rate"), rel=1e-6)
