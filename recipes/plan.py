@@ -7,7 +7,6 @@ from tabulate import tabulate
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from hf_warmup.trainer import WarmupTrainingArguments
-from hf_warmup.trainer.arguments import TRYING
 from hf_warmup.warmup import GuidedWarmup
 
 from arguments import RecipeArguments, make_config, one_line
@@ -95,7 +94,7 @@ def plan(args: WarmupTrainingArguments, recipe: RecipeArguments) -> str:
         ("warmup", warmup_words(args)),
         ("search", search_cost(args)),
     ]
-    searches = args.warmup in TRYING or args.init_lr == "catapult"
+    searches = args.warmup == "persistent" or (args.warmup != "guided" and args.init_lr == "catapult")
     low = HALF if args.bf16 or args.fp16 else SINGLE
     memory = memory_per_process(parameters, recipe.plan, low, searches and not args.search_copy_on_cpu)
     notes = ["Activations come on top, and the layer that is gathered where weights are sharded."]

@@ -49,11 +49,11 @@ def test_the_guided_loop_of_the_readme_runs_as_printed(monkeypatch):
     (loop,) = LOOPS[3:]
     names = run(loop, monkeypatch)
     assert names["step"] == 7
-    guide = names["guide"]
-    assert guide.num_steps == 8
-    assert guide.ramp_end == 3  # half of the run
-    assert names["lr"] == pytest.approx(guide.level * (1 - 4 / 5))
-    assert guide.num_trials > 2
+    rule = names["rule"]
+    assert rule.ended_by == "learning_rate"
+    assert names["lr"] == 1e-2
+    left = 8 - names["end"]
+    assert names["optimizer"].param_groups[0]["lr"] == pytest.approx(1e-2 * (1 - (7 - names["end"]) / left))
 
 
 def test_the_trainer_example_is_two_added_lines():
@@ -77,8 +77,7 @@ def tables(text):
     ("heading", "files", "counts"),
     [
         ("What the search costs", ["search_accuracy"], [3]),
-        ("Warmup nobody has to tune", ["warmup_study"], [10, 7, 7, 5]),
-        ("What the studies say", ["phase_study", "catapult_study", "baselines_study"], [12, 12, 12]),
+        ("What the studies say", ["phase_study", "catapult_study", "baselines_study"], [12, 12, 11]),
         ("What measuring it costs", ["bench_watching", "bench_sharpness"], [3, 7]),
     ],
 )

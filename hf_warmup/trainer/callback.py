@@ -19,6 +19,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import SchedulerType
 
 from hf_warmup.critical_lr import CriticalLR, find_critical_lr
@@ -425,7 +426,8 @@ class WarmupCallback(TrainerCallback):
         arguments, target = self.arguments, self._target
         rule: GuidedWarmup | PersistentCatapult
         if arguments.warmup == "guided":
-            rule = GuidedWarmup(schedule.num_steps, None if arguments.auto_lr else target)
+            bound = None if arguments.auto_lr else target
+            rule = GuidedWarmup(schedule.num_steps, bound, wait=not _is_decoder(self.trainer))
         else:
             init_lr = arguments.fixed_init_lr or 1e-4
             rule = PersistentCatapult(schedule.num_steps, target, init_lr=init_lr, delta=arguments.catapult_delta)
@@ -514,6 +516,13 @@ _GOES_ON_WITH: dict[str, tuple[str, ...]] = {
     "guided": (),
     "persistent": ("catapult_delta",),
 }
+
+
+def _is_decoder(trainer: Trainer) -> bool:
+    """Whether the model is a causal language model of transformers, adapted or not."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:

@@ -134,7 +134,7 @@ class _Finder(TrainerCallback):
         if rule is None:
             return
         if rule.num_steps > len(self.history):
-            self.history.append((rule.lr, rule.recent_loss))
+            self.history.append((rule.lr, rule.last_loss))
         if rule.overshoot_lr is not None:
             self.found = LearningRate(rule.peak, rule.overshoot_lr, rule.num_steps, self.history)
         control.should_training_stop = rule.overshoot_lr is not None or rule.ended_by is not None

@@ -15,8 +15,9 @@ optimizer step on copies per training step until the valley, and no forward pass
                 the distance 0.3 L_t / Ḡ_t, with Ḡ the mean of all slopes: where batches say little, slopes of both
                 signs come long before the valley.)
     peak        p = 0.15 S
-    climb       from there on η goes on along the line or, where that would not reach p by half of the run, along
-                one that does; but no further than to η_o + (p - η_o) φ_t
+    wait        at η_o until the loss has fallen by another tenth of its first descent (`wait`; not of a decoder)
+    climb       then η goes on along the line or, where that would not reach p by half of the run, along one that
+                does, up to 3 times as steep
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
 with t* = min(0.22 N, 120) steps in a run of N. L/G is Polyak's step: the learning rate that would bring the loss to
@@ -24,10 +25,8 @@ zero if it fell on at its present slope; 0.3 of it is about what is left of the 
 starts at 0 and makes the way Ŝ in t* steps is at 2 √(Ŝ s)/t* when it has made s of it, which is the third line. If
 the estimate is off by a factor of 2, the overshoot comes after t*/√2 or √2 t* steps.
 
-At the overshoot a decoder goes on learning at once. A masked model has only learned how often each token comes, and
-may stay on that plateau for hundreds of steps; a learning rate that rises meanwhile can lose it for good. So the
-climb follows the loss: φ is how far the loss has fallen again behind the overshoot, in parts of a tenth of its first
-descent, and at most 1.
+In the valley a model has learned how often each token comes. A decoder goes on at once. A masked model may stay on
+that plateau for hundreds of steps, and a learning rate that rises meanwhile can lose it for good; hence the wait.
 
 A training without such a descent, as fine-tuning mostly is, has a small G beside its loss. The line is steep then,
 and reaches `learning_rate` within a few steps.
@@ -41,14 +40,14 @@ import math
 from statistics import fmean
 from typing import Any
 
-from hf_warmup.numeric import number, positive, shown, whole
+from hf_warmup.numeric import boolean, number, positive, shown, whole
 from hf_warmup.warmup.rule import Step
 
 ENDS = ("learning_rate", "peak", "half of the run")
-_SAVED = (
-    *("num_training_steps", "learning_rate", "num_steps", "lr", "path", "slopes", "mean_slope", "first_loss"),
-    *("overshoot_step", "overshoot_lr", "overshoot_path", "valley_loss", "recent_loss", "progress", "ended_by"),
-)
+_OPTIONS = ("num_training_steps", "learning_rate", "line_steps", "wait")
+_DESCENT = ("num_steps", "lr", "path", "slopes", "mean_slope", "first_loss", "last_loss")
+_VALLEY = ("overshoot_step", "overshoot_lr", "overshoot_path", "valley_loss", "climb_step", "ended_by")
+_SAVED = _OPTIONS + _DESCENT + _VALLEY
 
 
 class GuidedWarmup:
@@ -66,10 +65,15 @@ class GuidedWarmup:
     Args:
         num_training_steps: N, all steps of the run.
         learning_rate: Bounds η; None to let the run find its own.
+        line_steps: t*, the steps that the way to the valley is to take: min(0.22 N, 120) if None. More is safer and
+            slower.
+        wait: Whether the climb waits for the loss to fall again. No for a decoder, which does not need it.
 
     Attributes:
         num_training_steps: N.
         learning_rate: The bound.
+        line_steps: t*.
+        wait: Whether there is a wait.
         num_steps: Steps decided so far.
         lr: η of the last step decided.
         path: s, the sum of η so far.
@@ -87,28 +91,39 @@ class GuidedWarmup:
     SLOPES = 6  # in the mean, and of which half tell the overshoot
     POWER = 2  # η rises no faster than t to this power
     PEAK = 0.15  # of the path to the valley
-    FALL = 0.1  # of the first descent: how far the loss falls again until the climb may reach the peak
+    FALL = 0.1  # of the first descent: how far the loss falls again before the climb
+    STEEPEST = 3  # of the climb, in slopes of the line before it
 
     will_probe = False
 
-    def __init__(self, num_training_steps: int, learning_rate: float | None = None) -> None:
+    def __init__(
+        self,
+        num_training_steps: int,
+        learning_rate: float | None = None,
+        *,
+        line_steps: float | None = None,
+        wait: bool = True,
+    ) -> None:
         self.num_training_steps = whole("num_training_steps", num_training_steps, 1)
+        usual = max(1.0, min(self.SHARE * self.num_training_steps, self.MOST_STEPS))
+        self.line_steps = usual if line_steps is None else positive("line_steps", line_steps)
         self.learning_rate = None if learning_rate is None else positive("learning_rate", learning_rate)
+        self.wait = boolean("wait", wait)
         self.num_steps = 0
         self.lr = self.path = 0.0
         self.slopes: list[float] = []
-        self.mean_slope = self.first_loss = 0.0
+        self.mean_slope = self.first_loss = self.last_loss = self.valley_loss = 0.0
         self.overshoot_step: int | None = None
         self.overshoot_lr: float | None = None
         self.overshoot_path = 0.0
-        self.valley_loss = self.recent_loss = self.progress = 0.0
+        self.climb_step: int | None = None
         self.ended_by: str | None = None
 
     def __call__(self, step: Step) -> float:
         """Decide the learning rate of the step that is about to be made.
 
         Args:
-            step: Of which the loss and a slope are asked for, until warmup has ended.
+            step: Of which the loss is asked for until the climb, and a slope until the overshoot.
 
         Returns:
             η_t; once warmup has ended, its last.
@@ -120,22 +135,14 @@ class GuidedWarmup:
         """
         if self.ended_by is not None:
             return self.lr
-        loss = step.loss()
-        if self.num_steps == 0:
-            self._start(loss, step.slope())
-        elif self.overshoot_step is None:
-            self._descend(loss, step.momentum_slope())
-        if self.overshoot_step is not None:
-            self._climb(loss)
+        if self.climb_step is None:
+            self._before_the_climb(step)
+        if self.climb_step is not None:
+            self._climb()
         self._end()
         self.path += self.lr
         self.num_steps += 1
         return self.lr
-
-    @property
-    def line_steps(self) -> float:
-        """t*, the steps that the way to the valley is to take."""
-        return max(1.0, min(self.SHARE * self.num_training_steps, self.MOST_STEPS))
 
     @property
     def peak(self) -> float:
@@ -148,7 +155,16 @@ class GuidedWarmup:
         if self.overshoot_lr is not None:
             return self.PEAK * self.overshoot_path
         slope = fmean(self.slopes) if self.slopes else math.nan
-        return self.PEAK * (self.path + self.DISTANCE * self.recent_loss / slope) if slope > 0 else math.nan
+        return self.PEAK * (self.path + self.DISTANCE * self.last_loss / slope) if slope > 0 else math.nan
+
+    def _before_the_climb(self, step: Step) -> None:
+        loss = step.loss()
+        if self.num_steps == 0:
+            self._start(loss, step.slope())
+        elif self.overshoot_step is None:
+            self._descend(loss, step.momentum_slope())
+        if self.overshoot_step is not None:
+            self._wait_for_a_fall(loss)
 
     def _start(self, loss: float, slope: float) -> None:
         if not 0 < loss < math.inf:
@@ -162,13 +178,15 @@ class GuidedWarmup:
                 "uphill, makes another step than that of its learning rate, or has gradients of another loss; if it "
                 "is to be so, set warmup=linear and warmup_steps"
             )
-        self.first_loss = self.recent_loss = loss
+        self.first_loss = self.last_loss = loss
         self.lr = 2 * self.DISTANCE * loss / slope / self.line_steps**2
 
     def _descend(self, loss: float, slope: float | None) -> None:
         if slope is None:
             raise ValueError("the optimizer must have a momentum, got one without: nothing would tell the overshoot")
-        self.recent_loss = loss
+        if not math.isfinite(loss + slope):
+            return
+        self.last_loss = loss
         self.slopes = [*self.slopes, slope][-self.SLOPES :]
         self.mean_slope += (slope - self.mean_slope) / self.num_steps
         if self._overshoots(loss):
@@ -180,7 +198,7 @@ class GuidedWarmup:
         slope, most = fmean(self.slopes), self.lr * (1 + self.POWER / self.num_steps)
         if slope <= 0:
             return most
-        distance = self.path + self.DISTANCE * loss / slope
+        distance = self.path + self.DISTANCE * max(0.0, loss) / slope
         return max(self.lr, min(most, 2 * math.sqrt(distance * (self.path + self.lr / 2)) / self.line_steps))
 
     def _overshoots(self, loss: float) -> bool:
@@ -189,31 +207,34 @@ class GuidedWarmup:
             return False
         return self.path >= self.DISTANCE * loss / self.mean_slope / 2
 
-    def _climb(self, loss: float) -> None:
+    def _wait_for_a_fall(self, loss: float) -> None:
+        """Begin the climb once the loss has fallen on from where it was behind the overshoot."""
         assert self.overshoot_step is not None
-        assert self.overshoot_lr is not None
-        since = self.num_steps - self.overshoot_step
-        self._follow(loss, since + 1)
-        way, left = self.peak - self.overshoot_lr, self.num_training_steps / 2 - 1 - self.overshoot_step
-        risen = since * max(self.overshoot_lr / self.overshoot_step, way / max(1.0, left))
-        lr = self.overshoot_lr + min(risen, way * self.progress)
-        self.lr = self.peak if min(risen, way * self.progress) >= way else max(self.lr, lr)
-
-    def _follow(self, loss: float, count: int) -> None:
-        """Update φ with the loss of the `count`-th step from the overshoot on."""
-        assert self.overshoot_step is not None
-        first = max(self.SLOPES, self.overshoot_step // 4)  # steps whose mean is the loss in the valley
+        if not self.wait:
+            self.climb_step = self.num_steps
+        if not (self.wait and math.isfinite(loss)):
+            return
+        count = self.num_steps - self.overshoot_step + 1
+        first = max(self.SLOPES, self.overshoot_step // 2)  # steps whose mean is the loss in the valley
         if count <= first:
             self.valley_loss += (loss - self.valley_loss) / count
             return
         # The mean of the last `first` steps, or of the last quarter where that is more.
-        seen = count - first
-        self.recent_loss = loss if seen == 1 else self.recent_loss
-        self.recent_loss += (loss - self.recent_loss) * max(1 / seen, 2 / max(first, count / 4))
-        if seen >= self.SLOPES:
-            descent = self.first_loss - self.valley_loss
-            fallen = (self.valley_loss - self.recent_loss) / (self.FALL * descent) if descent > 0 else 1.0
-            self.progress = max(self.progress, min(1.0, fallen))
+        seen, before = count - first, self.last_loss
+        self.last_loss = loss if seen == 1 else before + (loss - before) * max(1 / seen, 2 / max(first, count / 4))
+        fallen = self.valley_loss - self.last_loss
+        if seen >= self.SLOPES and fallen >= self.FALL * (self.first_loss - self.valley_loss):
+            self.climb_step = self.num_steps
+
+    def _climb(self) -> None:
+        """On along the line, or as steeply as it takes to be at the peak by half of the run."""
+        assert self.overshoot_step is not None
+        assert self.overshoot_lr is not None
+        assert self.climb_step is not None
+        since, left = self.num_steps - self.climb_step, self.num_training_steps / 2 - 1 - self.climb_step
+        line, way = self.overshoot_lr / self.overshoot_step, self.peak - self.overshoot_lr
+        risen = since * max(line, min(way / max(1.0, left), self.STEEPEST * line))
+        self.lr = self.peak if risen >= way else self.overshoot_lr + risen
 
     def _end(self) -> None:
         bound = math.inf if self.learning_rate is None else self.learning_rate
@@ -249,12 +270,13 @@ class GuidedWarmup:
             raise ValueError(f"the state must be of a GuidedWarmup, with {', '.join(_SAVED)}, got {got}")
         whole("num_training_steps", state["num_training_steps"], 1)
         num_steps = whole("num_steps", state["num_steps"], 0)
-        if state["learning_rate"] is not None:
-            positive("learning_rate", state["learning_rate"])
-        for name in ("lr", "path", "first_loss", "overshoot_path", "progress"):
+        boolean("wait", state["wait"])
+        for name in ("learning_rate",) * (state["learning_rate"] is not None) + ("line_steps",):
+            positive(name, state[name])
+        for name in ("lr", "path", "overshoot_path"):
             if not 0 <= number(name, state[name]) < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {state[name]}")
-        for name in ("mean_slope", "valley_loss", "recent_loss"):
+        for name in ("mean_slope", "first_loss", "last_loss", "valley_loss"):
             number(name, state[name])
         if not isinstance(state["slopes"], list) or len(state["slopes"]) > cls.SLOPES:
             raise ValueError(f"slopes must be a list of at most {cls.SLOPES} numbers, got {shown(state['slopes'])}")
@@ -266,6 +288,8 @@ class GuidedWarmup:
             positive("overshoot_lr", state["overshoot_lr"])
             if not 1 <= whole("overshoot_step", state["overshoot_step"], 0) < max(2, num_steps):
                 raise ValueError(f"overshoot_step must be from 1 to {num_steps - 1}, got {state['overshoot_step']}")
+        if state["climb_step"] is not None:
+            whole("climb_step", state["climb_step"], state["overshoot_step"] or 0)
         if state["ended_by"] not in (None, *ENDS):
             raise ValueError(f"ended_by must be {' or '.join(ENDS)}, got {shown(state['ended_by'])}")
 
@@ -279,7 +303,7 @@ class GuidedWarmup:
             ValueError: If it was made with others, or holds what no run leaves; nothing is loaded then.
         """
         self.check_state(state)
-        for name in ("learning_rate", "num_training_steps"):
+        for name in _OPTIONS:
             if state[name] != getattr(self, name) and state["ended_by"] is None:
                 raise ValueError(f"{name} must be {state[name]} as in the checkpoint, got {getattr(self, name)}")
         for name in _SAVED:

@@ -41,7 +41,7 @@ def method(row: Row) -> str:
     if row["rule"] == "constant":
         return f"{optimizer}, no schedule"
     if row["rule"] != "linear":
-        return f"{optimizer}, {row['rule']} warmup"
+        return f"{optimizer}, {row['rule']} warmup" + ", auto_lr" * bool(row.get("auto_lr"))
     return f"{optimizer}, linear over {row['fraction']:.0%}" if row["fraction"] else f"{optimizer}, no warmup"
 
 
@@ -60,13 +60,15 @@ def summary(rows: list[Row]) -> str:
     reference = tuned(of)
     lines = []
     for name, losses in of.items():
-        edge = " (edge of the grid)" if is_at_edge(losses) else ""
+        # Of one target: a method that asks for none.
+        at = f"{best(losses):g}" if len(losses) > 1 else "found"
+        edge = " (edge of the grid)" if len(losses) > 1 and is_at_edge(losses) else ""
         excess = statistics.mean(average(losses).values()) - statistics.mean(at_best(losses).values())
         lines.append(
             {
                 "method": name + (" (tuned)" if name == reference else ""),
                 "best loss": spread(at_best(losses).values()),
-                "at η_trgt": f"{best(losses):g}{edge}",
+                "at η_trgt": at + edge,
                 "minus tuned linear": spread(difference(at_best(losses), at_best(of[reference])), "+"),
                 "sensitivity": f"{excess:.3f}",
             }
@@ -101,7 +103,10 @@ def plot(rows: list[Row]) -> Figure:
     axes = figure.subplots()
     for i, (name, losses) in enumerate(curves(rows).items()):
         means = [statistics.mean(seeds.values()) for seeds in losses.values()]
-        axes.plot(list(losses), means, marker="o", markersize=3, label=name, linestyle="-" if i < 10 else "--")
+        if len(means) == 1:
+            axes.axhline(means[0], color="black", linewidth=1, label=name)
+        else:
+            axes.plot(list(losses), means, marker="o", markersize=3, label=name, linestyle="-" if i < 10 else "--")
     axes.set(xscale="log", xlabel="target learning rate", ylabel="validation loss")
     axes.legend(fontsize=7)
     return figure

@@ -247,10 +247,10 @@ def provenance(made: list[Row]) -> str:
 
 
 def complete(study: Study, folder: Path) -> list[Row]:
-    """The finished runs of the grid, of the seeds that lack none; an optimizer without any run does not count."""
+    """The finished runs of the grid, of the seeds that lack none; an optimizer or rule without any is left out."""
     made = {row["keys"]: row for row in rows(folder, study.name)}
-    known = {row["optimizer"] for row in made.values()}
-    jobs = [job for job in study.jobs if job.optimizer in known]
+    known = {(row["optimizer"], row["rule"]) for row in made.values()}
+    jobs = [job for job in study.jobs if (job.optimizer, job.rule) in known]
     lacking = {job.seed for job in jobs if job.key() not in made}
     return [made[job.key()] for job in jobs if job.seed not in lacking]
 

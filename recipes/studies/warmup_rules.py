@@ -100,7 +100,8 @@ class Ruled:
 
 def guided(setting: Setting, optimizer: str, target: float, auto_lr: bool = False) -> Rule:
     """Ours."""
-    return Ruled(setting, GuidedWarmup(setting.steps, None if auto_lr else target))
+    wait = setting.family not in ("gpt", "llama", "llama-gqa")  # as the Trainer has it
+    return Ruled(setting, GuidedWarmup(setting.steps, None if auto_lr else target, wait=wait))
 
 
 def persistent(setting: Setting, optimizer: str, target: float, delta: float = 0.01) -> Rule:

@@ -5,8 +5,6 @@ import pytest
 import torch
 from studies import bench_guided, bench_optimizer, bench_throughput, bench_watching
 
-from hf_warmup import GuidedWarmup
-
 from arguments import parse
 from data import load_text, load_tokenizer, pack
 from framing import Framing
@@ -113,25 +111,15 @@ def test_watched_and_other_runs_have_a_row_per_round(tmp_path, small):
     assert "`python recipes/studies/bench_watching.py --rounds 2" in text
 
 
-def test_a_trial_and_a_slope_have_a_row_per_round_beside_a_training_step(tmp_path, capsys):
+def test_a_slope_has_a_row_per_round_beside_a_training_step(tmp_path, capsys):
     size = ["--layers", "1", "--width", "64", "--vocab", "100", "--context", "8", "--batch", "2", "--threads", "1"]
     bench_guided.main([*size, "--rounds", "2", "--out", str(tmp_path)])
     rows = rows_of(tmp_path / "bench_guided.csv")
-    assert [row["what"] for row in rows] == ["training step", "trial", "slope"] * 2
+    assert [row["what"] for row in rows] == ["training step", "slope"] * 2
     assert all(float(row["seconds"]) > 0 for row in rows)
     text = (tmp_path / "bench_guided.md").read_text()
     assert text in capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert lines[1][::2] == ["training step", "1.000"]
-    assert [line[0] for line in lines[5:]] == [str(n) for n in bench_guided.LENGTHS]
-
-
-@pytest.mark.parametrize("num_steps", bench_guided.LENGTHS[:3])
-def test_the_trials_that_are_counted_are_those_of_a_ramp_of_full_length(num_steps):
-    guide = GuidedWarmup(1.0, num_steps, kappa=1e30, ceiling=False)  # nothing ends the ramp
-    guide.step(lambda lr: 1.0 if lr > 1.0 else -lr)
-    searched, ramp = guide.num_trials, round(2 / guide.rate)
-    while guide.num_steps < min(ramp, num_steps // 2):
-        guide.step(lambda lr: 0.0, slope_at=lambda lr: 1.0)
-    trials, _ = bench_guided.counts(num_steps)
-    assert trials == guide.num_trials - searched + 8
+    assert [line[0] for line in lines[4:]] == [str(n) for n in bench_guided.LENGTHS]
+    assert [line[1] for line in lines[4:]] == ["66", "120", "120", "120"]

@@ -157,6 +157,8 @@ def test_a_run_that_cannot_be_made_is_skipped_with_a_plain_message(tmp_path, mon
     finish(Study("tiny", jobs), tmp_path, 1)
     assert "tiny: skips Prodigy, which needs: pip install 'package_of_nobody'" in capsys.readouterr().out
     assert [row["optimizer"] for row in complete(Study("tiny", jobs), tmp_path)] == ["AdamW"]
+    jobs += [TINY_JOBS[0]._replace(rule="guided", options={"auto_lr": True})]
+    assert [row["rule"] for row in complete(Study("tiny", jobs), tmp_path)] == ["linear"]  # it has no run yet
 
 
 KILLED = """

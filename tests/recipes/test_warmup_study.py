@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import replace
 
@@ -6,7 +7,7 @@ import pytest
 import warmup_study
 from warmup_cases import CNN, Setting, make_model, train, unigram_entropy
 from warmup_rules import RULES, cosine, linear, ramp
-from warmup_study import GPT, SEEDS, TUNING, Curve, Job, curves, run, tuned, window
+from warmup_study import AUTO, FRESH, GPT, LLAMA, SEEDS, TIMES, TUNING, Job, compared, methods, run, tuned
 
 TINY = Setting("tiny", width=16, depth=1, context=16, batch=4, steps=6, dropout=0.1)
 
@@ -34,20 +35,45 @@ def test_rules_are_what_they_are_called():
 
 @pytest.mark.parametrize("rule", ["guided", "persistent"])
 @pytest.mark.parametrize("family", ["gpt", "bert", "llama"])
-def test_a_run_is_the_same_with_trials_and_without(rule, family):
+def test_a_run_is_the_same_with_measurements_and_without(rule, family):
     setting = replace(TINY, family=family)
     rates = []
-
-    def noted(step, loss_at):
-        rates.append(guide(step, loss_at))
-        return rates[-1]
-
     guide = RULES[rule](setting, "AdamW", 1e-2)
-    tried = train(setting, "AdamW", noted, 0)
+
+    class Noted:
+        begin = guide.begin
+
+        def __call__(self, step, loss_at):
+            rates.append(guide(step, loss_at))
+            return rates[-1]
+
+    measured = train(setting, "AdamW", Noted(), 0)
     plain = train(setting, "AdamW", lambda step, loss_at: rates[step], 0)
-    assert tried["probes"] > 1
-    assert plain["probes"] == 0
-    assert tried["loss"] == plain["loss"]
+    assert (measured["probes"] > 0) == (rule == "persistent")
+    assert len(set(rates)) > 2
+    assert measured["loss"] == plain["loss"]
+
+
+def test_guided_warmup_is_bounded_by_its_target_or_by_nothing():
+    setting = replace(TINY, steps=40)
+    bounded = RULES["guided"](setting, "AdamW", 1e-3)
+    assert train(setting, "AdamW", bounded, 0)["peak"] == 1e-3
+    assert bounded.rule.ended_by == "learning_rate"
+    free = RULES["guided"](setting, "AdamW", 1e-3, auto_lr=True)
+    assert train(setting, "AdamW", free, 0)["peak"] > 2e-3
+    assert free.rule.learning_rate is None
+    # Then the cosine.
+    made, end = free.lr, free.end
+    assert free(end + (40 - end) // 2, None) == pytest.approx(made * cosine((40 - end) // 2, 40 - end))
+
+
+def test_the_llama_of_the_study_has_grouped_queries_and_tied_embeddings():
+    model = make_model(LLAMA)
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (6, 3)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    plain = make_model(replace(LLAMA, family="llama"))
+    assert plain.config.num_key_value_heads == 6
+    assert plain.lm_head.weight is not plain.model.embed_tokens.weight
 
 
 def test_a_run_that_diverges_ends_with_an_infinite_loss():
@@ -77,40 +103,75 @@ def test_a_finished_run_is_not_repeated_and_an_unfinished_study_goes_on(tmp_path
     assert warmup_study.read("tiny") == second
 
 
+def row(seed, rule, options, target, loss, optimizer="AdamW"):
+    names = {"optimizer": optimizer, "rule": rule, "options": json.dumps(options), "seed": str(seed)}
+    return {**names, "target": str(target), "loss": str(loss), "first": "5", "peak": str(target / 2)}
+
+
+# On the seeds that are reported the other length and the next target are the better ones.
+LINEAR = [
+    row(seed, "linear", {"fraction": f}, 2.0**k * 1e-3, 2 + (k - best) ** 2 / 9 + abs(f - length))
+    for seeds, best, length in ((TUNING, 3, 0.3), (SEEDS, 4, 0.1))
+    for seed in seeds
+    for f in (0.1, 0.3)
+    for k in range(9)
+]
+
+
 def test_one_set_of_seeds_chooses_length_and_target_and_the_other_is_reported():
-    assert not set(TUNING) & set(SEEDS)
-
-    def row(seed, rule, options, target, loss):
-        names = {"optimizer": "AdamW", "rule": rule, "options": options, "seed": str(seed)}
-        return {**names, "target": str(target), "loss": str(loss), "first": "5", "probes": "0"}
-
-    # On the seeds that are reported the other length and the next target are the better ones.
-    rows = [
-        row(seed, "linear", f'{{"fraction": {f}}}', 2.0**k * 1e-3, 2 + (k - best) ** 2 + abs(f - length))
-        for seeds, best, length in ((TUNING, 3, 0.0), (SEEDS, 4, 0.1))
-        for seed in seeds
-        for f in (0.0, 0.1)
-        for k in range(9)
-    ] + [row(seed, "guided", "{}", 2.0**k * 1e-3, 1.0) for seed in (*TUNING, *SEEDS) for k in range(9)]
-    made = curves(rows)
-    assert tuned(made).options == {"fraction": 0.0}
+    assert not set(TUNING) & {*SEEDS, *(seed for seeds in FRESH.values() for seed in seeds)}
+    made = methods(LINEAR)
+    assert tuned(made).options == {"fraction": 0.3}
     assert tuned(made).chosen == 8e-3
-    assert tuned(made).losses[8e-3] == pytest.approx([3.1] * len(SEEDS))
-    assert window(made) == [2.0**k * 1e-3 for k in range(1, 7)]
+    line = compared(made)["tuned"]
+    assert (line.target, list(line.losses)) == ("0.008", list(SEEDS))
+    assert list(line.losses.values()) == pytest.approx([2 + 1 / 9 + 0.2] * len(SEEDS))
 
 
-@pytest.mark.parametrize(
-    ("losses", "near"),
-    [
-        ([3.0, 2.04, 2.0, 2.049, 2.06, 2.01], [2, 4, 8]),  # not beyond a gap
-        ([2.0, 2.0, 9.0], [1, 2]),
-        ([math.inf, math.nan, 2.0], [4]),
-        ([2.04, 2.03, 2.0], [1, 2, 4]),
-    ],
-)
-def test_a_method_is_near_its_best_from_one_target_to_another_without_a_gap(losses, near):
-    by_target = {2.0**k: [loss] for k, loss in enumerate(losses)}
-    assert Curve("AdamW", "guided", {}, by_target, 5.0, 0.0, by_target).near == near
+def test_guided_warmup_has_the_target_of_tuned_linear_warmup_a_multiple_of_it_or_none():
+    guided = [row(seed, "guided", {}, 2.0**k * 1e-3, 2 + k / 10) for seed in SEEDS for k in range(9)]
+    auto = [row(seed, "guided", AUTO, 1.0, 2.5) for seed in SEEDS]
+    lines = compared(methods(LINEAR + guided + auto))
+    assert lines["guided"] == ("guided", "0.008", dict.fromkeys(SEEDS, 2.3))
+    assert lines[f"guided, {TIMES} times the target"].target == "0.064"
+    assert lines["guided, auto_lr"] == ("guided, auto_lr", "finds 0.5 to 0.5", dict.fromkeys(SEEDS, 2.5))
+    # Of linear warmup the best length there.
+    high = lines[f"linear, {TIMES} times the target"]
+    assert (high.target, high.losses[10]) == ("0.064", pytest.approx(2 + 4 / 9))
+    texts = {claim.text: claim.verdict for claim in warmup_study.part_claims(methods(LINEAR + guided + auto), "(x)")}
+    assert [text.split(" guided")[0] for text in texts] == [
+        "Without a learning rate",
+        "With the learning rate of tuned linear warmup",
+        "With 8 times the learning rate of tuned linear warmup",
+    ]
+    assert list(texts.values()) == ["does not hold", "holds", "does not hold"]
+
+
+def test_of_a_part_without_guided_runs_there_are_tables_of_what_is_there():
+    assert list(compared(methods(LINEAR))) == ["tuned", f"linear, {TIMES} times the target"]
+    assert "linear over 30% (tuned)" in warmup_study.part_table(methods(LINEAR))
+    assert "over 30% to 0.008" in warmup_study.summary_table({"gpt": methods(LINEAR)})
+    assert warmup_study.part_claims(methods(LINEAR), "") == []
+
+
+@pytest.mark.parametrize("loss", ["inf", "nan", "7.5"])
+def test_a_run_that_diverges_counts_as_one_that_ended_where_it_began(loss):
+    (made,) = methods([row(10, "guided", {}, 1e-3, loss)])
+    assert made.reported == {1e-3: {10: 5.0}}
+
+
+def test_every_other_kind_of_warmup_has_the_line_that_was_best_on_the_seeds_that_choose():
+    ramps = [
+        row(seed, "ramp", {"growth": growth}, 1e-2, loss)
+        for seeds, losses in ((TUNING, (2.5, 2.6)), (SEEDS, (2.8, 2.4)))
+        for growth, loss in zip((1.03, 1.1), losses, strict=True)
+        for seed in seeds
+    ]
+    radam = [row(seed, "linear", {}, 1e-2, 3.0, "RAdam") for seed in (*TUNING, *SEEDS)]
+    table = warmup_study.part_table(methods(LINEAR + ramps + radam))
+    assert "ramp, growth 1.03" in table
+    assert "ramp, growth 1.1" not in table
+    assert "RAdam, no warmup" in table
 
 
 @pytest.mark.slow
@@ -121,14 +182,14 @@ def test_the_committed_tables_are_those_of_the_committed_runs():
 
 @pytest.mark.slow
 def test_a_committed_run_can_be_made_again():
-    job = next(job for job in warmup_study.jobs("random") if job.rule == "guided")
+    job = next(job for job in warmup_study.jobs("random") if job.rule == "linear")
     again = run(job)
     (row,) = [r for r in warmup_study.read("random") if all(r[k] == again[k] for k in warmup_study.KEYS)]
     assert float(row["loss"]) == pytest.approx(float(again["loss"]), rel=0.02)  # another CPU rounds otherwise
 
 
-@pytest.mark.parametrize("part", warmup_study.COMPARED)
-def test_the_guesses_are_multiples_of_the_best_target_of_tuned_linear_warmup(part):
-    reference = tuned(curves(warmup_study.read(part)))
-    assert warmup_study.COMPARED[part][2] == reference.chosen
-    assert [guess / reference.chosen for guess in warmup_study.guesses(part)] == pytest.approx(warmup_study.GUESSES)
+@pytest.mark.parametrize("part", [part for part in warmup_study.TITLES if warmup_study.read(part)])
+def test_a_part_asks_for_the_best_target_of_tuned_linear_warmup_and_a_multiple_of_it(part):
+    best = tuned(methods(warmup_study.read(part))).chosen
+    bounds = {job.target for job in warmup_study.jobs(part) if job.rule == "guided" and job.options != AUTO}
+    assert {best, TIMES * best} <= bounds

@@ -77,7 +77,7 @@ def test_the_learning_rates_are_those_of_the_equations_written_out():
     slopes = [60 + 30 * math.sin(t * t) - t for t in range(400)]
     losses = [6 - 0.01 * t + 0.1 * math.cos(3 * t * t) for t in range(400)]
     rule, lrs, eta, path, kept = GuidedWarmup(400), [], 0.0, 0.0, []
-    valley = settled = None
+    valley = climb = None
 
     class Step:
         def loss(self):
@@ -104,25 +104,25 @@ def test_the_learning_rates_are_those_of_the_equations_written_out():
                 mean = fmean(kept[-6:])
                 line = 2 * math.sqrt((path + 0.3 * losses[t] / mean) * (path + eta / 2)) / 88 if mean > 0 else math.inf
                 eta = max(eta, min(line, eta * (1 + 2 / t)))
-        if valley is not None:
-            first = max(6, t_o // 4)
-            after = losses[t_o : t + 1]
+        if valley is not None and climb is None:
+            first, after = max(6, t_o // 2), losses[t_o : t + 1]
             if len(after) <= first:
-                settled, recent, phi = fmean(after), None, 0.0
+                settled, recent = fmean(after), None
             else:
                 seen = len(after) - first
                 weight = max(1 / seen, 2 / max(first, len(after) / 4))
                 recent = losses[t] if recent is None else recent + weight * (losses[t] - recent)
-                if seen >= 6:
-                    phi = max(phi, min(1.0, (settled - recent) / (0.1 * (losses[0] - settled))))
+                if seen >= 6 and settled - recent >= 0.1 * (losses[0] - settled):
+                    climb = t
+        if climb is not None:
             peak = max(eta_o, 0.15 * valley)
-            rise = max(eta_o / t_o, (peak - eta_o) / (199 - t_o))
-            eta = max(eta, eta_o + min(rise * (t - t_o), (peak - eta_o) * phi))
+            rise = max(eta_o / t_o, min((peak - eta_o) / (199 - climb), 3 * eta_o / t_o))
+            eta = min(peak, eta_o + rise * (t - climb))
         path += eta
         assert lrs[t] == pytest.approx(eta, rel=1e-12)
     assert valley is not None
     assert rule.overshoot_lr == eta_o
-    assert phi > 0
+    assert rule.climb_step == climb is not None
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -139,7 +139,7 @@ def test_the_learning_rate_never_falls_and_rises_no_faster_than_the_square_of_th
 
 
 def test_the_unit_of_the_learning_rate_does_not_matter():
-    small, large = GuidedWarmup(400), GuidedWarmup(400)
+    small, large = GuidedWarmup(1200), GuidedWarmup(1200)
     lrs = World(0.05, loss=learning_on).run(small)
     others = World(50.0, loss=lambda path: learning_on(path / 1000)).run(large)
     assert others == pytest.approx([1000 * lr for lr in lrs])
@@ -153,10 +153,36 @@ def test_a_scale_of_the_loss_does_not_matter():
 
 
 def test_the_peak_is_a_part_of_the_way_to_the_valley():
-    rule = GuidedWarmup(400)
+    rule = GuidedWarmup(1200)
     lrs = World(0.05, loss=learning_on).run(rule)
     assert rule.ended_by == "peak"
     assert lrs[-1] == rule.peak == pytest.approx(0.15 * 0.05, rel=0.15)  # six slopes tell it, some steps late
+
+
+def test_it_waits_in_the_valley_until_the_loss_falls_again_by_a_tenth_of_its_first_descent():
+    rule = GuidedWarmup(2000)
+    world = World(0.05)
+    since = 0
+
+    def loss(path):
+        nonlocal since
+        since += path >= 0.05
+        return learning_on(min(path, 0.05)) - (0.2 if since > 300 else 0.05)  # the first descent is 1
+
+    world.loss_of = loss
+    lrs = world.run(rule)
+    waited = lrs[rule.overshoot_step : rule.climb_step + 1]
+    assert set(waited) == {rule.overshoot_lr}
+    assert 290 < len(waited) < 400
+    assert rule.ended_by == "peak"
+
+
+def test_a_decoder_climbs_at_once():
+    rule = GuidedWarmup(4000, wait=False)
+    lrs = World(0.05, loss=lambda path: max(5.0, learning_on(path))).run(rule)
+    assert rule.climb_step == rule.overshoot_step
+    line = rule.overshoot_lr / rule.overshoot_step
+    assert lrs[rule.overshoot_step + 10] == pytest.approx(rule.overshoot_lr + 10 * line)
 
 
 def test_a_loss_that_stays_in_the_valley_holds_the_learning_rate_there():
@@ -167,15 +193,24 @@ def test_a_loss_that_stays_in_the_valley_holds_the_learning_rate_there():
     assert set(lrs[rule.overshoot_step :]) == {rule.overshoot_lr}
 
 
-def test_a_loss_that_falls_on_by_half_of_what_is_asked_lets_it_go_half_of_the_way_to_the_peak():
-    rule = GuidedWarmup(1000)
-    falls = lambda path: learning_on(path) if path < 0.06 else max(4.8, 4.9 - (path - 0.06))  # noqa: E731
-    World(0.05, loss=lambda path: max(falls(path), 4.84)).run(rule)
-    assert rule.ended_by == "half of the run"
-    settled = rule.valley_loss
-    fallen = (settled - 4.84) / (0.1 * (6 - settled))
-    assert 0.2 < fallen < 0.8
-    assert rule.lr == pytest.approx(rule.overshoot_lr + fallen * (rule.peak - rule.overshoot_lr), rel=0.05)
+def test_it_climbs_along_the_line_and_no_more_slowly_than_to_be_at_the_peak_by_half_of_the_run():
+    long = GuidedWarmup(4000)
+    after = World(0.05, loss=learning_on).run(long)[long.climb_step :]
+    line = long.overshoot_lr / long.overshoot_step
+    assert [b - a for a, b in zip(after[:-2], after[1:-1], strict=True)] == pytest.approx([line] * (len(after) - 2))
+    short = GuidedWarmup(1300)
+    lrs = World(0.05, loss=learning_on).run(short)
+    assert len(lrs) == 650
+    assert lrs[-1] == short.peak
+    assert short.ended_by == "peak"
+
+
+def test_a_climb_just_before_half_of_the_run_is_no_jump():
+    rule = GuidedWarmup(300)
+    lrs = World(0.05, loss=learning_on).run(rule)
+    line = rule.overshoot_lr / rule.overshoot_step
+    rises = [b - a for a, b in zip(lrs[rule.climb_step :], lrs[rule.climb_step + 1 :], strict=False)]
+    assert max(rises) == pytest.approx(3 * line)
 
 
 @pytest.mark.parametrize("bound", [1e-5, 1e-3, 3e-3])
@@ -226,6 +261,15 @@ def test_a_first_step_that_goes_uphill_is_refused(slope):
         GuidedWarmup(100)(World(slope=lambda path: slope))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -3.0])
+def test_a_later_loss_that_says_nothing_leaves_the_learning_rate_where_it_was(value):
+    rule, world = GuidedWarmup(400), World(0.05)
+    world.run(rule, most=20)
+    before = rule.lr
+    world.loss_of, world.slope_of = lambda path: value, lambda path: 40.0
+    assert rule(world) == before
+
+
 def test_an_optimizer_without_momentum_is_refused():
     class Plain(World):
         def momentum_slope(self):
@@ -256,13 +300,20 @@ def test_a_rule_that_is_loaded_goes_on_to_the_digit(at):
     assert other.state_dict() == rule.state_dict()
 
 
-@pytest.mark.parametrize("other", [GuidedWarmup(400, 1e-3), GuidedWarmup(500)])
-def test_other_options_than_those_of_the_checkpoint_are_refused_by_name(other):
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (GuidedWarmup(400, 1e-3), "learning_rate must be None"),
+        (GuidedWarmup(500), "num_training_steps must be 400"),
+        (GuidedWarmup(400, line_steps=5), "line_steps must be 88.0"),
+        (GuidedWarmup(400, wait=False), "wait must be True"),
+    ],
+)
+def test_other_options_than_those_of_the_checkpoint_are_refused_by_name(other, message):
     rule = GuidedWarmup(400)
     World(0.05).run(rule, most=10)
-    name = "num_training_steps must be 400" if other.num_training_steps == 500 else "learning_rate must be None"
     before = other.state_dict()
-    with pytest.raises(ValueError, match=f"{name} as in the checkpoint"):
+    with pytest.raises(ValueError, match=f"{message} as in the checkpoint"):
         other.load_state_dict(rule.state_dict())
     assert other.state_dict() == before
 
@@ -279,7 +330,7 @@ def test_other_options_than_those_of_the_checkpoint_are_refused_by_name(other):
         ("mean_slope", None),
         ("overshoot_step", 0),
         ("overshoot_lr", None),
-        ("progress", math.inf),
+        ("line_steps", 0.0),
         ("learning_rate", 0.0),
         ("num_training_steps", 0),
         ("ended_by", "magic"),
@@ -302,6 +353,7 @@ def test_a_state_that_no_run_leaves_is_refused_by_name(name, value):
         ({"num_training_steps": 1.5}, "num_training_steps must be"),
         ({"num_training_steps": 10, "learning_rate": 0.0}, "learning_rate must be"),
         ({"num_training_steps": 10, "learning_rate": math.nan}, "learning_rate must be"),
+        ({"num_training_steps": 10, "line_steps": 0}, "line_steps must be"),
     ],
 )
 def test_bad_options_are_refused_by_name(arguments, message):
