@@ -174,7 +174,7 @@ def test_momentum_is_known_by_every_name_that_libraries_give_it():
     options = {"lr": LR, "relative_step": False}
     for with_it, without in (
         (lambda p: optimi.Lion(p, lr=LR), lambda p: optimi.SGD(p, lr=LR)),
-        (lambda p: transformers.Adafactor(p, beta1=0.9, **options), lambda p: transformers.Adafactor(p, **options)),
+        (lambda p: Adafactor(p, beta1=0.9, **options), lambda p: Adafactor(p, **options)),
         (lambda p: torch.optim.RMSprop(p, momentum=0.9), torch.optim.RMSprop),
         (torch.optim.Adam, lambda p: torch.optim.Adam(p, betas=(0.0, 0.9))),
     ):

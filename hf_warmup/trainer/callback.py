@@ -522,7 +522,8 @@ def _is_decoder(trainer: Trainer) -> bool:
     """Whether the model is a causal language model of transformers, adapted or not."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    # FSDP2 gives it a class of its own, as users do, under that of transformers.
+    return any(cls.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for cls in type(model).__mro__)
 
 
 def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:

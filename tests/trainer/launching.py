@@ -64,7 +64,9 @@ def assert_same_rule(seen, reference):
     """What guided warmup has come to, on every process."""
     alone = reference.processes[0]["rule"]
     assert alone["overshoot_lr"] is not None
+    assert alone["wait"] is False
     for process in seen.processes:
+        assert process["rule"]["wait"] is False
         for name in ("overshoot_step", "overshoot_lr", "path", "mean_slope", "slopes"):
             assert process["rule"][name] == pytest.approx(alone[name], rel=1e-2, abs=1e-2), name
 
