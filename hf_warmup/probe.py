@@ -200,8 +200,12 @@ def has_momentum(optimizer: Optimizer) -> bool:
     Returns:
         Whether every parameter group has β1 or momentum.
     """
-    groups = innermost(optimizer).param_groups
-    return all(group["betas"][0] > 0 if "betas" in group else group.get("momentum", 0) > 0 for group in groups)
+    return all(_momentum(group) for group in innermost(optimizer).param_groups)
+
+
+def _momentum(group: dict[str, Any]) -> Any:
+    """The β1 or momentum of a group, by whatever name libraries give it; nothing or 0 if it has none."""
+    return group["betas"][0] if group.get("betas") else group.get("beta1") or group.get("momentum")
 
 
 @contextmanager

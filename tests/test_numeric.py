@@ -67,7 +67,10 @@ def changing(lengths):
 NUMBERS = ["x", None, [1.0], True, 10**400, np.array([1.0])]
 WRONG = {
     "rtol": [search(rtol=v) for v in [*NUMBERS, 0.0, -1.0, math.nan, math.inf, 1e-320]],
-    "delta": [search(delta=v) for v in [*NUMBERS, 0.0, math.nan]],
+    "delta": [
+        *(search(delta=v) for v in [*NUMBERS, 0.0, math.nan]),
+        *(lambda v=v: PersistentCatapult(9, 1.0, delta=v) for v in [*NUMBERS, 0, math.nan]),
+    ],
     "guess": [search(guess=v) for v in ["x", [1.0], True, 10**400, 0.0, math.nan, math.inf]],
     "target": [search(target=v) for v in ["x", [1.0], True, 10**400, 0.0, math.nan, math.inf]],
     "slope": [search(slope=v) for v in ["x", [1.0], True, math.nan]],
@@ -78,8 +81,8 @@ WRONG = {
     "loss_at": [search(changing(iter(n))) for n in [[2, 3], [2, 1], [0], [2, 0]]],
     "the loss of loss_at": [search(lambda lr: None), search(lambda lr: "x"), search(lambda lr: torch.ones(2))],
     "num_training_steps": [
-        *(lambda v=v: GuidedWarmup(1.0, v) for v in [*NUMBERS, 0, -1, 0.5, math.nan, math.inf]),
-        *(lambda v=v: PersistentCatapult(1.0, v) for v in [*NUMBERS, 0, -1, math.nan, math.inf]),
+        *(lambda v=v: GuidedWarmup(v) for v in [*NUMBERS, 0, -1, 0.5, math.nan, math.inf]),
+        *(lambda v=v: PersistentCatapult(v, 1.0) for v in [*NUMBERS, 0, -1, math.nan, math.inf]),
         *(lambda v=v: ExponentialSchedule(schedule(), v) for v in [*NUMBERS, 0, -1, math.nan, math.inf]),
         *(lambda v=v: SteeredSchedule(schedule(), v) for v in [*NUMBERS, 0, -1, math.nan, math.inf]),
         *(lambda v=v: WarmupSchedule(schedule(), 1, v) for v in [*NUMBERS, 0, -1, math.nan, math.inf]),
@@ -88,20 +91,16 @@ WRONG = {
     "init_fraction": [lambda v=v: WarmupSchedule(schedule(), 3, 9).start(v) for v in [*NUMBERS, 0, math.nan]],
     "growth": [lambda v=v: ExponentialSchedule(schedule(), 9).start(0.1, v) for v in [*NUMBERS, 1, math.nan]],
     "fraction": [lambda v=v: SteeredSchedule(schedule(), 9).steer(v, {}) for v in [*NUMBERS, -1, math.nan]],
+    "learning_rate": [
+        *(lambda v=v: GuidedWarmup(9, v) for v in ["x", [1.0], True, 10**400, 0, math.nan, math.inf]),
+        *(lambda v=v: PersistentCatapult(9, v) for v in [*NUMBERS, 0, math.nan]),
+    ],
     "target_lr": [
-        *(lambda v=v: GuidedWarmup(v, 9) for v in [*NUMBERS, 0, math.nan]),
-        *(lambda v=v: PersistentCatapult(v, 9) for v in [*NUMBERS, 0, math.nan]),
         *(lambda v=v: steps_saved(1.0, v, 10) for v in [*NUMBERS, 0, math.nan]),
         *(lambda v=v: diagnose(torch.optim.SGD([parameter()]), [lambda: None], v) for v in [*NUMBERS, 0, math.nan]),
     ],
-    "rate": [lambda v=v: GuidedWarmup(1.0, 9, rate=v) for v in ["x", [1.0], True, 0, 2, math.nan]],
-    "kappa": [lambda v=v: GuidedWarmup(1.0, 9, kappa=v) for v in [*NUMBERS, 0, math.nan]],
-    "every": [lambda v=v: GuidedWarmup(1.0, 9, every=v) for v in [*NUMBERS, 0, 1.5, math.nan]],
-    "ceiling": [lambda v=v: GuidedWarmup(1.0, 9, ceiling=v) for v in ["no", None, 0, [True]]],
-    "until": [lambda v=v: GuidedWarmup(1.0, 9, until=v) for v in ["no", None, 0, ["end"]]],
     "init_lr": [
-        *(lambda v=v: PersistentCatapult(1.0, 9, init_lr=v) for v in [*NUMBERS, 0]),
-        *(lambda v=v: GuidedWarmup(1.0, 9, init_lr=v) for v in ["x", [1.0], 0]),
+        *(lambda v=v: PersistentCatapult(9, 1.0, init_lr=v) for v in [*NUMBERS, 0]),
         *(lambda v=v: steps_saved(v, 1.0, 10) for v in NUMBERS),
     ],
     "v0": [lambda v=v: GIAdamW([parameter()], v0=v) for v in [*NUMBERS, 0, math.nan, math.inf]],

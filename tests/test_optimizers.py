@@ -170,6 +170,18 @@ def test_objects_in_the_state_that_belong_to_no_parameter_are_put_back():
     assert all(map(torch.equal, weights, probed))
 
 
+def test_momentum_is_known_by_every_name_that_libraries_give_it():
+    options = {"lr": LR, "relative_step": False}
+    for with_it, without in (
+        (lambda p: optimi.Lion(p, lr=LR), lambda p: optimi.SGD(p, lr=LR)),
+        (lambda p: Adafactor(p, beta1=0.9, **options), lambda p: Adafactor(p, **options)),
+        (lambda p: torch.optim.RMSprop(p, momentum=0.9), torch.optim.RMSprop),
+        (torch.optim.Adam, lambda p: torch.optim.Adam(p, betas=(0.0, 0.9))),
+    ):
+        params = list(make_model().parameters())
+        assert (has_momentum(with_it(params)), has_momentum(without(params))) == (True, False)
+
+
 def test_sparse_gradients_have_a_slope():
     embedding = torch.nn.Embedding(5, 2, sparse=True)
     optimizer = torch.optim.SGD(embedding.parameters(), lr=LR, momentum=0.9)

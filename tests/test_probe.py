@@ -22,6 +22,7 @@ from hf_warmup import (
     update_slope,
 )
 from hf_warmup import probe as probe_module
+from hf_warmup.probe import Shards, gradient_norm
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1),
@@ -166,6 +167,15 @@ def test_of_a_dtensor_the_momentums_slope_is_that_of_the_local_shard(make, tmp_p
     assert slopes[1] == pytest.approx(slopes[0])
 
 
+def test_the_gradients_norm_is_that_of_all_that_have_one():
+    theta, phi, without = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    phi.data = phi.data.bfloat16()
+    optimizer = torch.optim.SGD([{"params": [theta, without]}, {"params": [phi]}], 0.1)
+    assert gradient_norm(Shards(optimizer)) == 0.0
+    theta.grad, phi.grad = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 4.0], dtype=torch.bfloat16)
+    assert gradient_norm(Shards(optimizer)) == pytest.approx(5.0, rel=1e-2)  # in bfloat16
+
+
 def test_momentum_is_what_a_step_without_gradient_goes_along():
     assert [name for name, make in OPTIMIZERS.items() if not has_momentum(make(Net().parameters()))] == [
         "SGD",
@@ -248,7 +258,9 @@ def test_the_loss_along_a_step_is_that_after_it_up_to_rounding(make, num_steps):
     after = [loss_after_step(optimizer, loss_fn, lr, module=model) for lr in lrs]
     assert along == pytest.approx(after, rel=2e-5)
     # Not -(along[1] - along[0]) / 1e-3: in single precision its rounding is too coarse.
-    assert slope == update_slope(optimizer, 0.1)
+    for on_cpu in (False, True):  # more and smaller pieces
+        assert update_slope(optimizer, 0.1, module=model, copy_on_cpu=on_cpu) == pytest.approx(slope, rel=1e-5)
+    assert_same(everything(model, optimizer), before)
     g, u = (torch.cat([t.flatten() for t in ts]).double() for ts in (grads(optimizer), update(optimizer, 0.1)))
     assert slope == pytest.approx(float(g @ u), rel=1e-4)
 
@@ -306,9 +318,10 @@ def test_a_probe_holds_one_copy_of_the_parameters_and_nothing_afterwards(name, n
     assert size < peak < 1.1 * size
     assert left == 0
     for on_cpu, most in ((False, 1.1), (True, 0.12)):  # a slope moves copies of a few parameters at a time
-        peak, left = memory(lambda on_cpu=on_cpu: momentum_slope(optimizer, 1e-3, copy_on_cpu=on_cpu))
-        assert 0 < peak < most * size
-        assert left == 0
+        for measure in (momentum_slope, update_slope):
+            peak, left = memory(lambda on_cpu=on_cpu, of=measure: of(optimizer, 1e-3, copy_on_cpu=on_cpu))
+            assert 0 < peak < most * size
+            assert left == 0
 
 
 def test_the_copy_may_lie_on_the_cpu():

@@ -432,6 +432,8 @@ class WarmupCallback(TrainerCallback):
             init_lr = arguments.fixed_init_lr or 1e-4
             rule = PersistentCatapult(schedule.num_steps, target, init_lr=init_lr, delta=arguments.catapult_delta)
         if schedule.started:
+            if isinstance(rule, GuidedWarmup) and not schedule.handed_over:
+                _check_auto_lr(schedule.controller, arguments.auto_lr)
             rule.load_state_dict(schedule.controller)
         if schedule.handed_over:
             return
@@ -445,8 +447,7 @@ class WarmupCallback(TrainerCallback):
         shards = backend.shards()
         if not backend.can_step(shards, first=rule.num_steps == 0):
             return  # an overflow that the gradient scaler will skip, or nothing to learn from yet: next step
-        before = max(map(float, schedule.scheduler.get_last_lr()))
-        step = self._step(shards, backend, replay, lr=before)
+        step = self._step(shards, backend, replay, lr=rule.lr)
         overshot = isinstance(rule, GuidedWarmup) and rule.overshoot_lr is not None
         lr = rule(step)
         # The schedule counts its own steps, of which a resumed or a waiting run may have had more.
@@ -521,7 +522,8 @@ def _is_decoder(trainer: Trainer) -> bool:
     """Whether the model is a causal language model of transformers, adapted or not."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    # FSDP2 gives it a class of its own, as users do, under that of transformers.
+    return any(cls.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for cls in type(model).__mro__)
 
 
 def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
@@ -594,6 +596,16 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
             raise ValueError(
                 f"{asked} does not run with {type(trainer).__name__}: {reason}; {instead} to a number or to zero"
             )
+
+
+def _check_auto_lr(state: dict[str, Any], auto_lr: bool) -> None:
+    """Refuse to go on with a bound where there was none, or without one.
+
+    Raises:
+        ValueError: If `auto_lr` is not as it was.
+    """
+    if (before := state["learning_rate"] is None) != auto_lr:
+        raise ValueError(f"auto_lr must be {before} as in the checkpoint, got {auto_lr}: warmup is not over")
 
 
 def _check_optimizer(optimizer: Any) -> None:

@@ -494,6 +494,8 @@ def _verdict_of_a_ramp(report: dict[str, Any]) -> str:
     if report["ended_by"] == "peak":
         bound = "" if report["auto_lr"] else " η_trgt was more than that."
         return f"{over} Warmup went on to {peak}.{bound}"
-    if report["warmup"] == "guided" and overshoot is None:
+    if report["warmup"] != "guided":
+        return ""
+    if overshoot is None:
         return "η_trgt was reached before the momentum overshot: this run would have borne a larger one."
-    return ""
+    return f"{over} Warmup went on to η_trgt."

@@ -20,6 +20,7 @@ from hf_warmup.trainer.backends import Backend
 from hf_warmup.trainer.replay import StepReplay, loss_before
 
 _LOW = (torch.bfloat16, torch.float16)
+_CLIPPED = 0.98  # of max_grad_norm: gradients of that norm were clipped
 _VISIBLE = 1e-3  # a learning rate whose steps rounding does not hide in weights of low precision
 
 
@@ -31,7 +32,7 @@ class TrainerStep:
         backend: How its model is spread.
         replay: The step's batches, kept if a loss at a learning rate is asked for.
         shards: What this process holds.
-        lr: The learning rate of the step before.
+        lr: The learning rate of the step before; 0 in the first step.
         copy_on_cpu: Whether copies of weights are kept in the CPU's memory.
     """
 
@@ -99,8 +100,8 @@ class TrainerStep:
         return self._slope(momentum_slope) if has_momentum(self.shards.optimizer) else None
 
     def _slope(self, measure: Callable[..., float]) -> float:
-        low = any(p.dtype in _LOW for p in params_of(self.shards.optimizer))
-        lr = max(self.lr, _VISIBLE) if low else self.lr
+        hidden = self.lr == 0 or any(p.dtype in _LOW for p in params_of(self.shards.optimizer))
+        lr = max(self.lr, _VISIBLE) if hidden else self.lr
         along = functools.partial(
             measure,
             self.shards.optimizer,
@@ -111,5 +112,6 @@ class TrainerStep:
         )
         slope, squares = self.backend.total(lambda: [along(), gradient_norm(self.shards) ** 2])
         norm, clip = math.sqrt(squares), self.trainer.args.max_grad_norm or math.inf
-        # Gradients are clipped by now. One that was clipped below 1 had a norm of 1, as far as one can tell.
-        return slope / norm if norm >= min(1.0, 0.999 * clip) else slope
+        # Gradients are clipped by now. One that was clipped below 1 had a norm of 1, as far as one can tell. In
+        # bfloat16 its norm is that to which it was clipped only up to a percent.
+        return slope / norm if norm >= min(1.0, _CLIPPED * clip) else slope

@@ -138,7 +138,8 @@ class PersistentCatapult:
             whole(name, state[name], 0)
         for name in ("learning_rate", "lr"):
             positive(name, state[name])
-        number("loss", state["loss"])
+        if math.isnan(number("loss", state["loss"])):
+            raise ValueError("loss must be a number, got nan")
         if not (number("critical_lr", state["critical_lr"]) >= 0 or num_steps == 0):
             raise ValueError(f"critical_lr must be at least 0, got {state['critical_lr']}")
         if state["ended_by"] not in (None, "learning_rate", "half of the run"):

@@ -85,8 +85,8 @@ def weights(trainer):
     return {name: whole(p.detach()).clone() for name, p in named.items()}
 
 
-def controller(scheduler):
-    """What the controller of guided warmup has come to."""
+def rule(scheduler):
+    """What the rule of guided warmup has come to."""
     scheduler = getattr(scheduler, "scheduler", scheduler)
     return getattr(scheduler.lr_lambdas[0], "controller", None)
 
@@ -214,7 +214,7 @@ def run(
         "wrapped": type(trainer.model_wrapped).__name__,
         "history": trainer.state.log_history,
         "memory": seen_memory,
-        "controller": controller(trainer.lr_scheduler),
+        "rule": rule(trainer.lr_scheduler),
         "counts": [float(state["step"]) for state in innermost(trainer.optimizer).state.values() if "step" in state],
         "buffers": [b.double().sum().item() for b in trainer.model.buffers()],
     }

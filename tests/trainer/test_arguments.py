@@ -42,10 +42,12 @@ BAD = [
     ({"catapult_delta": -0.1}, "catapult_delta must be positive and finite, got -0.1"),
     ({"critical_lr_rtol": float("nan")}, "critical_lr_rtol must be positive and finite, got nan"),
     # As YAML reads 1e-2.
-    ({"guide_rate": "1e-2"}, "guide_rate must be a number, got '1e-2'"),
+    ({"warmup_growth": "1e-2"}, "warmup_growth must be a number, got '1e-2'"),
     ({"warmup_growth": None}, "warmup_growth must be a number, got None"),
-    ({"guide_every": float("nan")}, "guide_every must be a whole number, got nan"),
-    ({"guide_micro_batches": 1.5}, "guide_micro_batches must be a whole number, got 1.5"),
+    ({"sharpness_every": float("nan")}, "sharpness_every must be a whole number, got nan"),
+    ({"search_batches": 1.5}, "search_batches must be a whole number, got 1.5"),
+    ({"auto_lr": True}, "auto_lr must be off with warmup=linear, got True: only guided finds one"),
+    ({"warmup": "guided", "init_lr": "1e-4"}, "init_lr must be left out with warmup=guided, got '1e-4'"),
     ({"init_lr": True}, "init_lr must be .* got True"),
 ]
 

@@ -275,7 +275,7 @@ MODES = [
     {"warmup_steps": 6},
     {"warmup_steps": 6, "init_lr": "1e-5"},
     {"warmup_steps": 0, "warmup": "exponential", "warmup_growth": 2.0},
-    {"warmup_steps": 0, "warmup": "guided", "guide_rate": 0.5},
+    {"warmup_steps": 0, "warmup": "guided", "vocab": 5},
 ]
 
 
@@ -287,7 +287,7 @@ def test_warmup_goes_to_the_learning_rate_that_the_optimizer_has(make_trainer, c
     assert "learning_rate is 5e-05, but the optimizer was made with 0.01: warmup goes to 0.01" in caplog.text
     assert start["warmup/target_lr"] == 1e-2
     assert made[0] == pytest.approx(start["warmup/init_lr"])
-    assert made[0] < 2e-3
+    assert made[0] < 0.8 * max(made)
     assert max(made) == pytest.approx(warmup_report(trainer)["peak_lr"], rel=0.2)
     assert max(made) > 5e-3
 
@@ -333,8 +333,7 @@ def test_a_model_only_checkpoint_is_a_new_start(make_trainer, tmp_path, caplog):
 NEW_STARTS = [
     {"warmup_steps": 4},
     {"warmup_steps": 0, "warmup": "exponential", "warmup_growth": 4.0},
-    {"warmup_steps": 0, "warmup": "guided", "guide_rate": 0.5},
-    {"warmup_steps": 0, "warmup": "guided", "guide_rate": 0.5, "guide_until": "end"},
+    {"warmup_steps": 0, "warmup": "guided", "vocab": 5, "learning_rate": 0.1},
     {"warmup_steps": 0, "warmup": "persistent"},
 ]
 
@@ -461,7 +460,7 @@ def test_an_update_that_goes_uphill_starts_low_and_says_so(make_trainer, caplog)
     assert 0 < learning_rates(trainer)[0] < min(lr for lr, loss in tried if loss > start * (1 + 2e-6)) <= 3e-3
     trainer = make_trainer(warmup="guided", warmup_steps=0)
     trainer.optimizer_cls_and_kwargs = (GIAdamW, {"lr": 3e-3, "maximize": True})
-    with pytest.raises(RuntimeError, match="no learning rate from .* set warmup=linear"):
+    with pytest.raises(RuntimeError, match="loss does not fall along the first step .* set warmup=linear"):
         train(trainer)
     assert trainer.state.global_step == 0
 

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*capturable", "ignore:Synchronization debug mode"),
 ]
 
-GUIDED = {"warmup": "guided", "warmup_steps": 0, "max_steps": 24, "guide_every": 2, "guide_rate": 0.1}
+GUIDED = {"warmup": "guided", "auto_lr": True, "warmup_steps": 0, "max_steps": 40, "vocab": 5}
 KERNELS = [{"fused": True}, {"foreach": True}, {"foreach": False}, {"capturable": True}]
 
 
@@ -50,10 +50,10 @@ def test_a_gpu_finds_what_a_cpu_finds(make_trainer, options):
     gpu, cpu = (train(quiet_trainer(make_trainer, **options, use_cpu=use_cpu)) for use_cpu in (False, True))
     assert (gpu.args.device.type, cpu.args.device.type) == ("cuda", "cpu")
     assert logged(gpu, "warmup/critical_lr") == pytest.approx(logged(cpu, "warmup/critical_lr"), rel=1e-3)
-    assert logged(gpu, "learning_rate") == pytest.approx(logged(cpu, "learning_rate"), rel=1e-3)
+    assert logged(gpu, "learning_rate") == pytest.approx(logged(cpu, "learning_rate"), rel=1e-2)
     if options is GUIDED:
-        assert logged(gpu, "warmup/turn_lr") == pytest.approx(logged(cpu, "warmup/turn_lr"), rel=1e-3)
-        assert logged(gpu, "loss") == pytest.approx(logged(cpu, "loss"), rel=1e-3)
+        assert logged(gpu, "warmup/overshoot_lr") == pytest.approx(logged(cpu, "warmup/overshoot_lr"), rel=1e-2)
+        assert logged(gpu, "loss") == pytest.approx(logged(cpu, "loss"), rel=1e-2)
 
 
 @pytest.mark.parametrize("options", [GUIDED, {}], ids=["guided", "linear"])

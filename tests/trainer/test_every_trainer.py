@@ -419,15 +419,13 @@ def make_counting(options):
 @of_peft_and_trl
 @pytest.mark.parametrize("make", [make_counting, make_sft, make_dpo])
 def test_guided_warmup_leaves_no_trace_but_the_learning_rate(options, make):
-    options |= {"max_steps": 24, "warmup_steps": 0}
+    options |= {"max_steps": 24, "warmup_steps": 0, "learning_rate": 0.03}
     guided, plain = make(options), make(options)
-    # From a number: where the search would have it start is another thing for every device's dropout.
-    WarmupCallback.attach(guided, WarmupArguments(warmup="guided", init_lr="1e-5", guide_every=2, guide_rate=0.03))
+    WarmupCallback.attach(guided, WarmupArguments(warmup="guided"))
     guided.add_callback(rates := LearningRates())
     set_seed(1)
     guided.train()
-    assert sum("warmup/critical_lr" in e for e in guided.state.log_history) >= 4
-    assert rates.seen[0] < rates.seen[5]
+    assert rates.seen[0] < rates.seen[2]
     WarmupCallback.attach(plain, WarmupArguments(init_lr="zero"))
     plain.add_callback(LearningRates(rates.seen))
     set_seed(1)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, set_seed
 
-from hf_warmup import GIAdamW, loss_after_step, momentum_slope
+from hf_warmup import GuidedWarmup, momentum_slope, update_slope
 from hf_warmup.trainer import WarmupCallback, compare_runs, warmup_report
-from hf_warmup.trainer.report import init_words, verdict
 
-from launching import WAITS
-from tiny import start_of
+from tiny import make_model, start_of
 
-GUIDED = {"warmup": "guided", "warmup_steps": 0, "max_steps": 24, "guide_every": 2, "guide_rate": 0.1}
+# A first descent, an overshoot after some 15 steps, and a bound that is out of reach.
+GUIDED = {"warmup": "guided", "warmup_steps": 0, "max_steps": 40, "vocab": 5, "learning_rate": 10.0}
+AUTO = {**GUIDED, "auto_lr": True}
 
 
 class Rates(TrainerCallback):
@@ -46,10 +46,6 @@ def same(left, right):
 
 def logged(trainer, name):
     return [(e["step"], e[name]) for e in trainer.state.log_history if name in e]
-
-
-def critical_lrs(trainer):
-    return logged(trainer, "warmup/critical_lr")
 
 
 SCHEDULES = {
@@ -93,144 +89,156 @@ def test_the_exponential_ramp_starts_at_the_critical_lr_or_the_cap(make_trainer,
     assert (report["warmup_steps_taken"], report["peak_lr"]) == (None, None)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_guided_warmup_is_the_controllers_rule_in_the_trainer(make_trainer, name):
-    """The rule replayed from the logged estimates of η_c and turn, and the factor of the Trainer's own schedule."""
-    options = {"lr_scheduler_type": name, "lr_scheduler_kwargs": SCHEDULES[name] or None}
-    trainer = make_trainer(**GUIDED, **options)
-    rates = train(trainer)
-    found, decay = dict(critical_lrs(trainer)), own_factor(trainer)
-    assert list(found)[:3] == [0, 2, 4]
-    ((turn, turn_lr),) = logged(trainer, "warmup/turn_lr")
-    critical, end, expected = found[0], None, [found[0] * 1e-3]
-    for t in range(1, 24):
-        critical = found.get(t, critical)
-        if end is None:
-            rise, most = critical / expected[-1], 3e-3
-            if t >= turn:
-                rise, most = min(rise, 2.25), min(most, 2.25 * turn_lr)
-            expected.append(min(most, expected[-1] * rise**0.1))
-            end = t if expected[-1] == most or t + 1 >= 12 else None
-        else:
-            expected.append(expected[end] * decay((t - end) * 24 / (24 - end)))
-    assert end is not None
-    assert turn_lr == pytest.approx(expected[turn - 1])
-    assert rates == pytest.approx(expected)
-    assert warmup_report(trainer)["warmup_steps_taken"] == end + 1
-
-
-@pytest.mark.parametrize("num", [0, 1, 2])
-def test_a_trial_is_of_the_steps_own_batch_and_exact_loss(make_trainer, num):
-    class Watched(Trainer):
-        """Tries the logged learning rates again by hand, with the loss as it is written down here."""
-
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            self.batches.append({k: v.clone() for k, v in inputs.items()})
-            self.num_items = num_items_in_batch
-            return super().training_step(model, inputs, num_items_in_batch)
-
-    options = {"guide_micro_batches": num, "gradient_accumulation_steps": 4}
-    trainer = make_trainer(Watched, learning_rate=1e3, **options, **GUIDED)
-    trainer.model.config.attention_dropout = 0.0
-    for layer in trainer.model.model.layers:
-        layer.self_attn.attention_dropout = 0.0
-    trainer.batches, directions, slopes = [], [], []
-
-    class Judge(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            trainer.batches = []
-
-        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-            batches, items = trainer.batches[: num or 4], trainer.num_items
-
-            def loss():
-                return sum(trainer.compute_loss(trainer.model, dict(b), num_items_in_batch=items) for b in batches)
-
-            assert len(trainer.batches) == 4
-            if state.global_step == 9:
-                (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, WarmupCallback)]
-                trainer.seen = list(callback._guide.slopes)
-            if 1 <= state.global_step <= 8:
-                tried = critical_lrs(trainer)[-1][1]
-                slopes.append(momentum_slope(optimizer, tried))
-            if state.global_step in (2, 4, 6, 8):
-                before, after = (loss_after_step(optimizer, loss, lr) for lr in (0.0, tried))
-                directions.append(after <= before)
-
-    trainer.add_callback(Judge())  # before ours, so that what it reads of the log is what the trial will try
-    train(trainer)
-    estimates = [lr for _, lr in critical_lrs(trainer)]
-    assert [b > a for a, b in zip(estimates[:4], estimates[1:5], strict=True)] == directions
-    assert trainer.seen == pytest.approx(slopes[-6:])  # of every step, whether it is tried or not
-
-
-@pytest.mark.parametrize("mode", [{}, {"guide_until": "end"}, {"warmup": "persistent"}], ids=str)
-@pytest.mark.parametrize("stop", [3, 16])
-def test_a_resumed_run_is_bitwise_the_same(make_trainer, tmp_path, mode, stop):
-    options = GUIDED | mode | {"save_strategy": "steps", "save_steps": stop}
-    whole = make_trainer(**options)
-    rates = train(whole)
-    resumed = make_trainer(**options)
-    rest = train(resumed, resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
-    assert rest == rates[stop:]
-    assert same(weights(resumed), weights(whole))
-    assert critical_lrs(resumed) == critical_lrs(whole)
-
-
-class OnAPlateau(Trainer):
-    """Has a loss with a first descent of 50 nats, which what it learns later is nothing against; keeps it."""
+class Measured(Trainer):
+    """Keeps the loss of every step, and the gradients' norm before they are clipped, by hand."""
 
     def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs) + max(0, 50 - 10 * self.state.global_step)
-        if torch.is_grad_enabled():
-            self.__dict__.setdefault("losses", []).append(float(loss))
+        loss = super().training_step(*args, **kwargs)
+        self.__dict__.setdefault("losses", []).append(float(loss))
         return loss
 
 
-@pytest.mark.parametrize("num", [0, 1])
-def test_what_a_long_ramp_waits_for_is_the_loss_of_the_steps_themselves(make_trainer, tmp_path, num):
-    options = (
-        GUIDED
-        | WAITS
-        | {"max_steps": 220, "gradient_accumulation_steps": 2, "guide_micro_batches": num, "guide_every": 7}
+class Measures(TrainerCallback):
+    """What the rule asks for, from the optimizer itself. Before ours, which it must not disturb."""
+
+    def __init__(self, trainer):
+        self.trainer, self.rates, self.rule = trainer, [], None
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.rule = self.rule or GuidedWarmup(args.max_steps, args.learning_rate, wait=False)
+        self.optimizer = optimizer
+        self.rates.append(self.rule(self))
+
+    def loss(self):
+        return sum(self.trainer.losses[-self.trainer.args.gradient_accumulation_steps :])
+
+    def slope(self):
+        return self.part(update_slope(self.optimizer, 1e-3))
+
+    def momentum_slope(self):
+        return self.part(momentum_slope(self.optimizer, self.rates[-1]))
+
+    def part(self, slope):
+        squares = [p.grad.double().square().sum() for p in self.trainer.model.parameters()]
+        return slope / max(1.0, float(sum(squares)) ** 0.5)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_guided_warmup_is_the_rule_in_the_trainer_and_the_whole_of_every_decay(make_trainer, name):
+    options = {"lr_scheduler_type": name, "lr_scheduler_kwargs": SCHEDULES[name] or None, "max_grad_norm": 0.0}
+    trainer = make_trainer(Measured, **GUIDED, **options)
+    trainer.add_callback(measures := Measures(trainer))
+    rates, decay, rule = train(trainer), own_factor(trainer), measures.rule
+    end = rule.num_steps - 1
+    assert (rule.ended_by, end) == ("peak", 16)
+    expected = [decay((t - end) * 40 / (40 - end)) * rule.peak for t in range(end, 40)]
+    assert rates == pytest.approx(measures.rates[:end] + expected, rel=1e-5, abs=1e-9)
+    assert logged(trainer, "warmup/overshoot_lr") == [(rule.overshoot_step, pytest.approx(rule.overshoot_lr))]
+
+
+def test_micro_batches_and_one_batch_give_the_same(make_trainer):
+    sizes = [(8, 1), (2, 4)]
+    one, four = (
+        train(make_trainer(model=make_model(dropout=0.0), **AUTO, **options))
+        for options in (
+            {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps} for size, steps in sizes
+        )
     )
-    trainer = make_trainer(OnAPlateau, **options)
-    rates = train(trainer)
-    ((turned, turn_lr),) = logged(trainer, "warmup/turn_lr")
-    hold, report = 2.25 / (2 / WAITS["guide_rate"] / 160) * turn_lr, warmup_report(trainer)
-    assert report["still_waits"]
-    assert rates[report["warmup_steps_taken"] - 1] == max(rates) == pytest.approx(hold)
-    assert report["waited_steps"] == sum(rate == max(rates) for rate in rates[:110]) > 3
-    state = trainer.lr_scheduler.lr_lambdas[0].controller
-    assert state["turn_step"] == turned
-    # Whatever part of a batch is tried, the losses are of the whole step's.
-    made = [a + b for a, b in zip(trainer.losses[::2], trainer.losses[1::2], strict=True)]
-    assert state["first_loss"] == pytest.approx(made[0])
-    after = made[turned + 1 :][: max(6, turned // 2)]
-    assert state["turn_loss"] == pytest.approx(sum(after) / len(after))
-    recent = made[turned + 1]
-    for t in range(turned + 2, 110):
-        recent += 8 / max(t, 48) * (made[t] - recent)
-    assert state["recent_loss"] == pytest.approx(recent)
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert f"110, {report['waited_steps']} of them waiting for the loss to fall" in card
-    assert "Such a model wants more steps, or a slower ramp" in card
+    assert four == pytest.approx(one, rel=1e-3)
 
 
-def test_a_run_that_waits_is_resumed_bitwise(make_trainer, tmp_path):
-    options = GUIDED | WAITS | {"max_steps": 220, "save_strategy": "steps", "save_steps": 60}
-    whole = make_trainer(OnAPlateau, **options)
-    rates = train(whole)
-    assert warmup_report(whole)["waited_steps"] > 3
-    resumed = make_trainer(OnAPlateau, **options)
-    assert train(resumed, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-60")) == rates[60:]
-    assert same(weights(resumed), weights(whole))
-    assert warmup_report(resumed)["waited_steps"] == warmup_report(whole)["waited_steps"]
+@pytest.mark.parametrize("clip", [0.1, 1.0, 10.0])
+def test_clipping_of_gradients_changes_the_learning_rates_by_little(make_trainer, clip):
+    clipped, free = (train(make_trainer(max_grad_norm=norm, **AUTO)) for norm in (clip, 0.0))
+    assert clipped == pytest.approx(free, rel=0.5)
+    assert max(clipped) == pytest.approx(max(free), rel=0.2)
 
 
-def test_trials_leave_no_trace_but_the_learning_rate(make_trainer):
-    """The same learning rates without any trial give the same weights, bit for bit; dropout is on."""
-    guided = make_trainer(**GUIDED)
+@pytest.mark.parametrize("clip", [0.1, 1.0])
+def test_weights_of_low_precision_are_guided_as_others(make_trainer, clip):
+    models = [make_model().to(dtype) for dtype in (torch.bfloat16, None)]
+    low, high = (train(make_trainer(model=model, max_grad_norm=clip, **AUTO)) for model in models)
+    assert low[:8] == pytest.approx(high[:8], rel=0.1)
+    assert max(low) == pytest.approx(max(high), rel=0.5)
+
+
+@pytest.mark.parametrize("options", [{}, {"gi_adam": True}, {"optim": "sgd", "optim_args": "momentum=0.9"}], ids=str)
+def test_with_auto_lr_no_learning_rate_depends_on_the_one_that_is_set(make_trainer, options):
+    trainers = [make_trainer(**AUTO | {"learning_rate": lr}, **options) for lr in (1e-6, 100.0)]
+    low, high = map(train, trainers)
+    assert low == pytest.approx(high, rel=1e-3)
+    assert 1e-3 < max(low) < 10
+    assert warmup_report(trainers[0])["overshoot_lr"] is not None
+
+
+STOPS = [10, 20, 30]  # before the overshoot, behind it, and behind warmup
+
+
+@pytest.fixture
+def resumes(make_trainer, tmp_path):
+    """A run, and the same from one of its checkpoints: bit for bit."""
+
+    def check(stops, model=make_model, **options):
+        options = {**options, "max_steps": 60, "save_strategy": "steps", "save_steps": 10}
+        unbroken = make_trainer(model=model(), **options)
+        rates = train(unbroken)
+        for stop in stops:
+            resumed = make_trainer(model=model(), **options)
+            rest = train(resumed, resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
+            assert rest == rates[stop:]
+            assert same(weights(resumed), weights(unbroken))
+            assert {**warmup_report(resumed), "train_runtime": 0} == {**warmup_report(unbroken), "train_runtime": 0}
+        return warmup_report(unbroken)
+
+    return check
+
+
+class Hidden(torch.nn.Module):
+    """A model of which nobody knows that it is a decoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = make_model()
+
+    def forward(self, input_ids, labels=None):
+        return self.inner(input_ids=input_ids, labels=labels)
+
+
+@pytest.mark.parametrize(("model", "end"), [(make_model, ("peak", 22)), (Hidden, ("half of the run", 30))])
+def test_a_resumed_run_is_bitwise_the_same_before_and_after_the_overshoot(resumes, model, end):
+    report = resumes(STOPS, model, **AUTO)
+    assert (report["ended_by"], report["warmup_steps_taken"]) == end
+    assert report["overshoot_lr"] is not None
+    # What is no decoder waits for a second fall of the loss, which there is none.
+    assert (report["peak_lr"] > report["overshoot_lr"]) == (model is make_model)
+
+
+def test_a_resumed_run_of_persistent_warmup_is_bitwise_the_same(resumes):
+    resumes([10], **GUIDED | {"warmup": "persistent"})
+
+
+def checkpoint(make_trainer, tmp_path, **options):
+    """Of a guided run before its overshoot."""
+    train(make_trainer(**options, save_strategy="steps", save_steps=8))
+    return {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-8")}
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_another_auto_lr_on_resume_is_refused_by_name(make_trainer, tmp_path, made):
+    from_there = checkpoint(make_trainer, tmp_path, **GUIDED, auto_lr=made)
+    with pytest.raises(ValueError, match=f"auto_lr must be {made} as in the checkpoint, got {not made}"):
+        train(make_trainer(**GUIDED, auto_lr=not made), **from_there)
+
+
+def test_a_run_of_another_length_is_not_that_of_the_checkpoint(make_trainer, tmp_path):
+    from_there = checkpoint(make_trainer, tmp_path, **GUIDED)
+    with pytest.raises(ValueError, match="num_training_steps must be 40 as in the checkpoint, got 60"):
+        train(make_trainer(**GUIDED | {"max_steps": 60}), **from_there)
+
+
+def test_the_rule_leaves_no_trace_but_the_learning_rate(make_trainer):
+    """The same learning rates without it give the same weights, bit for bit; dropout is on."""
+    guided = make_trainer(**AUTO)
     rates = train(guided)
 
     class Script(TrainerCallback):
@@ -238,7 +246,7 @@ def test_trials_leave_no_trace_but_the_learning_rate(make_trainer):
             for group in optimizer.param_groups:
                 group["lr"] = rates[state.global_step]
 
-    plain = make_trainer(init_lr="zero", warmup_steps=0, max_steps=24)
+    plain = make_trainer(init_lr="zero", warmup_steps=0, max_steps=40, vocab=5)
     plain.add_callback(Script())
     WarmupCallback.attach(plain)
     set_seed(1)
@@ -249,133 +257,16 @@ def test_trials_leave_no_trace_but_the_learning_rate(make_trainer):
     assert not {"get_batch_samples", "training_step"} & vars(guided).keys()
 
 
-def test_trials_can_be_ended_behind_the_ramp_by_a_resumed_run(make_trainer, tmp_path):
-    options = {**GUIDED, "save_strategy": "steps", "save_steps": 16}
-    unbroken = train(make_trainer(**options, guide_until="end"))
-    resumed = make_trainer(**options)
-    rates = train(resumed, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-16"))
-    # The decay goes on where it was; the peak is as the last trials left it.
-    assert rates == pytest.approx(unbroken[16:])
-
-
-class Probe(torch.nn.Module):
-    """Linear in what is trained, so that the loss falls however long the step is."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(3))
-
-    def forward(self, input_ids, labels=None):
-        return {"loss": self.weight.sum()}
-
-
-@pytest.mark.parametrize("until", ["target", "end"])
-def test_a_loss_that_never_rises_is_warmed_up_to_the_target(make_trainer, until):
-    options = {"optim": "sgd", "lr_scheduler_type": "constant", "guide_until": until}
-    trainer = make_trainer(model=Probe(), **{**GUIDED, **options, "guide_every": 1, "max_steps": 60})
+def test_a_bound_below_the_peak_is_gone_to_and_said_to_be_low(make_trainer, caplog):
+    trainer = make_trainer(**GUIDED | {"learning_rate": 2e-3})
     rates = train(trainer)
-    assert rates == [3e-3] * 60
-    assert max(lr for _, lr in critical_lrs(trainer)) == pytest.approx(3e3)
-    assert init_words(warmup_report(trainer)) == "η_trgt, as a thousandth of the first η_c is above it"
-
-
-def test_a_target_that_is_too_high_is_not_reached(make_trainer):
-    options = GUIDED | {"max_steps": 80, "guide_rate": 0.2, "lr_scheduler_type": "constant"}
-    trainer = make_trainer(learning_rate=1e3, **options)
-    rates = train(trainer)
+    free = train(make_trainer(**AUTO))
+    end = [rate < 2e-3 for rate in free].index(False)
+    assert rates[:end] == pytest.approx(free[:end], rel=1e-5)
+    assert rates[end] == max(rates) == 2e-3
     report = warmup_report(trainer)
-    assert report["peak_lr"] < 1e3
-    assert max(rates) == pytest.approx(report["peak_lr"])
-    assert rates[-1] == report["peak_lr"]  # handed over to the decay, here constant
-    losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
-    assert all(math.isfinite(loss) for loss in losses)
-
-
-@pytest.mark.parametrize("gi_adam", [True, False])
-def test_a_learning_rate_that_is_a_guess_is_passed(make_trainer, tmp_path, gi_adam):
-    options = GUIDED | {"max_steps": 80, "guide_target": "guess", "gi_adam": gi_adam, "save_strategy": "steps"}
-    trainer = make_trainer(learning_rate=1e-6, save_steps=30, **options)
-    rates = train(trainer)
-    report = warmup_report(trainer)
-    assert (report["target_lr"], report["guessed"]) == (1e-6, True)
-    assert report["init_lr"] == rates[0] > 1e-6
-    assert max(rates) == pytest.approx(report["peak_lr"])
-    ((_, turn_lr),) = logged(trainer, "warmup/turn_lr")
-    assert max(rates) > turn_lr if not gi_adam else max(rates) > 1e-4
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert "1e-06 (a guess)" in card
-    assert "a thousandth of the first η_c" in card
-    assert "this run would have borne a larger one" not in card
-    assert "η_trgt was a guess, which training went beyond" in verdict(report)
-    assert "1e-06 (a guess)" in compare_runs([tmp_path / "run"]).table
-    resumed = make_trainer(learning_rate=1e-6, save_steps=30, **options)
-    assert train(resumed, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-30")) == rates[30:]
-
-
-def test_a_first_learning_rate_may_be_above_a_guess(make_trainer):
-    trainer = make_trainer(learning_rate=1e-6, init_lr="1e-4", guide_target="guess", **GUIDED)
-    assert train(trainer)[0] == pytest.approx(1e-4)
-    with pytest.raises(ValueError, match="init_lr must be at most learning_rate=1e-06, got 1e-4"):
-        WarmupCallback.attach(make_trainer(learning_rate=1e-6, init_lr="1e-4", **GUIDED))
-
-
-def test_a_guess_without_momentum_is_refused_before_training(make_trainer):
-    trainer = make_trainer(optim="sgd", guide_target="guess", **GUIDED)
-    with pytest.raises(
-        ValueError, match="guide_target must be ceiling with an optimizer without momentum .*got guess"
-    ):
-        train(trainer)
-    assert trainer.state.global_step == 0
-
-
-@pytest.mark.parametrize("until", ["target", "end"])
-@pytest.mark.parametrize("stop", [3, 16])
-@pytest.mark.parametrize(("made", "asked"), [("guess", "ceiling"), ("ceiling", "guess")])
-def test_a_checkpoint_of_the_other_meaning_of_learning_rate_is_refused(
-    make_trainer, tmp_path, made, asked, stop, until
-):
-    options = GUIDED | {"save_strategy": "steps", "save_steps": stop, "guide_until": until}
-    train(make_trainer(**options, guide_target=made))
-    resumed = make_trainer(**options, guide_target=asked)
-    with pytest.raises(ValueError, match=f"guide_target must be {made} as in the checkpoint, got {asked}"):
-        train(resumed, resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
-
-
-@pytest.mark.parametrize(
-    ("schedule", "options"),
-    [("cosine_with_min_lr", {"min_lr": 1e-6}), ("cosine_warmup_with_min_lr", {"min_lr": 1e-6}), ("polynomial", None)],
-)
-def test_a_decay_to_an_absolute_learning_rate_is_refused_beside_a_guess(make_trainer, schedule, options):
-    given = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": options}
-    with pytest.raises(ValueError, match=f"lr_scheduler_type must decay to a part of its peak .*got {schedule} with"):
-        WarmupCallback.attach(make_trainer(**GUIDED, guide_target="guess", **given))
-    WarmupCallback.attach(make_trainer(**GUIDED, **given))
-
-
-def test_a_guess_needs_guided_warmup(make_trainer):
-    with pytest.raises(ValueError, match="guide_target must be ceiling with warmup=linear, got guess"):
-        make_trainer(guide_target="guess")
-
-
-def test_a_guess_that_another_run_was_resumed_with_is_nothing_to_warn_of(make_trainer, tmp_path, caplog):
-    options = GUIDED | {"save_strategy": "steps", "save_steps": 16, "guide_target": "guess"}
-    rates = train(make_trainer(learning_rate=1e-6, **options))
-    resumed = make_trainer(learning_rate=1e-5, **options)
-    assert train(resumed, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-16")) == rates[16:]
-    assert "learning_rate is" not in caplog.text
-
-
-def test_gi_adam_is_held_to_what_it_bears_when_its_own_warmup_has_grown(make_trainer):
-    critical = {}
-    for gi_adam in (False, True):
-        trainer = make_trainer(gi_adam=gi_adam, learning_rate=10.0, **GUIDED)
-        train(trainer)
-        assert isinstance(trainer.optimizer.optimizer, GIAdamW) == gi_adam
-        critical[gi_adam] = critical_lrs(trainer)[0][1]
-    # The first step of GI-Adam is 0.032 times Adam's: its η_c as tried is 32 times as large. No later one is more
-    # than 0.06 times Adam's with the full rate, before the decay takes over.
-    largest = max(math.sqrt(1 - 0.999 ** (t + 1)) * (1 - t / 24) for t in range(24))
-    assert critical[True] * largest == pytest.approx(critical[False], rel=1.0)
+    assert (report["ended_by"], report["warmup_steps_taken"], report["peak_lr"]) == ("learning_rate", end + 1, 2e-3)
+    assert f"learning_rate=0.002 has ended warmup after {end + 1} steps" in caplog.text
 
 
 def test_every_group_keeps_its_part_of_the_learning_rate(make_trainer):
@@ -392,27 +283,35 @@ def test_every_group_keeps_its_part_of_the_learning_rate(make_trainer):
         def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
             seen.append([group["lr"] for group in optimizer.param_groups])
 
-    trainer = make_trainer(TwoRates, **GUIDED)
+    trainer = make_trainer(TwoRates, **AUTO)
     trainer.add_callback(Both())
     train(trainer)
     assert all(a == pytest.approx(3 * b) for a, b in seen)
-    assert seen[0][0] < seen[12][0]
+    assert max(seen)[0] == warmup_report(trainer)["peak_lr"] > 1e-2
 
 
-def test_what_guided_warmup_did_is_on_the_card_and_in_the_logs(make_trainer, tmp_path):
-    trainer = make_trainer(**GUIDED, report_to="none")
+@pytest.mark.parametrize("auto_lr", [True, False])
+def test_what_guided_warmup_did_is_on_the_card_and_in_the_logs(make_trainer, tmp_path, auto_lr):
+    trainer = make_trainer(**GUIDED, auto_lr=auto_lr)
     rates = train(trainer)
     folder = tmp_path / "run"
     report = json.loads((folder / "warmup.json").read_text())
-    assert report["warmup"] == "guided"
-    assert report["init_lr"] == pytest.approx(rates[0])
-    assert report["forward_passes"] == max(e.get("warmup/forward_passes", 0) for e in trainer.state.log_history)
-    assert report["forward_passes"] >= len(critical_lrs(trainer))
-    assert report["critical_lr"] == critical_lrs(trainer)[0][1]
-    assert report["smallest_critical_lr"] == min(lr for _, lr in critical_lrs(trainer))
+    ((step, overshoot_lr),) = logged(trainer, "warmup/overshoot_lr")
+    ((end, peak_lr),) = logged(trainer, "warmup/peak_lr")
+    assert (report["warmup"], report["ended_by"], report["auto_lr"]) == ("guided", "peak", auto_lr)
+    assert report["init_lr"] == start_of(trainer)["warmup/init_lr"] == pytest.approx(rates[0])
+    assert report["overshoot_lr"] == overshoot_lr == pytest.approx(rates[step - 1])
+    assert report["peak_lr"] == peak_lr == pytest.approx(max(rates))
+    assert report["warmup_steps_taken"] == end + 1
+    assert report["forward_passes"] == 0
     text = (folder / "README.md").read_text()
-    assert "guided by the critical learning rate along the run" in text
-    assert f"{rates[0]:.3g} (a thousandth of the first η_c" in text
+    assert f"{rates[0]:.3g} (from the loss and its slope along the first step)" in text
+    assert f"{max(rates):.3g} (from the overshoot of the momentum at {overshoot_lr:.3g})" in text
+    assert f"From {overshoot_lr:.3g} on the momentum overshot" in text
+    assert ("η_trgt was more than that" in text) != auto_lr
+    assert ("found by the run (auto_lr)" in text) == auto_lr
+    trainer.save_state()
+    assert ("found by the run (auto_lr)" in compare_runs([folder]).table) == auto_lr
 
 
 def test_the_first_step_waits_for_a_gradient(make_trainer):
@@ -436,6 +335,13 @@ REFUSED = [
         {"warmup": "guided", "warmup_steps": 0, "lr_scheduler_type": "greedy", "eval_strategy": "steps"},
         "lr_scheduler_type .*greedy",
     ),
+    *(
+        ({**AUTO, **options}, "lr_scheduler_type must decay to a part of its peak with auto_lr, got")
+        for options in (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
+            {"lr_scheduler_type": "polynomial"},
+        )
+    ),
 ]
 
 
@@ -445,36 +351,47 @@ def test_what_cannot_work_is_refused(make_trainer, options, message):
         WarmupCallback.attach(make_trainer(**options))
 
 
-def test_a_trainer_that_generates_its_batches_is_refused(make_trainer):
+@pytest.mark.parametrize("auto_lr", [True, False])
+def test_an_optimizer_without_momentum_is_refused_before_training(make_trainer, auto_lr):
+    trainer = make_trainer(optim="sgd", auto_lr=auto_lr, **GUIDED)
+    with pytest.raises(ValueError, match="needs an optimizer with momentum .*, got SGD without"):
+        train(trainer)
+    assert trainer.state.global_step == 0
+
+
+class Below(Trainer):
+    """Has a loss below zero, as a policy gradient's may be."""
+
+    def training_step(self, *args, **kwargs):
+        return super().training_step(*args, **kwargs) - 10
+
+
+ENDS = [
+    (Below, {}, 0, "the loss of the first step must be positive and finite, got -1"),
+    (Trainer, {"vocab": 50}, 19, "nothing bounds the learning rate: in 20 steps"),
+]
+
+
+@pytest.mark.parametrize(("cls", "options", "step", "message"), ENDS, ids=["loss", "no descent"])
+def test_a_run_that_cannot_be_guided_ends_with_the_reason_and_leaves_the_trainer_as_it_was(
+    make_trainer, cls, options, step, message
+):
+    trainer = make_trainer(cls, **AUTO | options)
+    with pytest.raises(RuntimeError, match=message):
+        train(trainer)
+    assert not {"get_batch_samples", "training_step"} & vars(trainer).keys()
+    assert "backward" not in vars(trainer.accelerator)
+    assert trainer.state.global_step == step
+
+
+def test_a_trainer_that_generates_its_batches_is_guided(make_trainer):
+    """Its steps cannot be replayed, and need not be."""
+
     class Online(Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
             made = self.model.generate(inputs["input_ids"][:, :2], max_new_tokens=3, do_sample=False)
             return super().training_step(model, {"input_ids": made, "labels": made}, num_items_in_batch)
 
-    trainer = make_trainer(Online, **GUIDED)
-    before = [p.clone() for p in trainer.model.parameters()]
-    with pytest.raises(ValueError, match="steps of Online cannot be replayed .* generate their own completions"):
-        train(trainer)
-    assert all(map(torch.equal, before, trainer.model.parameters()))
-
-
-def test_a_trainer_that_generates_in_evaluation_only_is_guided(make_trainer):
-    trainer = make_trainer(**GUIDED)
-    trainer.generation_config = trainer.model.generation_config
-    train(trainer)
-    assert trainer.state.global_step == trainer.args.max_steps
-
-
-def test_an_error_in_a_trial_leaves_the_trainer_as_it_was(make_trainer):
-    class Full(Trainer):
-        def compute_loss(self, *args, **kwargs):
-            if not torch.is_grad_enabled() and self.state.global_step > 3:
-                raise torch.OutOfMemoryError("no memory left")
-            return super().compute_loss(*args, **kwargs)
-
-    trainer = make_trainer(Full, **GUIDED)
-    with pytest.raises(torch.OutOfMemoryError):
-        train(trainer)
-    assert not {"get_batch_samples", "training_step"} & vars(trainer).keys()
-    assert "backward" not in vars(trainer.accelerator)
-    assert trainer.state.global_step == 4
+    trainer = make_trainer(Online, **GUIDED | {"learning_rate": 1e-3})
+    rates = train(trainer)
+    assert rates[0] < max(rates) == 1e-3

@@ -8,11 +8,10 @@ import pytest
 from launching import (
     GUIDED,
     LINEAR,
-    WAITING,
     Seen,
     assert_equal,
     assert_one_copy,
-    assert_same_losses_waited_for,
+    assert_same_rule,
     assert_same_run,
     assert_v0_is_squared_gradient,
     launch,
@@ -29,7 +28,6 @@ RUNS = {
     "linear": {**LINEAR, "max_grad_norm": 100.0},  # so that v is the square of a gradient that is not clipped
     "given": {**GIVEN, "max_grad_norm": 100.0},
     "guided": GUIDED,
-    "waiting": WAITING,
     "sgd": {**SGD, **FOUND},
     "adam": {**ADAM, **FOUND},
     "random": {**RANDOM, "max_grad_norm": 100.0},
@@ -59,7 +57,7 @@ def one(tmp_path_factory):
 def ddp(one):
     folder = one.parent / "ddp"
     more = {f"from_{step}": resumed(folder, "linear", step) for step in (4, 12)}
-    more["guided_from_4"] = resumed(folder, "guided", 4)
+    more["guided_from_12"] = resumed(folder, "guided", 12)
     more["grown"] = resumed(one, "linear", 4)
     for name in ("linear", "given"):
         # Two steps: what DDP does before the second one depends on the last forward pass, and later steps hide it.
@@ -76,7 +74,7 @@ def ddp(one):
 def fsdp2(one):
     folder = one.parent / "fsdp2"
     more = {f"from_{step}": resumed(folder, "linear", step) for step in (4, 12)}
-    more["guided_from_4"] = resumed(folder, "guided", 4)
+    more["guided_from_12"] = resumed(folder, "guided", 12)
     more["linear_full"] = {**RUNS["linear"], "backend": "fsdp2_full"}
     more["full_from_4"] = resumed(folder, "linear_full", 4, backend="fsdp2_full")
     more["refused_hessian"] = HESSIAN
@@ -98,15 +96,15 @@ def test_two_processes_are_two_and_sharded_if_asked(ddp, fsdp2):
         assert seen.processes[0]["wrapped"] == wrapped
 
 
-@pytest.mark.parametrize("name", ["linear", "guided", "waiting", "sgd", "adam"])
+@pytest.mark.parametrize("name", ["linear", "guided", "sgd", "adam"])
 def test_the_run_is_that_of_one_process_with_the_same_global_batch(name, two, one):
     seen = Seen(two, name)
     assert_same_run(seen, Seen(one, name))
     assert seen.processes[0]["history"] == [*seen.processes[1]["history"][:-1], seen.history[-1]]  # but for times
 
 
-def test_the_losses_that_a_ramp_waits_for_are_averaged_over_the_processes(two, one):
-    assert_same_losses_waited_for(Seen(two, "waiting"), Seen(one, "waiting"))
+def test_guided_warmup_measures_what_one_process_measures(two, one):
+    assert_same_rule(Seen(two, "guided"), Seen(one, "guided"))
 
 
 def test_accumulation_changes_nothing(one):
@@ -178,7 +176,7 @@ def test_a_search_leaves_no_trace_in_buffers_that_ddp_sends_around(ddp):
 
 @pytest.mark.parametrize(
     ("name", "unbroken"),
-    [("from_4", "linear"), ("from_12", "linear"), ("guided_from_4", "guided"), ("full_from_4", "linear_full")],
+    [("from_4", "linear"), ("from_12", "linear"), ("guided_from_12", "guided"), ("full_from_4", "linear_full")],
 )
 def test_a_resumed_run_is_bitwise_the_unbroken_one(name, unbroken, two):
     if "full" in name and two.name == "ddp":

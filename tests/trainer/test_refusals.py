@@ -44,13 +44,12 @@ class Word(str, Enum):
 TAKEN = [
     ("max_init_fraction", np.float64(0.5), 0.5),
     ("max_init_fraction", np.float16(0.5), 0.5),
-    ("guide_rate", np.float32(0.5), 0.5),
-    ("guide_rate", None, None),
-    ("guide_kappa", Fraction(1, 2), 0.5),
+    ("catapult_delta", np.float32(0.5), 0.5),
+    ("catapult_delta", Fraction(1, 2), 0.5),
     ("warmup_growth", Decimal("1.5"), 1.5),
     ("critical_lr_rtol", torch.tensor(0.5), 0.5),
     ("catapult_delta", 1, 1.0),
-    ("guide_every", np.int64(3), 3),
+    ("sharpness_every", np.int64(3), 3),
     ("search_batches", torch.tensor(3), 3),
     ("gi_adam", np.bool_(True), True),
     ("search_copy_on_cpu", torch.tensor(True), True),
@@ -70,10 +69,10 @@ def test_numbers_and_words_of_other_libraries_become_pythons(name, given, expect
     assert type(taken) is type(expected)
 
 
-FLOATS = ["warmup_growth", "guide_rate", "guide_kappa", "max_init_fraction", "catapult_delta", "critical_lr_rtol"]
-INTS = ["guide_every", "guide_micro_batches", "search_batches", "sharpness_every"]
-BOOLEANS = ["gi_adam", "search_copy_on_cpu"]
-WORDS = ["warmup", "guide_until", "guide_target", "critical_lr_method", "sharpness_kind", "init_lr"]
+FLOATS = ["warmup_growth", "max_init_fraction", "catapult_delta", "critical_lr_rtol"]
+INTS = ["search_batches", "sharpness_every"]
+BOOLEANS = ["gi_adam", "auto_lr", "search_copy_on_cpu"]
+WORDS = ["warmup", "critical_lr_method", "sharpness_kind", "init_lr"]
 ARRAYS = [np.array([0.5, 0.5]), np.array(0.5), torch.ones(2), [0.5], {}, b"0.5", object()]
 BAD = {
     **{name: [True, "0.5", 10**400, 10**5000, math.nan, math.inf, -1.0, 1j, *ARRAYS] for name in FLOATS},
@@ -104,7 +103,7 @@ SWEPT = [
     {"max_init_fraction": np.float64(0.1)},
     {"init_lr": torch.tensor(1e-4)},
     {"learning_rate": np.float64(3e-3)},
-    {"warmup": "guided", "warmup_steps": 0, "guide_rate": np.float32(0.5), "guide_every": np.int64(2)},
+    {"warmup": "guided", "warmup_steps": 0, "learning_rate": np.float32(0.5), "auto_lr": np.bool_(True), "vocab": 5},
     {"warmup": "exponential", "warmup_steps": 0, "warmup_growth": np.float64(1.5)},
 ]
 
@@ -126,16 +125,11 @@ BROKEN = [
     (EXPONENTIAL, "growth", [math.nan, 1.0, -2.0, math.inf]),
     (GUIDED, "fraction", [math.nan, -1.0, math.inf]),
     (GUIDED, "ramp_end", [10**9, -5, 1.5]),
-    (GUIDED, "controller", [{}, [], {"level": 1.0}]),
-    (GUIDED, "level", [math.nan, -1.0, 0.0, math.inf, None]),
-    (GUIDED, "critical_lr", [math.nan, -1.0, 0.0]),
-    (GUIDED, "peak", [math.nan, -1.0]),
+    (GUIDED, "controller", [{}, [], {"lr": 1.0}]),
+    (GUIDED, "lr", [math.nan, -1.0, math.inf, None]),
     (GUIDED, "num_steps", [-1, 1.5, math.nan]),
-    (GUIDED, "next_trial", [-1, math.inf]),
-    (GUIDED, "turn_lr", [-1.0, "x"]),
-    (GUIDED, "turn_step", [10**9, -1]),
-    (GUIDED, "estimates", [[math.nan], [-1.0], 3.0]),
-    (GUIDED, "waits", [1, None]),
+    (GUIDED, "slopes", [["x"], 3.0, [1.0] * 100]),
+    (GUIDED, "ended_by", ["turn", 3]),
     (PERSISTENT, "loss", [math.nan, None]),
     (PERSISTENT, "num_searches", [-1]),
 ]
@@ -156,7 +150,7 @@ def test_numbers_of_a_checkpoint_that_no_run_left_are_refused(make_trainer, tmp_
             holder[name] = value
         torch.save(broken, path)
         trainer = make_trainer(**options)
-        named = "with num_steps" if name == "controller" and isinstance(value, dict) else f"{name} must be "
+        named = "with num_training_steps" if name == "controller" and isinstance(value, dict) else f"{name} must be "
         with pytest.raises(
             ValueError, match=rf"^scheduler\.pt of the checkpoint holds .*{named}.*earlier checkpoint$"
         ):
@@ -173,8 +167,6 @@ CHANGED = [
     ),
     (LINEAR, {"max_init_fraction": 0.5}, "max_init_fraction was 0.1 .* is 0.5 now: warmup has started", True),
     (EXPONENTIAL, {"warmup_growth": 2.0}, "warmup_growth was 1.05 .* is 2.0 now: warmup has started", True),
-    (GUIDED, {"guide_rate": 0.9}, "guide_rate was None .* is 0.9 now: the run goes on with the new one", False),
-    (GUIDED, {"guide_kappa": 0.5}, "guide_kappa was 1.0 .* is 0.5 now: the run goes on with the new one", None),
     (PERSISTENT, {"catapult_delta": 0.5}, "catapult_delta was 0.1 .* is 0.5 now: the run goes on", None),
 ]
 
@@ -301,7 +293,7 @@ def test_gradients_that_become_nan_under_guided_warmup_are_said_once(make_traine
             loss = super().compute_loss(*args, **kwargs)
             return loss * (float("nan") if self.state.global_step > 2 else 1.0)
 
-    train(make_trainer(Breaks, warmup="guided", warmup_steps=0))
+    train(make_trainer(Breaks, warmup="guided", warmup_steps=0, learning_rate=1.0, vocab=5))
     (line,) = said(caplog, "not finite")
     assert line.startswith("the gradients of step 4 are not finite: no learning rate can be tried there")
 

@@ -1,4 +1,4 @@
-"""A search and guided warmup leave no trace in a training, whatever the user's code does; or they are refused."""
+"""Searches and guided warmup leave no trace in a training, whatever the user's code does; or they are refused."""
 
 import copy
 import random
@@ -284,25 +284,6 @@ def test_the_search_leaves_no_trace_in_what_the_trainer_does(cls, tmp_path):
     assert_no_trace(cls, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cls", TRAINERS.values(), ids=TRAINERS)
-def test_guided_warmup_steps_with_the_gradients_that_training_makes(cls, tmp_path, monkeypatch):
-    # The same learning rates given from outside, in a run that tries none.
-    guided, gradients = run(cls, tmp_path / "guided", warmup="guided")
-    rates = [e["learning_rate"] for e in guided.state.log_history if "loss" in e and "learning_rate" in e]
-
-    class Given(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
-            for group in optimizer.param_groups:
-                group["lr"] = rates[state.global_step]
-
-    options = {"init_lr": "zero", "callbacks": [Given()], "lr_scheduler_type": "constant"}
-    _, same = run(cls, tmp_path / "given", **options)
-    assert len(rates) == 12
-    for left, right in zip(gradients, same, strict=True):
-        assert all(map(torch.equal, left, right))
-
-
 class Anneals(nn.Module):
     """Counts its forward passes, draws from a generator of its own, and keeps what it has seen."""
 
@@ -349,7 +330,7 @@ def test_a_large_attribute_is_copied_by_no_trial_and_a_cycle_ends(tmp_path):
 
     assert_no_trace(Keeps, tmp_path)
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run(Keeps, tmp_path / "seen", warmup="guided")
+        run(Keeps, tmp_path / "seen", warmup="persistent")
     made = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     assert sum(n >= 2**24 for n in made) == 1  # the attribute itself
 
@@ -414,7 +395,27 @@ REFUSED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("warmup", [{}, {"warmup": "guided"}], ids=["search", "guided"])
+@pytest.mark.parametrize("cls", [*TRAINERS.values(), GeneratorStream, LoaderStream, LateStream, LargeState])
+def test_guided_warmup_steps_with_the_gradients_that_training_makes(cls, tmp_path):
+    """The same learning rates given from outside. Nothing is replayed: no trainer is refused for what it moves."""
+    guided, gradients = run(cls, tmp_path / "guided", warmup="guided", learning_rate=10 * LR)
+    rates = [e["learning_rate"] for e in guided.state.log_history if "loss" in e and "learning_rate" in e]
+
+    class Given(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+            for group in optimizer.param_groups:
+                group["lr"] = rates[state.global_step]
+
+    options = {"init_lr": "zero", "callbacks": [Given()], "lr_scheduler_type": "constant"}
+    _, same = run(cls, tmp_path / "given", **options)
+    assert len(rates) == 12
+    assert len(set(rates)) > 10
+    for left, right in zip(gradients, same, strict=True):
+        assert all(map(torch.equal, left, right))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warmup", [{}, {"warmup": "persistent"}], ids=["search", "persistent"])
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_put_back_is_refused_before_the_first_trial(case, warmup, tmp_path):
     cls, reason = case
@@ -431,23 +432,33 @@ def test_what_cannot_be_put_back_is_refused_before_the_first_trial(case, warmup,
     assert all(map(torch.equal, before, made[0].parameters()))
 
 
+def falling(cls):
+    """With a loss that falls from step to step, so that persistent warmup searches again."""
+
+    class Falls(cls):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) - self.state.global_step
+
+    return Falls
+
+
 @pytest.mark.slow
 def test_a_stream_that_is_made_in_the_first_step_can_be_searched_in_and_is_refused_when_it_goes_on(tmp_path):
     assert_no_trace(LateStream, tmp_path)
-    with pytest.raises(ValueError, match=r"moves LateStream\.second"):
-        run(LateStream, tmp_path / "guided", warmup="guided")
+    with pytest.raises(ValueError, match=r"moves Falls\.second"):
+        run(falling(LateStream), tmp_path / "persistent", warmup="persistent", learning_rate=1.0)
 
 
 @pytest.mark.slow
 def test_an_error_in_a_replay_says_that_it_was_one(tmp_path):
     class Late(Trainer):
         def compute_loss(self, *args, **kwargs):
-            if not torch.is_grad_enabled() and self.state.global_step > 3:
+            if not torch.is_grad_enabled() and self.state.global_step > 0:
                 raise KeyError("no such loss")
             return super().compute_loss(*args, **kwargs)
 
-    with pytest.raises(RuntimeError, match="KeyError: 'no such loss' .*computed again.* before step 6.* set init_lr"):
-        run(Late, tmp_path, warmup="guided")
+    with pytest.raises(RuntimeError, match="KeyError: 'no such loss' .*computed again.* before step 2.* set init_lr"):
+        run(falling(Late), tmp_path, warmup="persistent", learning_rate=1.0)
 
 
 class Masks:
