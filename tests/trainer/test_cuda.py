@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import set_seed
 
-from hf_warmup import GIAdamW, GuidedWarmup, diagnose, loss_after_step, momentum_slope
+from hf_warmup import GIAdamW, GuidedWarmup, diagnose, loss_after_step, momentum_slope, update_slope
 from hf_warmup.trainer import WarmupCallback
 
 from tiny import DEVICE, make_dataset, make_model
@@ -187,19 +187,21 @@ def test_a_loop_of_ones_own_is_guided_on_a_gpu():
     model = make_model(dropout=0.0).cuda()
     loss_fn = batch_loss(model, "cuda")
     optimizer = GIAdamW(model.parameters(), betas=(0.9, 0.95))
-    guide = GuidedWarmup(1e-2, 40, rate=0.1)
+    rule = GuidedWarmup(40, 1e-2)
     losses = []
+
+    class Here:
+        loss = staticmethod(lambda: losses[-1])
+        slope = staticmethod(lambda: update_slope(optimizer, 1e-3))
+        momentum_slope = staticmethod(lambda: momentum_slope(optimizer, rule.lr))
+
     for _ in range(40):
         optimizer.zero_grad()
         loss = loss_fn()
         loss.backward()
-        lr = guide.step(
-            lambda lr: loss_after_step(optimizer, loss_fn, lr, module=model),
-            optimizer.own_warmup_ahead(),
-            lambda lr: momentum_slope(optimizer, lr),
-        )
+        losses.append(loss.item())
+        lr = rule(Here())
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
