@@ -523,12 +523,12 @@ def test_a_plan_says_what_a_run_would_be_and_does_nothing(tmp_path, capsys):
     assert rows["parameters"] == "124,439,808"  # GPT-2's
     assert rows["tokens per step"] == f"{4 * 2 * 64 * 1024:,}"
     assert rows["tokens in all"] == f"{4 * 2 * 64 * 1024 * 10000:,}"
-    # Bytes per parameter of weights, gradients, Adam's moments and the search's copy, in single precision.
+    # Bytes per parameter of weights, gradients and Adam's moments, in single precision; there is no search.
     expected = {
-        "DDP": 4 + 4 + 8 + 4.4,
-        "ZeRO-2": 4 + (4 + 4 + 8 + 4.4) / 64,
-        "ZeRO-3": (4 + 4 + 4 + 8 + 4.4) / 64,
-        "FSDP2": (4 + 4 + 8 + 4.4) / 64,
+        "DDP": 4 + 4 + 8,
+        "ZeRO-2": 4 + (4 + 4 + 8) / 64,
+        "ZeRO-3": (4 + 4 + 4 + 8) / 64,
+        "FSDP2": (4 + 4 + 8) / 64,
     }
     memory = {row[0]: row[1:] for row in re.findall(5 * r"│ ([^│]*?) +" + "│", printed)}
     assert memory["memory per process"] == tuple(expected)

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_warmup import GIAdamW
 from hf_warmup.probe import innermost, loss_after_step
-from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments, callback
+from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments, step
 
 from tiny import OPTIONS, VOCAB, make_dataset, make_model
 
@@ -200,7 +200,7 @@ def run(
     watcher, seen_memory = Watcher(trainer, kill), []
     trainer.add_callback(watcher)
     if memory:
-        callback.loss_after_step = with_memory(seen_memory)
+        step.loss_after_step = with_memory(seen_memory)
     try:
         trainer.train(resume_from_checkpoint=resume)
     except RuntimeError as error:
