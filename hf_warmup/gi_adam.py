@@ -145,19 +145,8 @@ class GIAdamW(torch.optim.AdamW):
 
         Of the parameter that has made the most steps, and its group's β2.
         """
-        return self.own_warmup_ahead()(0)
-
-    def own_warmup_ahead(self, clock: tuple[float, float] | None = None) -> Callable[[float], float]:
-        """`own_warmup` of the step to come and of later ones.
-
-        Args:
-            clock: As of `clock`, which is asked if None.
-
-        Returns:
-            √(1-β2^(t + k)) as a function of k, the steps until then.
-        """
-        steps, beta2 = self.clock() if clock is None else clock
-        return lambda ahead: math.sqrt(1 - beta2 ** (steps + 1 + ahead))
+        steps, beta2 = self.clock()
+        return math.sqrt(1 - beta2 ** (steps + 1))
 
     def clock(self) -> tuple[float, float]:
         """The most steps that a parameter of this process has made, and its group's β2."""
