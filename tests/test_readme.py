@@ -77,6 +77,7 @@ def tables(text):
     ("heading", "files", "counts"),
     [
         ("What the search costs", ["search_accuracy"], [3]),
+        ("Warmup nobody has to tune", ["warmup_study"], [3]),
         ("What the studies say", ["phase_study", "catapult_study", "baselines_study"], [12, 12, 11]),
         ("What measuring it costs", ["bench_watching", "bench_sharpness"], [3, 7]),
     ],
