@@ -24,7 +24,7 @@ class Observed(Ruled):
     """The rule, with what it knew in each step beside it."""
 
     def __init__(self) -> None:
-        self.guided = GuidedWarmup(GPT.steps)
+        self.guided = GuidedWarmup(GPT.steps, wait=False)
         super().__init__(GPT, self.guided)
         self.rows: list[dict[str, float]] = []
 

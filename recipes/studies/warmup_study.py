@@ -232,7 +232,7 @@ def jobs(part: str) -> Iterator[Job]:
         yield from grid(BPE_LONG, "RAdam", none, lrs)
     if part == "llama":
         lrs = targets(3e-3, 3)
-        yield from guided(LLAMA, "AdamW", [lrs[1], TIMES * lrs[1]])
+        yield from guided(LLAMA, "AdamW", [*lrs[1:], *(TIMES * lr for lr in lrs[1:])])
         yield from grid(LLAMA, "AdamW", lengths(0.1, 0.3, 0.5), lrs)
         yield from grid(LLAMA, "AdamW", lengths(0.1, 0.3, 0.5), [TIMES * lrs[1]], SEEDS)
     if part == "gpu":
