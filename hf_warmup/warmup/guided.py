@@ -244,7 +244,9 @@ class GuidedWarmup:
             self.ended_by = "peak"
         elif self.num_steps + 1 >= self.num_training_steps / 2:
             self.ended_by = "half of the run"
-            if self.learning_rate is None and self.overshoot_step is None and not self.mean_slope > 0:
+            # Of fewer slopes nothing is said.
+            flat = len(self.slopes) == self.SLOPES and not self.mean_slope > 0
+            if self.learning_rate is None and self.overshoot_step is None and flat:
                 raise RuntimeError(
                     f"nothing bounds the learning rate: in {self.num_steps + 1} steps, up to {self.lr:.3g}, the loss "
                     "did not fall along the momentum; give a learning_rate without auto_lr, or check that the model "

@@ -298,6 +298,7 @@ def test_where_nothing_bounds_it_is_an_error_and_no_number():
     flat = lambda path: 1.0 if path == 0 else -1e-9  # noqa: E731
     with pytest.raises(RuntimeError, match="nothing bounds the learning rate: in 50 steps, up to"):
         World(1e9, slope=flat).run(GuidedWarmup(100))
+    World(1e9, slope=flat).run(GuidedWarmup(12))  # too short to say so
     rule = GuidedWarmup(100, learning_rate=1.0)
     World(1e9, slope=flat).run(rule)
     assert rule.ended_by in ("learning_rate", "half of the run")
