@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from hf_warmup.numeric import boolean, number, shown, whole
 
-# The warmups that try learning rates along the run.
+# The warmups that say the learning rate of each step along the run.
 TRYING = ("persistent", "guided")
 SharpnessKind = Literal["critical", "hessian", "preconditioned"]
 

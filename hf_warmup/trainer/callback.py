@@ -7,8 +7,8 @@
 The search for η_init runs once, in the first step whose gradients are finite and not zero: after they are
 accumulated, reduced, unscaled and clipped, before the optimizer uses them, on that step's own batches and its
 exact training loss. Training that searches and ignores the answer ends with the same weights, bit for bit.
-Guided and persistent warmup try learning rates in the same way in later steps, and say what each step is made
-with.
+Guided and persistent warmup say what each step is made with: persistent warmup tries learning rates in the same
+way in later steps, guided warmup tries none and measures slopes.
 """
 
 import logging
@@ -281,7 +281,7 @@ class WarmupCallback(TrainerCallback):
                 f"warmup=guided needs an optimizer with momentum (betas or momentum), got {type(optimizer).__name__} "
                 "without: nothing else tells how far to go; give it one, or set warmup=linear and warmup_steps"
             )
-        if fixed is not None and fixed > target and not self.arguments.auto_lr and not schedule.started:
+        if fixed is not None and fixed > target and not schedule.started:
             raise ValueError(f"init_lr must be at most the optimizer's learning rate, {target:g}, got {fixed:g}")
 
     def _watch_steps(self, keeps: Callable[[], bool] = lambda: True, num_batches: int | None = None) -> None:
@@ -559,8 +559,8 @@ def _check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
         or trainer.optimizer_cls_and_kwargs is not None
         or type(trainer).create_optimizer is not Trainer.create_optimizer
     )
-    bounded = not (own_optimizer or arguments.auto_lr)  # by an optimizer of the user's once that is there
-    if fixed is not None and fixed > args.learning_rate and bounded:
+    # An optimizer of the user's is asked once it is there.
+    if fixed is not None and fixed > args.learning_rate and not own_optimizer:
         raise ValueError(f"init_lr must be at most learning_rate={args.learning_rate}, got {arguments.init_lr}")
     if trainer.lr_scheduler is None and args.lr_scheduler_type in (
         SchedulerType.REDUCE_ON_PLATEAU,

@@ -93,7 +93,7 @@ def suggest_lr(trainer: Trainer) -> LearningRate:
         trainer.callback_handler.callbacks = [finder]
         trainer.args = _quiet(trainer.args, folder)
         finder.warmup = WarmupCallback.attach(trainer, WarmupArguments(warmup="guided", auto_lr=True))
-        trainer.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        vars(trainer)["log"] = lambda *args, **kwargs: None
         trainer.train()
     if finder.found is None:
         raise RuntimeError(

@@ -41,7 +41,7 @@ from statistics import fmean
 from typing import Any
 
 from hf_warmup.numeric import boolean, number, positive, shown, whole
-from hf_warmup.warmup.rule import Step
+from hf_warmup.warmup.rule import Step, check_names
 
 ENDS = ("learning_rate", "peak", "half of the run")
 _OPTIONS = ("num_training_steps", "learning_rate", "line_steps", "wait")
@@ -267,9 +267,7 @@ class GuidedWarmup:
         Raises:
             ValueError: With the number's name, or if it was made by another rule.
         """
-        if not isinstance(state, dict) or state.keys() != set(_SAVED):
-            got = ", ".join(map(str, state)) if isinstance(state, dict) else shown(state)
-            raise ValueError(f"the state must be of a GuidedWarmup, with {', '.join(_SAVED)}, got {got}")
+        check_names(state, "GuidedWarmup", _SAVED)
         whole("num_training_steps", state["num_training_steps"], 1)
         num_steps = whole("num_steps", state["num_steps"], 0)
         boolean("wait", state["wait"])

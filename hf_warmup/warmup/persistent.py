@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_warmup.critical_lr import find_critical_lr
 from hf_warmup.numeric import number, positive, shown, whole
-from hf_warmup.warmup.rule import Step
+from hf_warmup.warmup.rule import Step, check_names
 
 _LATEST = 0.5  # of the run
 _SAVED = (
@@ -129,9 +129,7 @@ class PersistentCatapult:
         Raises:
             ValueError: With the number's name, or if it was made by another rule.
         """
-        if not isinstance(state, dict) or state.keys() != set(_SAVED):
-            got = ", ".join(map(str, state)) if isinstance(state, dict) else shown(state)
-            raise ValueError(f"the state must be of a PersistentCatapult, with {', '.join(_SAVED)}, got {got}")
+        check_names(state, "PersistentCatapult", _SAVED)
         whole("num_training_steps", state["num_training_steps"], 1)
         num_steps = whole("num_steps", state["num_steps"], 0)
         for name in ("num_trials", "num_searches"):

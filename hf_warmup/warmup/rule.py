@@ -12,7 +12,10 @@ A rule is asked once per step, when the gradients are there and the optimizer ha
 It is arithmetic on numbers: it holds no tensors, and decides the same on every process that sees the same numbers.
 """
 
+from collections.abc import Collection
 from typing import Any, Protocol
+
+from hf_warmup.numeric import shown
 
 
 class Step(Protocol):
@@ -55,3 +58,14 @@ class Warmup(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken."""
+
+
+def check_names(state: Any, kind: str, names: Collection[str]) -> None:
+    """Refuse a state that is not of a rule of that kind.
+
+    Raises:
+        ValueError: With what it has in place of `names`.
+    """
+    if not isinstance(state, dict) or state.keys() != set(names):
+        got = ", ".join(map(str, state)) if isinstance(state, dict) else shown(state)
+        raise ValueError(f"the state must be of a {kind}, with {', '.join(names)}, got {got}")

@@ -295,7 +295,9 @@ def test_an_optimizer_without_momentum_is_refused():
 
 
 def test_where_nothing_bounds_it_is_an_error_and_no_number():
-    flat = lambda path: 1.0 if path == 0 else -1e-9  # noqa: E731
+    def flat(path):
+        return 1.0 if path == 0 else -1e-9
+
     with pytest.raises(RuntimeError, match="nothing bounds the learning rate: in 50 steps, up to"):
         World(1e9, slope=flat).run(GuidedWarmup(100))
     World(1e9, slope=flat).run(GuidedWarmup(12))  # too short to say so
