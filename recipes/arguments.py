@@ -19,6 +19,7 @@ from transformers import AutoConfig, HfArgumentParser, PretrainedConfig, get_sch
 from transformers.integrations import get_available_reporting_integrations
 
 from hf_warmup.trainer import WarmupTrainingArguments
+from hf_warmup.trainer.arguments import GONE
 from hf_warmup.trainer.secrets import hide_known
 
 
@@ -88,6 +89,18 @@ class RecipeArguments:
             "help": "What a device does at most, in 10^12 operations per second, for the MFU; known for some GPUs."
         },
     )
+    sharpness_every: int = field(
+        default=0,
+        metadata={"help": "Steps from one measurement of the sharpness to the next, for the log; 0 is never."},
+    )
+    sharpness_kind: Literal["critical", "hessian", "preconditioned"] = field(
+        default="critical",
+        metadata={
+            "help": "Which: `critical` is 2 over the critical learning rate, by a few forward passes; `hessian` the "
+            "largest eigenvalue of the Hessian; `preconditioned` the same for Adam. The last two take some tens of "
+            "training steps' time, and whole weights on every process."
+        },
+    )
     smoke: bool = field(
         default=False,
         metadata={
@@ -115,7 +128,13 @@ class RecipeArguments:
             raise ValueError(f"vocab_size must be at most {_MOST_WORDS}, got {self.vocab_size}")
         if not 0 <= self.peak_tflops < math.inf:
             raise ValueError(f"peak_tflops must be at least 0 and finite, got {self.peak_tflops}")
-        for name, least in (("vocab_size", 300), ("context", 8), ("held_out", 1), ("shuffle_blocks", 1)):
+        for name, least in (
+            ("vocab_size", 300),
+            ("context", 8),
+            ("held_out", 1),
+            ("shuffle_blocks", 1),
+            ("sharpness_every", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.mlm_probability < 1:
@@ -321,6 +340,8 @@ def _read(path: Path) -> dict[str, Any]:
         if name in {f.name for f in dataclasses.fields(cls)}
     }
     for name, value in options.items():
+        if name in GONE and name not in annotations:
+            raise ValueError(f"{name} in {path} is no option any more: use {GONE[name]}")
         if name not in annotations:
             near = difflib.get_close_matches(str(name), annotations, 1)
             raise ValueError(

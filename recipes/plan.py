@@ -13,6 +13,7 @@ from arguments import RecipeArguments, make_config, one_line
 
 SINGLE, HALF = 4, 2  # bytes of a number
 ADAM_STATES = 2  # numbers that Adam keeps per parameter
+SEARCH_PASSES = 8  # forward passes of a search, at most on most networks
 SEARCH_COPIES = 1.1  # most that a search holds, in copies of the parameters
 
 
@@ -24,24 +25,25 @@ def search_cost(args: WarmupTrainingArguments) -> str:
         # A training step is about three forward passes: its own and a backward pass of two.
         return f" ({passes / 3 / steps:.2%} of the run)" if steps > 0 else ""
 
-    if args.warmup == "guided":
+    kind = args.kind(args.warmup_steps)
+    if kind == "guided":
         return "no forward pass; an optimizer step more in each step until the momentum overshoots"
-    if args.warmup == "persistent":
+    if kind == "persistent":
         return "about 8 forward passes a search; how many searches depends on the run"
-    if args.init_lr != "catapult":
+    if kind == "none" or args.fixed_init_lr is not None:
         return "none"
-    passes = 8 * args.search_batches
-    return f"1 to {passes} forward passes{share(passes)}"
+    return f"1 to {SEARCH_PASSES} forward passes{share(SEARCH_PASSES)}"
 
 
 def warmup_words(args: WarmupTrainingArguments) -> str:
-    if args.warmup == "guided":
-        steps = f"about {GuidedWarmup(args.max_steps).line_steps:.0f} steps" if args.max_steps > 0 else "some steps"
+    kind = args.kind(args.warmup_steps)
+    if kind == "guided":
+        steps = f"about {GuidedWarmup(args.max_steps).ramp_steps:.0f} steps" if args.max_steps > 0 else "some steps"
         return f"guided: {steps} to the overshoot, and at most half of the run"
-    if args.warmup != "linear":
-        return f"{args.warmup}: as long as it takes"
+    if kind == "persistent":
+        return "persistent: as long as it takes"
     steps = args.get_warmup_steps(args.max_steps) if args.max_steps > 0 else args.warmup_steps
-    return f"linear over {steps} steps"
+    return f"linear over {steps} steps" if steps else "none"
 
 
 def gibibytes(count: float) -> str:
@@ -94,11 +96,10 @@ def plan(args: WarmupTrainingArguments, recipe: RecipeArguments) -> str:
         ("warmup", warmup_words(args)),
         ("search", search_cost(args)),
     ]
-    searches = args.warmup == "persistent" or (args.warmup != "guided" and args.init_lr == "catapult")
+    kind = args.kind(args.warmup_steps)
+    searches = kind == "persistent" or (kind == "linear" and args.fixed_init_lr is None)
     low = HALF if args.bf16 or args.fp16 else SINGLE
-    memory = memory_per_process(parameters, recipe.plan, low, searches and not args.search_copy_on_cpu)
+    memory = memory_per_process(parameters, recipe.plan, low, searches)
     notes = ["Activations come on top, and the layer that is gathered where weights are sharded."]
-    if searches and args.search_copy_on_cpu:
-        notes.append("The copy of the search is on the CPU.")
     table = functools.partial(tabulate, tablefmt="rounded_outline", disable_numparse=True)
     return "\n".join([table(rows), table(memory, headers="firstrow"), *notes])

@@ -2,7 +2,7 @@
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py recipes/tiny/gpt.yaml
 
-Any option of the recipe can be changed behind it: `--learning_rate 1e-3 --init_lr zero`. Leaves the model,
+Any option of the recipe can be changed behind it: `--learning_rate 1e-3 --warmup none`. Leaves the model,
 its tokenizer, a model card with a plot, and `warmup.json` in the output folder. `--plan 64` only says what the
 run would be on 64 processes.
 """
@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments, warmup_report
+from hf_warmup.trainer import SharpnessCallback, WarmupCallback, WarmupTrainingArguments, warmup_report
 from hf_warmup.trainer.report import number, peak_words, target_words
 
 from arguments import RecipeArguments, make_config, one_line, parse
@@ -108,6 +108,9 @@ def make_trainer(args: WarmupTrainingArguments, recipe: RecipeArguments) -> tupl
             )
         trainer.add_callback(Samples(tokenizer, recipe.sample_prompt))
     WarmupCallback.attach(trainer)
+    if recipe.sharpness_every:
+        # Behind it, as the first learning rate is only known by then.
+        SharpnessCallback(every=recipe.sharpness_every, kind=recipe.sharpness_kind).attach(trainer)
     return trainer, unigram_entropy(held_out, tokenizer)
 
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_warmup import GIAdamW, diagnose
-from hf_warmup.diagnosis import regime_of
-from hf_warmup.sharpness import adam_preconditioner, sharpness
+from hf_warmup import GIAdamW
+from hf_warmup.sharpness import adam_preconditioner, diagnose, sharpness
+from hf_warmup.sharpness.diagnosis import regime_of
 
 
 def parameters(*values):

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_warmup.hessian import gradient_differences, hessian_products
+from hf_warmup.sharpness.hessian import gradient_differences, hessian_products
 
 
 class Net(nn.Module):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import hf_warmup.lanczos
-from hf_warmup.lanczos import extreme_eigenpairs
+import hf_warmup.sharpness.lanczos
+from hf_warmup.sharpness.lanczos import extreme_eigenpairs
 
 
 def symmetric(values, seed=0):
@@ -159,7 +159,7 @@ def test_vectors_split_over_processes_give_what_whole_ones_give():
 
 
 def test_holds_the_vectors_it_was_told_to_and_two_more(monkeypatch):
-    monkeypatch.setattr(hf_warmup.lanczos, "_CHUNK", 2**12)
+    monkeypatch.setattr(hf_warmup.sharpness.lanczos, "_CHUNK", 2**12)
     diagonal, start = torch.linspace(0.0, 1.0, 200_000), torch.randn(200_000)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         extreme_eigenpairs(diagonal.mul, start, num_vectors=16, max_products=30, tol=1e-6)

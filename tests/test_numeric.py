@@ -9,21 +9,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from hf_warmup import (
-    ExponentialSchedule,
-    GIAdamW,
-    GuidedWarmup,
-    PersistentCatapult,
-    SteeredSchedule,
-    WarmupSchedule,
-    critical_sharpness,
-    diagnose,
-    find_critical_lr,
-    stability_threshold,
-    steps_saved,
-)
+from hf_warmup import GIAdamW, GuidedWarmup, PersistentCatapult, WarmupSchedule, find_critical_lr
 from hf_warmup.numeric import boolean, number, whole
-from hf_warmup.sharpness import sharpness
+from hf_warmup.sharpness import critical_sharpness, diagnose, sharpness, stability_threshold
 
 
 @pytest.mark.parametrize(

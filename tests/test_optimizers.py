@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from transformers import Adafactor
 
 from hf_warmup import GIAdamW, loss_after_step
-from hf_warmup.probe import has_momentum, momentum_slope
+from hf_warmup.search.probe import has_momentum, momentum_slope
 
 LR = 1e-3
 INPUTS, TARGETS = (torch.randn(16, 6, generator=torch.Generator().manual_seed(i)) for i in (0, 1))

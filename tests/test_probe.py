@@ -12,17 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 
-from hf_warmup import (
-    GIAdamW,
-    along_step,
-    find_critical_lr,
-    has_momentum,
-    loss_after_step,
-    momentum_slope,
-    update_slope,
-)
+from hf_warmup import GIAdamW, find_critical_lr, has_momentum, loss_after_step, momentum_slope, update_slope
 from hf_warmup import probe as probe_module
-from hf_warmup.probe import Shards, gradient_norm
+from hf_warmup.search import along_step
+from hf_warmup.search.probe import gradient_norm
+from hf_warmup.search.shards import Shards
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1),

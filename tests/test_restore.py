@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_warmup.restore import Snapshot, hidden_gradients, traceless
+from hf_warmup.search.restore import Snapshot, hidden_gradients, traceless
 
 COUNT = 0
 SEEN: list[int] = []

@@ -6,7 +6,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from hf_warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, checkpoint_of, steps_saved
+from hf_warmup.warmup.schedule import ExponentialSchedule, SteeredSchedule, WarmupSchedule, checkpoint_of, steps_saved
 
 N, T_WRM, TARGET = 100, 20, 0.5
 # Every LambdaLR that transformers makes, with its extra arguments.

@@ -12,15 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_warmup import (
-    GIAdamW,
-    adam_preconditioner,
-    critical_sharpness,
-    find_critical_lr,
-    loss_after_step,
-    stability_threshold,
-)
-from hf_warmup.sharpness import sharpness
+from hf_warmup import GIAdamW, find_critical_lr, loss_after_step
+from hf_warmup.sharpness import adam_preconditioner, critical_sharpness, sharpness, stability_threshold
 
 TIGHT = {"tol": 1e-9, "max_hvps": 2000, "num_vectors": 30}
 

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import Trainer
 
-from hf_warmup.probe import Shards, along_step, innermost, loss_after_step
+from hf_warmup.distributed import is_dtensor
+from hf_warmup.search.probe import along_step
+from hf_warmup.search.shards import Shards, unwrap_optimizer
 from hf_warmup.sharpness import adam_preconditioner, critical_sharpness, sharpness, stability_threshold
-from hf_warmup.trainer.backends import Backend
-from hf_warmup.trainer.replay import StepReplay, loss_before
+from hf_warmup.trainer.processes import Backend
+from hf_warmup.trainer.step import TrainerStep
 
 logger = logging.getLogger(__name__)
 
@@ -27,28 +28,21 @@ _IN_A_ROW = 7
 
 
 def measure_critical(
-    trainer: Trainer,
-    backend: Backend,
-    shards: Shards,
-    replay: StepReplay,
-    gradient_norm: float | None,
-    steepness: float | None,
+    step: TrainerStep, gradient_norm: float | None, steepness: float | None
 ) -> tuple[dict[str, float], float | None]:
     """λ_c = 2 / η_c of the step to come, from the last measurement on.
 
     Args:
-        trainer: The trainer.
-        backend: How its model is spread.
-        shards: What this process holds of the parameters.
-        replay: The step.
+        step: The step.
         gradient_norm: Of the gradients before they were clipped; None if it is not known.
         steepness: Of the last measurement, with which one trial can be enough; None if there is none.
 
     Returns:
         Numbers to log by name, and the steepness of the loss curve.
     """
+    trainer, backend, shards, replay = step.trainer, step.backend, step.shards, step.replay
     optimizer = shards.optimizer
-    replay.check(lambda: loss_after_step(optimizer, replay.losses, 0.0, shards=shards)[0])
+    step.check()
     lr = max(float(group["lr"]) for group in optimizer.param_groups)
     # The first search starts at η_trgt: far below η_c the loss moves less than it is rounded.
     history = trainer.state.log_history
@@ -60,23 +54,21 @@ def measure_critical(
     search = functools.partial(
         critical_sharpness,
         previous=previous,
-        start=loss_before(backend, replay),
+        start=step.loss(),
         steepness=None if passes == [1] * _IN_A_ROW else steepness,
         rtol=_RTOL,
     )
     if _is_exact_along(shards):
-        with along_step(optimizer, lambda: replay.losses()[0], 2 / previous, shards=shards) as (
+        with along_step(optimizer, replay.loss, 2 / previous, shards=shards) as (
             loss_along,
             slope,
         ):
             found = search(
-                lambda eta: backend.together(lambda: [loss_along(eta)])[0],
+                lambda eta: backend.mean_over_ranks(lambda: [loss_along(eta)])[0],
                 slope=_unclipped(trainer, backend, optimizer, slope, gradient_norm),
             )
     else:
-        found = search(
-            lambda eta: backend.together(lambda: loss_after_step(optimizer, replay.losses, eta, shards=shards))[0]
-        )
+        found = search(step.loss)
     logs = {"forward_passes": float(found.search.num_evals)}
     if math.isfinite(found.value):
         logs |= {"critical": found.value, "stability_ratio": lr * found.value / 2}
@@ -86,13 +78,12 @@ def measure_critical(
 
 
 def measure_eigenvalue(
-    trainer: Trainer, replay: StepReplay, *, adam: bool, start: Tensor | None, tol: float, max_hvps: int
+    step: TrainerStep, *, adam: bool, start: Tensor | None, tol: float, max_hvps: int
 ) -> tuple[dict[str, float], Tensor | None]:
     """λ^H, or λ^(P⁻¹H) for `adam`, of the loss of the step to come.
 
     Args:
-        trainer: The trainer.
-        replay: The step.
+        step: The step.
         adam: Whether it is the pre-conditioned one.
         start: The eigenvectors of the last measurement.
         tol: As for `sharpness`.
@@ -101,11 +92,12 @@ def measure_eigenvalue(
     Returns:
         Numbers to log by name, and the eigenvectors; None if λ is not finite.
     """
-    optimizer = innermost(trainer.optimizer)
+    trainer = step.trainer
+    optimizer = unwrap_optimizer(trainer.optimizer)
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
     mean = functools.partial(trainer.accelerator.reduce, reduction="mean")
-    replay.check(lambda: loss_after_step(optimizer, replay.losses, 0.0)[0])
-    losses = replay.losses_with_graph()
+    step.check()
+    losses = step.replay.losses_with_graph()
     preconditioner = adam_preconditioner(optimizer) if adam else None
     free = [p for p in model.parameters() if p.requires_grad and (preconditioner is None or p in preconditioner)]
     if start is not None and start.shape[-1] != sum(p.numel() for p in free):
@@ -151,7 +143,7 @@ def _unclipped(
         return None
     if trainer.accelerator.distributed_type is DistributedType.FSDP:
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        if not all(isinstance(p, DTensor) and p.device_mesh.ndim == 1 for p in params):
+        if not all(is_dtensor(p) and p.device_mesh.ndim == 1 for p in params):
             return None
         slope = sum(gather_object([slope]))  # of each process its shards' part
     if clips and gradient_norm is not None:

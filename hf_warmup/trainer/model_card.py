@@ -24,8 +24,8 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from huggingface_hub.utils import yaml_dump
 from transformers import Trainer
 
-from hf_warmup.gi_adam import GIAdamW
-from hf_warmup.probe import innermost
+from hf_warmup.optim.gi_adam import GIAdamW
+from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.trainer.markdown import plain
 from hf_warmup.trainer.plots import run_figure
 from hf_warmup.trainer.report import group_values, has_trained, warmup_report
@@ -402,7 +402,7 @@ def _corrected(text: str, trainer: Trainer, report: dict[str, Any]) -> str:
 
 def _hyperparameters(trainer: Trainer) -> dict[str, str]:
     """What the Trainer takes from its arguments, as it is in the optimizer and the batches that were used."""
-    optimizer = innermost(trainer.optimizer)
+    optimizer = unwrap_optimizer(trainer.optimizer)
     options = {name: group_values(optimizer, name) for name in ("betas", "eps", "momentum", "weight_decay")}
     if isinstance(optimizer, GIAdamW):
         options["v0"] = [optimizer.v0]

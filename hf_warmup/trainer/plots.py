@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from hf_warmup.trainer.arguments import SharpnessKind
-from hf_warmup.trainer.report import SHARPNESS_NAMES, evaluation_prefix
+from hf_warmup.trainer.report import SHARPNESS_NAMES, SharpnessKind, evaluation_prefix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

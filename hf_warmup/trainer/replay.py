@@ -6,7 +6,7 @@ the trainer's own `training_step`, only without the backward pass. The losses ar
 
 That runs code of the user's, which may count, gather, log and draw. So a replay starts where the step did: all that
 can be reached from the trainer is put back to what it was before the step's first micro-batch, and afterwards to
-what it was before the replay (`hf_warmup.restore`). It sees no gradients, and nothing that it logs is heard.
+what it was before the replay (`hf_warmup.search.restore`). It sees no gradients, and nothing that it logs is heard.
 
 Before the first loss is used, `check` replays the step at unchanged weights: the loss must be the step's own, bit
 for bit. If it is not, as some losses need gradients (a penalty on them, an adversarial step, SAM), the step is
@@ -27,15 +27,15 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import GenerationMixin, Trainer
 
-from hf_warmup.probe import innermost, params_of
-from hf_warmup.restore import RandomNumbers, Snapshot, hidden_gradients, is_library, keep_buffers
-from hf_warmup.trainer.backends import Backend
+from hf_warmup.search.restore import RandomNumbers, Snapshot, hidden_gradients, is_library, keep_buffers
+from hf_warmup.search.shards import params_of, unwrap_optimizer
+from hf_warmup.trainer.processes import Backend
 from hf_warmup.trainer.wrapping import innermost_method, wrap
 
 logger = logging.getLogger(__name__)
 
 _NO_MEMORY = (MemoryError, torch.OutOfMemoryError)
-INSTEAD = "set init_lr to a number or to zero, with warmup=linear and warmup_steps"
+INSTEAD = "set warmup=linear with warmup_steps, and init_lr to a number, or warmup=none"
 
 
 class StepReplay:
@@ -44,8 +44,9 @@ class StepReplay:
     Args:
         trainer: The trainer; its `get_batch_samples` and `training_step` are watched until `stop`.
         keeps: Whether the next step is wanted at all. Of one that is not only `own_loss` is known.
-        num_batches: How many of the step's micro-batches the loss is made of, the first ones; all if None.
         backend: How the model is spread over processes.
+
+    Attributes:
         instead: What to do where the step cannot be replayed.
     """
 
@@ -53,18 +54,15 @@ class StepReplay:
         self,
         trainer: Trainer,
         keeps: Callable[[], bool] = lambda: True,
-        num_batches: int | None = None,
         *,
         backend: Backend | None = None,
-        instead: str = INSTEAD,
     ) -> None:
         self.trainer = trainer
         self.keeps = keeps
-        self._instead = instead
+        self.instead = INSTEAD
         self._backend = Backend(trainer, collective_forward=False) if backend is None else backend
-        self._num_batches = num_batches
-        # Of each step its batches and their number of items: the step itself, then those that `draw` added.
-        self._steps: list[tuple[list[Any], Tensor | int | None]] = []
+        self._batches: list[Any] = []  # of the step; none of one that is not wanted
+        self._num_items: Tensor | int | None = None
         self._before: Snapshot | None = None  # the step's first micro-batch
         self._now: Snapshot | None = None  # when the first loss is asked for
         self._losses: list[Tensor] = []  # that the step's own micro-batches had so far
@@ -82,17 +80,17 @@ class StepReplay:
     def _keep(self, get_batch_samples: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         batches, num_items = get_batch_samples(*args, **kwargs)
         # Copies: a training step may take things out of its batch, put things in, and write into its tensors.
-        self._steps, self._losses, self._numbers, self._now = [], [], [], None
+        self._batches, self._losses, self._numbers, self._now = [], [], [], None
         if self.keeps():
-            self._steps.append(([_copy_of_batch(batch) for batch in batches[: self._num_batches]], num_items))
+            self._batches, self._num_items = [_copy_of_batch(batch) for batch in batches], num_items
         return batches, num_items
 
     def _step_and_add(self, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        if self._steps:
+        if self._batches:
             if not self._numbers:
                 self._before = self._snapshot(self._before)
             self._numbers.append(RandomNumbers())
-        unknown = bool(self._steps) and not self._checked
+        unknown = bool(self._batches) and not self._checked
         watching: AbstractContextManager[list[bool]] = _noticed_generation() if unknown else nullcontext([])
         with watching as noticed:
             loss = training_step(*args, **kwargs)
@@ -109,52 +107,12 @@ class StepReplay:
         """Let go of the batches and of the trainer."""
         for end in self._ends:
             end()
-        self._steps, self._losses, self._numbers, self._before, self._now = [], [], [], None, None
-
-    def draw(self, num_steps: int) -> None:
-        """Take in the batches of that many further steps, from a data loader of their own.
-
-        Data order, random numbers and what the data and their collator keep stay as they are. An epoch that is
-        shorter gives fewer.
-
-        Args:
-            num_steps: Optimizer steps' worth of batches.
-        """
-        trainer, num_batches = self.trainer, self.trainer.args.gradient_accumulation_steps
-        before, loaders = self._snapshot(None), list(trainer.accelerator._dataloaders)
-        try:
-            iterator = iter(trainer.get_train_dataloader())
-            for i in range(num_steps + 1):
-                batches, num_items = self._get_batch_samples(iterator, num_batches, trainer.args.device)
-                if len(batches) < num_batches:
-                    break
-                if i > 0:  # the first are the step's own, if the order is seeded
-                    self._steps.append((batches, num_items))
-        finally:
-            trainer.accelerator._dataloaders = loaders  # preparing a loader adds it there, to be checkpointed
-            before.restore()
+        self._batches, self._losses, self._numbers, self._before, self._now = [], [], [], None, None
 
     @property
-    def num_steps(self) -> int:
-        """How many steps' batches a loss is made of."""
-        return len(self._steps)
-
-    def loss_before(self) -> float | None:
-        """The loss that those batches had in the step.
-
-        It is what `losses` gives at unchanged weights, bit for bit.
-
-        Returns:
-            None where it has to be measured: if batches were drawn beyond the step's own, or under `torch_compile`,
-            whose graphs with and without gradients may round differently.
-        """
-        if self.num_steps != 1 or not self._losses or self.trainer.args.torch_compile:
-            return None
-        return self._kept_loss()
-
-    def _kept_loss(self) -> float:
-        """That the step's batches had which are kept; NaN if they have had none."""
-        return float(sum(self._losses[: self._num_batches])) if self._losses else math.nan
+    def is_kept(self) -> bool:
+        """Whether the step's batches were kept."""
+        return bool(self._batches)
 
     def own_loss(self) -> float:
         """The loss that the step itself had.
@@ -169,13 +127,17 @@ class StepReplay:
             raise RuntimeError("the step has no loss yet: training_step was not called through the trainer")
         return float(sum(self._losses))
 
+    def _own_loss(self) -> float:
+        """The same, but NaN if there is none."""
+        return float(sum(self._losses)) if self._losses else math.nan
+
     def check(self, measure: Callable[[], float]) -> None:
         """Make sure that a replay of this step leaves no trace and, once, that it gives the step's own loss.
 
         To be called before the loss is asked for, on all processes at once.
 
         Args:
-            measure: Gives the first of `losses` at unchanged weights, and puts everything back.
+            measure: Gives `loss` at unchanged weights, and puts everything back.
 
         Raises:
             ValueError: If the loss is not the step's own, or something moves that cannot be put back.
@@ -184,7 +146,7 @@ class StepReplay:
             self._refuse(self._moved())
         if self._checked:
             return
-        (own,) = self._backend.together(lambda: [self._kept_loss()])
+        (own,) = self._backend.mean_over_ranks(lambda: [self._own_loss()])
         reason = self._difference(own, measure)
         if reason is not None and self._can_go_backward:
             self._goes_backward = True
@@ -208,7 +170,7 @@ class StepReplay:
         if self._backend.largest((float(reason is not None),))[0] > 0:
             raise ValueError(
                 f"the steps of {type(self.trainer).__name__} cannot be replayed to try learning rates: "
-                f"{reason or 'those of another process cannot'}; {self._instead}"
+                f"{reason or 'those of another process cannot'}; {self.instead}"
             )
 
     def _moved(self) -> str | None:
@@ -226,7 +188,7 @@ class StepReplay:
     def _difference(self, own: float, measure: Callable[[], float]) -> str | None:
         """How a replay at unchanged weights differs from the step; on all processes at once."""
         try:
-            (again,) = self._backend.together(lambda: [measure()])
+            (again,) = self._backend.mean_over_ranks(lambda: [measure()])
         except Exception as error:
             # Nothing else can be tried, or a smaller batch will be.
             if not self._can_go_backward or isinstance(error, _NO_MEMORY) or should_reduce_batch_size(error):
@@ -243,17 +205,17 @@ class StepReplay:
         )
 
     @torch.no_grad()
-    def losses(self) -> list[Tensor]:
-        """The training loss of each step's batches at the current weights.
+    def loss(self) -> Tensor:
+        """The training loss of the step's batches at the current weights.
 
         Returns:
-            0-d tensors. At unchanged weights the first is, bit for bit, the loss that the step itself had.
+            A 0-d tensor. At unchanged weights it is, bit for bit, the loss that the step itself had.
 
         Raises:
             RuntimeError: If computing it raised something.
         """
         with self._as_before(), torch.set_grad_enabled(self._goes_backward):
-            return [self._loss(batches, num_items) for batches, num_items in self._steps]
+            return self._loss()
 
     def losses_with_graph(self) -> list[Callable[[], Tensor]]:
         """The step's loss as functions, one per micro-batch, whose losses add up to it and can be differentiated.
@@ -265,13 +227,12 @@ class StepReplay:
             Functions to be called in their order, the first of them again as often as one likes. Each gives the
             random numbers back as they were.
         """
-        batches, num_items = self._steps[0]
         model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped, keep_torch_compile=False)
 
         def loss_of(batch: Any, own: Tensor, numbers: RandomNumbers) -> Tensor:
             with self._as_before() as asked, _own_forward(model), torch.enable_grad():
                 numbers.restore()
-                self._training_step(model, _copy_of_batch(batch), num_items)
+                self._training_step(model, _copy_of_batch(batch), self._num_items)
             total = sum(asked, torch.zeros((), device=self.trainer.args.device))
             value = float(total.detach())
             # Of two backward passes at different weights, as SAM makes, no sum is the loss.
@@ -283,13 +244,13 @@ class StepReplay:
                 )
             return total if len(asked) != 1 else asked[0]
 
-        parts = zip(batches, self._losses, self._numbers, strict=True)
+        parts = zip(self._batches, self._losses, self._numbers, strict=True)
         return [functools.partial(loss_of, *part) for part in parts]
 
-    def _loss(self, batches: list[Any], num_items: Tensor | int | None) -> Tensor:
+    def _loss(self) -> Tensor:
         total = torch.zeros((), device=self.trainer.args.device)
-        for batch in batches:
-            total += self._training_step(self.trainer.model_wrapped, _copy_of_batch(batch), num_items).detach()
+        for batch in self._batches:
+            total += self._training_step(self.trainer.model_wrapped, _copy_of_batch(batch), self._num_items).detach()
         return total
 
     @contextmanager
@@ -311,7 +272,7 @@ class StepReplay:
         # A forward pass may put a parameter in another's place.
         modules = () if self._backend.splits_weights else trainer.model_wrapped.modules()
         tables = [(module._parameters, dict(module._parameters)) for module in modules]
-        with hidden_gradients(params_of(innermost(trainer.optimizer))):
+        with hidden_gradients(params_of(unwrap_optimizer(trainer.optimizer))):
             try:
                 self._before.restore()
                 keep_buffers(trainer.model_wrapped)
@@ -326,7 +287,7 @@ class StepReplay:
                 raise kind(
                     f"{type(error).__name__}: {error} (in the step's loss when it was computed again, to try a "
                     f"learning rate, before step {trainer.state.global_step + 1}; all is as it was before. To train "
-                    f"without, {self._instead})"
+                    f"without, {self.instead})"
                 ) from error
             finally:
                 vars(handler).pop("call_event", None)
@@ -336,7 +297,7 @@ class StepReplay:
 
     def _snapshot(self, earlier: Snapshot | None) -> Snapshot:
         """What a training step may change, but for the weights that are trained and their optimizer."""
-        trainer, inner = self.trainer, innermost(self.trainer.optimizer)
+        trainer, inner = self.trainer, unwrap_optimizer(self.trainer.optimizer)
         params, accelerator, model = params_of(inner), trainer.accelerator, trainer.model_wrapped
         apart: list[Any] = [trainer.callback_handler, *params]
         optimizer: Any = trainer.optimizer
@@ -372,7 +333,7 @@ _GENERATES = (
 )
 
 
-def why_not_replay(trainer: Trainer) -> str | None:
+def unsupported_replay_reason(trainer: Trainer) -> str | None:
     """Why a training step of `trainer` cannot be replayed, as far as that is known before training.
 
     Args:
@@ -387,20 +348,6 @@ def why_not_replay(trainer: Trainer) -> str | None:
     if of_trl and vars(trainer).keys() & {"_buffered_inputs", "generation_config", "generation_kwargs"}:
         return _GENERATES
     return None
-
-
-def loss_before(backend: Backend, replay: StepReplay) -> float | None:
-    """The loss that the step had before its update, averaged over the processes; on all of them at once.
-
-    Args:
-        backend: Of the replay's trainer.
-        replay: The step.
-
-    Returns:
-        None where it has to be measured.
-    """
-    loss = replay.loss_before()
-    return None if loss is None else backend.together(lambda: [loss])[0]
 
 
 @contextmanager

@@ -7,15 +7,15 @@ reports its first part too.
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from transformers import Trainer
 
-from hf_warmup.diagnosis import explain, regime_of
-from hf_warmup.gi_adam import GIAdamW
-from hf_warmup.probe import innermost
-from hf_warmup.trainer.arguments import TRYING, SharpnessKind
+from hf_warmup.optim.gi_adam import GIAdamW
+from hf_warmup.search.shards import unwrap_optimizer
+from hf_warmup.sharpness.diagnosis import explain, regime_of
 
+SharpnessKind = Literal["critical", "hessian", "preconditioned"]
 SHARPNESS_NAMES = {"critical": "λ_c = 2/η_c", "hessian": "λ^H", "preconditioned": "λ^(P⁻¹H)"}
 _COMPARED = {**SHARPNESS_NAMES, "preconditioned": "λ^(P⁻¹H) without P's factor 1-β1^t"}
 EARLY = 5  # measurements that say where training starts
@@ -50,13 +50,13 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         saved_fraction = min(1.0, start["warmup/init_lr"] / start["warmup/target_lr"]) if start else 0.0
         steps_taken = None if warmup_steps is None else math.ceil(warmup_steps * (1 - saved_fraction) - 1e-9)
     else:
-        warmup_steps, steps_taken = None, last.get("warmup/warmup_steps")
-    if mode not in TRYING and steps_taken is not None and steps_taken > trainer.state.global_step:
+        warmup_steps, steps_taken = None, last.get("warmup/steps_taken")
+    if mode in ("linear", "none") and steps_taken is not None and steps_taken > trainer.state.global_step:
         steps_taken = None  # what it would have been
     losses = [e for e in history if "eval_loss" in e]
     model_step = step_of_model(trainer)
     evaluated, evaluation_step = evaluation(trainer)
-    optimizer = innermost(trainer.optimizer)
+    optimizer = unwrap_optimizer(trainer.optimizer)
     betas = _betas(optimizer)
     parameters = list(trainer.accelerator.unwrap_model(trainer.model).parameters())
     report = {
@@ -65,7 +65,7 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         "betas": betas,
         "gi_adam_ramp_steps": _ramp_steps(betas[1]) if isinstance(optimizer, GIAdamW) and betas else None,
         "warmup": mode,
-        "asked_init_lr": start.get("warmup/asked", "zero"),
+        "asked_init_lr": start.get("warmup/asked", "none"),
         "critical_lr": start.get("warmup/critical_lr"),
         "smallest_critical_lr": min(
             (e["warmup/critical_lr"] for e in entries if "warmup/critical_lr" in e), default=None
@@ -79,7 +79,11 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         "target_lr": target,
         "smallest_target_lr": min(_numbers(group_values(optimizer, "initial_lr")), default=None),
         "auto_lr": start.get("warmup/auto_lr", False),
-        "peak_lr": last.get("warmup/peak_lr") if mode in TRYING else None if steps_taken is None else target,
+        "peak_lr": last.get("warmup/peak_lr")
+        if mode not in ("linear", "none")
+        else None
+        if steps_taken is None
+        else target,
         "warmup_steps": warmup_steps,
         "warmup_steps_taken": steps_taken,
         "forward_passes": last.get("warmup/forward_passes", 0),
@@ -394,7 +398,6 @@ def mode_words(report: dict[str, Any]) -> str:
         return "none" if report["warmup_steps"] == 0 else "that of the trainer's own schedule"
     return {
         "linear": "linear",
-        "exponential": "exponential: a fixed growth per step",
         "guided": "guided: a straight line, measured along the run",
         "persistent": "persistent catapult: one search for the critical learning rate after another",
     }[report["warmup"]]
@@ -409,7 +412,7 @@ def critical_words(report: dict[str, Any]) -> str:
     Returns:
         The number, and what it means where there is more to say.
     """
-    if report["warmup"] in TRYING:
+    if report["warmup"] in ("guided", "persistent"):
         if report["critical_lr"] is None:
             return "not measured"
         return f"{report['critical_lr']:.3g} at the first step, {report['smallest_critical_lr']:.3g} at the least"
@@ -432,16 +435,16 @@ def init_words(report: dict[str, Any]) -> str:
     Returns:
         Words.
     """
-    if report["asked_init_lr"] == "zero":
+    if report["asked_init_lr"] == "none":
         return "there was no warmup" if report["warmup_steps"] == 0 else "the Trainer's own schedule"
     if report["warmup"] == "persistent":
         return "the first η_c" if report["init_lr"] < report["target_lr"] else "η_trgt, as the first η_c is above it"
     if report["warmup"] == "guided":
         return "from the loss and its slope along the first step"
-    if report["asked_init_lr"] != "catapult":
+    if report["asked_init_lr"] not in ("auto", "catapult"):
         return "chosen by hand"
     if report["capped"]:
-        return f"the cap decided: {report['init_lr'] / report['target_lr']:.3g} of η_trgt, η_c being larger"
+        return "a tenth of η_trgt, η_c being larger"
     if report["search_status"] == "not_descent":
         return "η_trgt / T_wrm, for want of an η_c"
     return "η_c"
@@ -457,7 +460,7 @@ def verdict(report: dict[str, Any]) -> str:
         A sentence or two; empty if nothing was measured.
     """
     target, critical = report["target_lr"], report["critical_lr"]
-    if report["warmup"] in TRYING:
+    if report["warmup"] in ("guided", "persistent"):
         return _verdict_of_a_ramp(report)
     if report["search_status"] == "above_target":
         return (

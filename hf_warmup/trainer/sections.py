@@ -91,7 +91,9 @@ def warmup_section(report: dict[str, Any], *, plotted: bool = True) -> str:
         Markdown, with the plot as `warmup.png`.
     """
     rows = [("Optimizer", plain(optimizer_words(report))), ("Warmup", mode_words(report))]
-    if report["warmup"] == "persistent" or (report["warmup"] != "guided" and report["asked_init_lr"] == "catapult"):
+    if report["warmup"] == "persistent" or (
+        report["warmup"] != "guided" and report["asked_init_lr"] in ("auto", "catapult")
+    ):
         rows.append(("Critical learning rate η_c", critical_words(report)))
     if report["init_lr"] is not None:
         rows.append(("Initial learning rate η_init", f"{number(report['init_lr'])} ({init_words(report)})"))
@@ -102,7 +104,7 @@ def warmup_section(report: dict[str, Any], *, plotted: bool = True) -> str:
     if report["warmup"] == "linear":
         if report["warmup_steps"]:
             rows += [("Warmup steps asked for (T_wrm)", str(report["warmup_steps"])), taken]
-        if report["asked_init_lr"] != "zero":
+        if report["asked_init_lr"] != "none":
             rows.append(("Steps saved (T_save)", f"{report['steps_saved']:.1f}, after {passes}"))
     else:
         rows += [("Learning rate at its end, before decay", peak_words(report)), taken]

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_warmup.probe import innermost
-from hf_warmup.trainer.arguments import SharpnessKind
-from hf_warmup.trainer.backends import Backend, backend_of, why_not_try
+from hf_warmup.search.shards import unwrap_optimizer
+from hf_warmup.trainer.checks import unsupported_reason
 from hf_warmup.trainer.logs import log
 from hf_warmup.trainer.measuring import measure_critical, measure_eigenvalue
-from hf_warmup.trainer.replay import StepReplay, why_not_replay
-from hf_warmup.trainer.report import EARLY, beta1_of, sharpness_report, sharpness_words
+from hf_warmup.trainer.replay import unsupported_replay_reason
+from hf_warmup.trainer.report import EARLY, SharpnessKind, beta1_of, sharpness_report, sharpness_words
+from hf_warmup.trainer.step import NotMeasurable, TrainerStep
 from hf_warmup.trainer.wrapping import wrap
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,7 @@ class SharpnessCallback(TrainerCallback):
             raise ValueError(f"max_hvps must be at least 2, got {max_hvps}")
         self.every, self.kind, self.tol, self.max_hvps = every, kind, tol, max_hvps
         self.trainer: Trainer | None = None
-        self._backend: Backend | None = None
-        self._replay: StepReplay | None = None
+        self._step: TrainerStep | None = None
         self._norm: float | None = None
         self._vectors: Tensor | None = None
         self._steepness: float | None = None
@@ -108,16 +107,13 @@ class SharpnessCallback(TrainerCallback):
                 "SharpnessCallback(...).attach(trainer) in place of trainer.add_callback(...)"
             )
         self._stop()
-        optimizer = innermost(self.trainer.optimizer)
+        optimizer = unwrap_optimizer(self.trainer.optimizer)
         if self.kind == "preconditioned" and not isinstance(optimizer, torch.optim.Adam):
             raise ValueError(
                 f"kind=preconditioned is of Adam, AdamW and GIAdamW, got {type(optimizer).__name__}: use kind=hessian"
             )
-        backend = self._backend = backend_of(self.trainer)
-        instead = "leave the SharpnessCallback out, or set sharpness_every=0"
-        self._replay = StepReplay(self.trainer, self._is_due, backend=backend, instead=instead)
+        self._step, self._end_step = TrainerStep.watch(self.trainer, self._is_due, self._measure)
         self._end_watch = wrap(self.trainer.accelerator, "clip_grad_norm_", self._clip)
-        backend.watch_step(self._measure)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -129,7 +125,7 @@ class SharpnessCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure."""
-        if self._backend is not None and not self._backend.steps_in_backward:
+        if self._step is not None and not self._step.backend.steps_in_backward:
             self._measure()
 
     def on_train_end(
@@ -149,34 +145,37 @@ class SharpnessCallback(TrainerCallback):
         return norm
 
     def _measure(self) -> None:
-        if self._backend is None or self._replay is None or not self._is_due():
+        if self._step is None or not self._is_due():
             return
         assert self.trainer is not None
-        shards = self._backend.shards()
-        if not self._backend.can_step(shards):
-            return  # an overflow that the gradient scaler will skip, or nothing to learn from yet
+        self._step.first, instead = False, self._step.replay.instead
         try:
+            self._step.replay.instead = "leave the SharpnessCallback out"
             with self._noting():
                 if self.kind == "critical":
-                    logs, self._steepness = measure_critical(
-                        self.trainer, self._backend, shards, self._replay, self._norm, self._steepness
-                    )
+                    logs, self._steepness = measure_critical(self._step, self._norm, self._steepness)
                 else:
                     logs, self._vectors = measure_eigenvalue(
-                        self.trainer,
-                        self._replay,
+                        self._step,
                         adam=self.kind == "preconditioned",
                         start=self._vectors,
                         tol=self.tol,
                         max_hvps=self.max_hvps,
                     )
+        except NotMeasurable:
+            return  # an overflow that the gradient scaler will skip, or nothing to learn from yet
         except BaseException:
             self._stop()
             raise
+        finally:
+            if self._step is not None:
+                self._step.replay.instead = instead
         log(self.trainer, {f"sharpness/{name}": value for name, value in logs.items()})
         history = self.trainer.state.log_history
         if self.kind != "critical" and sum(f"sharpness/{self.kind}" in e for e in history) == EARLY:
-            logger.info(sharpness_words(sharpness_report(history, beta1_of(innermost(self.trainer.optimizer))) or {}))
+            logger.info(
+                sharpness_words(sharpness_report(history, beta1_of(unwrap_optimizer(self.trainer.optimizer))) or {})
+            )
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
@@ -201,18 +200,15 @@ class SharpnessCallback(TrainerCallback):
             logger.warning(f"it took {seconds:.1f} s, as every {self.every} steps now; a larger `every` saves time")
 
     def _stop(self) -> None:
-        if self._replay is not None:
-            self._replay.stop()
-            self._replay = None
+        if self._step is not None:
+            self._step = None
+            self._end_step()
             self._end_watch()
-        if self._backend is not None:
-            self._backend.unwatch_step()
-            self._backend = None
         self._vectors = self._steepness = None
 
 
 def _why_not(trainer: Trainer, kind: SharpnessKind) -> str | None:
-    if (reason := why_not_try(trainer) or why_not_replay(trainer)) is not None:
+    if (reason := unsupported_reason(trainer) or unsupported_replay_reason(trainer)) is not None:
         return reason
     if kind == "critical":
         return None

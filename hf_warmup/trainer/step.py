@@ -1,54 +1,110 @@
-"""What a rule asks of a trainer's step, measured when it is asked for; on all processes at once."""
+"""The step that a trainer is about to make, measured when a rule asks: one for all callbacks of a trainer."""
 
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import Trainer
 
-from hf_warmup.probe import (
-    Shards,
-    gradient_norm,
-    has_momentum,
-    loss_after_step,
-    momentum_slope,
-    params_of,
-    update_slope,
-)
-from hf_warmup.trainer.backends import Backend
-from hf_warmup.trainer.replay import StepReplay, loss_before
+from hf_warmup.search.probe import gradient_norm, has_momentum, loss_after_step, momentum_slope, update_slope
+from hf_warmup.search.shards import Shards, params_of
+from hf_warmup.trainer.processes import backend_of
+from hf_warmup.trainer.replay import StepReplay
 
 _LOW = (torch.bfloat16, torch.float16)
 _CLIPPED = 0.98  # of max_grad_norm: gradients of that norm were clipped
 _VISIBLE = 1e-3  # a learning rate whose steps rounding does not hide in weights of low precision
+_ON_TRAINER = "_warmup_step"  # the attribute that holds it while it is watched
+
+
+class NotMeasurable(Exception):
+    """The gradients of this step are not finite, an overflow that is skipped, or all zero."""
 
 
 class TrainerStep:
-    """The step that a trainer is about to make: a `hf_warmup.warmup.Step`.
+    """The step that a trainer is about to make: a `hf_warmup.warmup.Step`, made anew with every step's gradients.
+
+    It is there while somebody watches: `TrainerStep.watch(trainer, ...)` makes it, and the last `stop` lets go of
+    the trainer's methods.
 
     Args:
-        trainer: The trainer, whose gradients are ready.
+        trainer: The trainer, once its training is prepared.
+
+    Attributes:
+        trainer: The trainer.
         backend: How its model is spread.
-        replay: The step's batches, kept if a loss at a learning rate is asked for.
-        shards: What this process holds.
-        lr: The learning rate of the step before; 0 in the first step.
-        copy_on_cpu: Whether copies of weights are kept in the CPU's memory.
+        replay: The step's batches, if a watcher asked for them.
+        lr: The learning rate of the step before, for slopes; 0 in the first step.
+        first: Whether no step was made yet, so that gradients that are not finite are a mistake.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        backend: Backend,
-        replay: StepReplay,
-        shards: Shards,
-        *,
-        lr: float,
-        copy_on_cpu: bool = False,
-    ) -> None:
-        self.trainer, self.backend, self.replay, self.shards = trainer, backend, replay, shards
-        self.lr, self.copy_on_cpu = lr, copy_on_cpu
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.backend = backend_of(trainer)
+        self.replay = StepReplay(trainer, self._begin, backend=self.backend)
+        self.lr, self.first = 0.0, False
+        self._watchers: list[tuple[Callable[[], bool], Callable[[], None]]] = []
         self._known: dict[float, float] = {}
+        self._shards: Shards | None = None
+        self.backend.watch_step(self._before_step)
+
+    @classmethod
+    def watch(
+        cls, trainer: Trainer, will_probe: Callable[[], bool], before_step: Callable[[], None]
+    ) -> "tuple[TrainerStep, Callable[[], None]]":
+        """Watch the steps of a trainer.
+
+        Args:
+            trainer: The trainer, once its training is prepared.
+            will_probe: Whether the next step's batches must be kept, as losses may be asked for.
+            before_step: Called when a step's gradients are ready where the Trainer's own event,
+                `pre_optimizer_step`, comes too late (`backend.steps_in_backward`).
+
+        Returns:
+            The step, and a function that ends the watching.
+        """
+        step: TrainerStep = vars(trainer).get(_ON_TRAINER) or cls(trainer)
+        vars(trainer)[_ON_TRAINER] = step
+        watcher = (will_probe, before_step)
+        step._watchers.append(watcher)
+
+        def stop() -> None:
+            if watcher in step._watchers:
+                step._watchers.remove(watcher)
+                if not step._watchers:
+                    step._stop()
+
+        return step, stop
+
+    def _stop(self) -> None:
+        self.replay.stop()
+        self.backend.unwatch_step()
+        self._shards = None
+        vars(self.trainer).pop(_ON_TRAINER, None)
+
+    def _begin(self) -> bool:
+        self._known, self._shards = {}, None
+        return any(will_probe() for will_probe, _ in self._watchers)
+
+    def _before_step(self) -> None:
+        for _, before_step in list(self._watchers):
+            before_step()
+
+    @property
+    def shards(self) -> Shards:
+        """What this process holds, once it is known that the step can be measured; on all processes at once.
+
+        Raises:
+            NotMeasurable: If it cannot.
+        """
+        if self._shards is None:
+            shards = self.backend.shards()
+            if not self.backend.can_step(shards, first=self.first):
+                raise NotMeasurable
+            self._shards = shards
+        return self._shards
 
     def loss(self, lr: float = 0.0) -> float:
         """The training loss after the step at `lr`; at 0 that of the step, which is known, but under torch_compile.
@@ -59,37 +115,25 @@ class TrainerStep:
         Returns:
             The mean over the processes.
         """
+        shards = self.shards
         if lr not in self._known:
-            self._known[lr] = self._loss(lr)
+            if lr == 0 and not (self.replay.is_kept and self.trainer.args.torch_compile):
+                # Compiled graphs with and without gradients may round differently.
+                self._known[lr] = self.backend.mean_over_ranks(lambda: [self.replay.own_loss()])[0]
+            else:
+                self._known[lr] = self._loss_after(shards, lr)
         return self._known[lr]
 
-    def _loss(self, lr: float) -> float:
-        if lr == 0:
-            if not self.replay.num_steps:
-                return self.backend.together(lambda: [self.replay.own_loss()])[0]
-            if (known := loss_before(self.backend, self.replay)) is not None:
-                return known
-        return self.losses(lr)[0]
+    def check(self) -> None:
+        """Make sure that the step can be replayed; on all processes at once."""
+        shards = self.shards
+        self.replay.check(lambda: loss_after_step(shards.optimizer, self.replay.loss, 0.0, shards=shards))
 
-    def losses(self, lr: float) -> list[float]:
-        """The losses of every step's batches that the replay has.
-
-        Args:
-            lr: η.
-
-        Returns:
-            Means over the processes.
-        """
-
-        def losses_after(lr: float) -> list[float]:
-            # No module: the replay puts back what it changes there.
-            on_cpu = self.copy_on_cpu
-            return loss_after_step(
-                self.shards.optimizer, self.replay.losses, lr, copy_on_cpu=on_cpu, shards=self.shards
-            )
-
-        self.replay.check(lambda: losses_after(0.0)[0])
-        return self.backend.together(lambda: losses_after(lr))
+    def _loss_after(self, shards: Shards, lr: float) -> float:
+        self.check()
+        # No module: the replay puts back what it changes there.
+        after = functools.partial(loss_after_step, shards.optimizer, self.replay.loss, lr, shards=shards)
+        return self.backend.mean_over_ranks(lambda: [after()])[0]
 
     def slope(self) -> float:
         """gᵀu / max(1, ‖g‖) along the step."""
@@ -100,18 +144,13 @@ class TrainerStep:
         return self._slope(momentum_slope) if has_momentum(self.shards.optimizer) else None
 
     def _slope(self, measure: Callable[..., float]) -> float:
-        hidden = self.lr == 0 or any(p.dtype in _LOW for p in params_of(self.shards.optimizer))
+        shards = self.shards
+        hidden = self.lr == 0 or any(p.dtype in _LOW for p in params_of(shards.optimizer))
         lr = max(self.lr, _VISIBLE) if hidden else self.lr
-        along = functools.partial(
-            measure,
-            self.shards.optimizer,
-            lr,
-            module=self.trainer.model_wrapped,
-            copy_on_cpu=self.copy_on_cpu,
-            shards=self.shards,
-        )
-        slope, squares = self.backend.total(lambda: [along(), gradient_norm(self.shards) ** 2])
-        norm, clip = math.sqrt(squares), self.trainer.args.max_grad_norm or math.inf
+        along = functools.partial(measure, shards.optimizer, lr, module=self.trainer.model_wrapped, shards=shards)
+        slope, squares = self.backend.total(lambda: [along(), gradient_norm(shards) ** 2])
+        most: Any = self.trainer.args.max_grad_norm
+        norm, clip = math.sqrt(squares), most or math.inf
         # Gradients are clipped by now. One that was clipped below 1 had a norm of 1, as far as one can tell. In
         # bfloat16 its norm is that to which it was clipped only up to a percent.
         return slope / norm if norm >= min(1.0, _CLIPPED * clip) else slope

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_warmup.probe import innermost, params_of
-from hf_warmup.restore import Snapshot, is_library
-from hf_warmup.trainer.arguments import WarmupArguments
+from hf_warmup.search.restore import Snapshot, is_library
+from hf_warmup.search.shards import params_of, unwrap_optimizer
 from hf_warmup.trainer.callback import WarmupCallback
 from hf_warmup.warmup import GuidedWarmup
 
@@ -92,7 +91,7 @@ def suggest_lr(trainer: Trainer) -> LearningRate:
         # None of its callbacks, not even the one that logs, evaluates and saves.
         trainer.callback_handler.callbacks = [finder]
         trainer.args = _quiet(trainer.args, folder)
-        finder.warmup = WarmupCallback.attach(trainer, WarmupArguments(warmup="guided", auto_lr=True))
+        finder.warmup = WarmupCallback.attach(trainer, warmup="guided", auto_lr=True, warmup_card=False)
         vars(trainer)["log"] = lambda *args, **kwargs: None
         trainer.train()
     if finder.found is None:
@@ -154,7 +153,7 @@ def _put_back(trainer: Trainer) -> Iterator[None]:
     roots += [vars(accelerator), vars(accelerator.gradient_state), vars(trainer.state), vars(trainer.control)]
     roots += [vars(handler), *(c for c in handler.callbacks if not is_library(type(c).__module__))]
     if trainer.optimizer is not None:
-        optimizer = innermost(trainer.optimizer)
+        optimizer = unwrap_optimizer(trainer.optimizer)
         roots += [vars(trainer.optimizer), optimizer.param_groups, optimizer.state, *params_of(optimizer)]
     if trainer.lr_scheduler is not None:
         roots.append(vars(trainer.lr_scheduler))

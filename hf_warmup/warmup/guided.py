@@ -41,10 +41,10 @@ from statistics import fmean
 from typing import Any
 
 from hf_warmup.numeric import boolean, number, positive, shown, whole
-from hf_warmup.warmup.rule import Step, check_names
+from hf_warmup.warmup.rule import Step, check_names, check_options
 
 ENDS = ("learning_rate", "peak", "half of the run")
-_OPTIONS = ("num_training_steps", "learning_rate", "line_steps", "wait")
+_OPTIONS = ("num_training_steps", "learning_rate", "ramp_steps", "wait")
 _DESCENT = ("num_steps", "lr", "path", "slopes", "mean_slope", "first_loss", "last_loss")
 _VALLEY = ("overshoot_step", "overshoot_lr", "overshoot_path", "valley_loss", "climb_step", "ended_by")
 _SAVED = _OPTIONS + _DESCENT + _VALLEY
@@ -65,14 +65,14 @@ class GuidedWarmup:
     Args:
         num_training_steps: N, all steps of the run.
         learning_rate: Bounds η; None to let the run find its own.
-        line_steps: t*, the steps that the way to the valley is to take: min(0.22 N, 120) if None. More is safer and
+        ramp_steps: t*, the steps that the way to the valley is to take: min(0.22 N, 120) if None. More is safer and
             slower.
         wait: Whether the climb waits for the loss to fall again. No for a decoder, which does not need it.
 
     Attributes:
         num_training_steps: N.
         learning_rate: The bound.
-        line_steps: t*.
+        ramp_steps: t*.
         wait: Whether there is a wait.
         num_steps: Steps decided so far.
         lr: η of the last step decided.
@@ -80,6 +80,8 @@ class GuidedWarmup:
         overshoot_step: t_o, counted from 0; None before.
         overshoot_lr: η_o; None before.
         ended_by: `learning_rate`, `peak` or `half of the run`; None during warmup.
+        news: Of the last step decided: `overshoot_lr` where it overshot, `expected_peak_lr` where `learning_rate`
+            ended warmup.
         will_probe: False: it asks for no loss at a learning rate.
 
     Raises:
@@ -94,19 +96,19 @@ class GuidedWarmup:
     FALL = 0.1  # of the first descent: how far the loss falls again before the climb
     STEEPEST = 3  # of the climb, in slopes of the line before it
 
-    will_probe = False
+    kind, will_probe, overrun = "guided", False, 0.0
 
     def __init__(
         self,
         num_training_steps: int,
         learning_rate: float | None = None,
         *,
-        line_steps: float | None = None,
+        ramp_steps: float | None = None,
         wait: bool = True,
     ) -> None:
         self.num_training_steps = whole("num_training_steps", num_training_steps, 1)
         usual = max(1.0, min(self.SHARE * self.num_training_steps, self.MOST_STEPS))
-        self.line_steps = usual if line_steps is None else positive("line_steps", line_steps)
+        self.ramp_steps = usual if ramp_steps is None else positive("ramp_steps", ramp_steps)
         self.learning_rate = None if learning_rate is None else positive("learning_rate", learning_rate)
         self.wait = boolean("wait", wait)
         self.num_steps = 0
@@ -118,6 +120,7 @@ class GuidedWarmup:
         self.overshoot_path = 0.0
         self.climb_step: int | None = None
         self.ended_by: str | None = None
+        self.news: dict[str, Any] = {}
 
     def __call__(self, step: Step) -> float:
         """Decide the learning rate of the step that is about to be made.
@@ -133,6 +136,7 @@ class GuidedWarmup:
                 or if nothing has bounded η by half of the run.
             ValueError: If the optimizer has no momentum.
         """
+        self.news = {}
         if self.ended_by is not None:
             return self.lr
         if self.climb_step is None:
@@ -179,7 +183,7 @@ class GuidedWarmup:
                 "is to be so, set warmup=linear and warmup_steps"
             )
         self.first_loss = self.last_loss = loss
-        self.lr = 2 * self.DISTANCE * loss / slope / self.line_steps**2
+        self.lr = 2 * self.DISTANCE * loss / slope / self.ramp_steps**2
 
     def _descend(self, loss: float, slope: float | None) -> None:
         if slope is None:
@@ -191,6 +195,7 @@ class GuidedWarmup:
         self.mean_slope += (slope - self.mean_slope) / self.num_steps
         if self._overshoots(loss):
             self.overshoot_step, self.overshoot_lr, self.overshoot_path = self.num_steps, self.lr, self.path
+            self.news["overshoot_lr"] = self.lr
         else:
             self.lr = self._on_the_line(loss)
 
@@ -199,7 +204,7 @@ class GuidedWarmup:
         if slope <= 0:
             return most
         distance = self.path + self.DISTANCE * max(0.0, loss) / slope
-        return max(self.lr, min(most, 2 * math.sqrt(distance * (self.path + self.lr / 2)) / self.line_steps))
+        return max(self.lr, min(most, 2 * math.sqrt(distance * (self.path + self.lr / 2)) / self.ramp_steps))
 
     def _overshoots(self, loss: float) -> bool:
         turned = sum(slope <= 0 for slope in self.slopes)
@@ -240,6 +245,8 @@ class GuidedWarmup:
         bound = math.inf if self.learning_rate is None else self.learning_rate
         if self.lr >= bound:
             self.lr, self.ended_by = bound, "learning_rate"
+            if not math.isnan(self.expected_peak):
+                self.news["expected_peak_lr"] = self.expected_peak
         elif self.lr >= self.peak:
             self.ended_by = "peak"
         elif self.num_steps + 1 >= self.num_training_steps / 2:
@@ -271,7 +278,7 @@ class GuidedWarmup:
         whole("num_training_steps", state["num_training_steps"], 1)
         num_steps = whole("num_steps", state["num_steps"], 0)
         boolean("wait", state["wait"])
-        for name in ("learning_rate",) * (state["learning_rate"] is not None) + ("line_steps",):
+        for name in ("learning_rate",) * (state["learning_rate"] is not None) + ("ramp_steps",):
             positive(name, state[name])
         for name in ("lr", "path", "overshoot_path"):
             if not 0 <= number(name, state[name]) < math.inf:
@@ -303,8 +310,6 @@ class GuidedWarmup:
             ValueError: If it was made with others, or holds what no run leaves; nothing is loaded then.
         """
         self.check_state(state)
-        for name in _OPTIONS:
-            if state[name] != getattr(self, name) and state["ended_by"] is None:
-                raise ValueError(f"{name} must be {state[name]} as in the checkpoint, got {getattr(self, name)}")
+        check_options(state, self, _OPTIONS)
         for name in _SAVED:
             setattr(self, name, list(state[name]) if isinstance(state[name], list) else state[name])

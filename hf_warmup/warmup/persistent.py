@@ -7,9 +7,9 @@ arXiv:2406.09405, Algorithm 3.
 import math
 from typing import Any
 
-from hf_warmup.critical_lr import find_critical_lr
 from hf_warmup.numeric import number, positive, shown, whole
-from hf_warmup.warmup.rule import Step, check_names
+from hf_warmup.search.critical_lr import find_critical_lr
+from hf_warmup.warmup.rule import Step, check_names, check_options
 
 _LATEST = 0.5  # of the run
 _SAVED = (
@@ -54,6 +54,8 @@ class PersistentCatapult:
         ValueError: If an argument is out of range.
     """
 
+    kind, overrun = "persistent", 0.0
+
     def __init__(
         self, num_training_steps: int, learning_rate: float, *, init_lr: float = 1e-4, delta: float = 0.1
     ) -> None:
@@ -64,6 +66,7 @@ class PersistentCatapult:
         self.num_steps = self.num_trials = self.num_searches = 0
         self.loss, self.critical_lr = math.inf, math.nan
         self.ended_by: str | None = None
+        self.news: dict[str, Any] = {}
 
     @property
     def will_probe(self) -> bool:
@@ -82,6 +85,7 @@ class PersistentCatapult:
         Raises:
             RuntimeError: If the loss before the first step is not finite, or rises at every rate tried.
         """
+        self.news = {}
         if self.ended_by is not None:
             return self.lr
         before = step.loss()
@@ -103,6 +107,7 @@ class PersistentCatapult:
         self.num_searches += 1
         found.check_finite(self.num_steps + 1)
         self.critical_lr = found.value
+        self.news = {"critical_lr": found.value, "forward_passes": float(self.num_trials)}
         if found.value > 0:
             self.lr = found.value
         elif self.num_steps == 0:
@@ -153,10 +158,6 @@ class PersistentCatapult:
             ValueError: If it was made by another, with another target, or holds what no rule leaves.
         """
         self.check_state(state)
-        if state["learning_rate"] != self.learning_rate:
-            raise ValueError(
-                f"learning_rate must be {state['learning_rate']} as in the checkpoint, got {self.learning_rate}"
-            )
+        check_options(state, self, ("num_training_steps", "learning_rate"))
         for name in _SAVED:
-            if name not in ("num_training_steps", "learning_rate"):
-                setattr(self, name, state[name])
+            setattr(self, name, state[name])

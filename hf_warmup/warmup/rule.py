@@ -43,12 +43,25 @@ class Warmup(Protocol):
     """A rule.
 
     Attributes:
+        kind: Its name.
+        lr: The learning rate of the last step decided.
+        num_steps: Steps decided so far.
         will_probe: Whether the next call may ask for the loss at a learning rate, so that its batch must be kept.
         ended_by: Why warmup has ended; None before.
+        overrun: How far the last step decided lies behind the end, in steps; 0 of a rule that ends at a step.
+        news: What the last decision found out, by name, for a log.
     """
 
-    will_probe: bool
+    kind: str
+    lr: float
+    num_steps: int
     ended_by: str | None
+    overrun: float
+    news: dict[str, Any]
+
+    @property
+    def will_probe(self) -> bool:
+        """Whether the next call may ask for the loss at a learning rate."""
 
     def __call__(self, step: Step) -> float:
         """The learning rate of the step."""
@@ -69,3 +82,14 @@ def check_names(state: Any, kind: str, names: Collection[str]) -> None:
     if not isinstance(state, dict) or state.keys() != set(names):
         got = ", ".join(map(str, state)) if isinstance(state, dict) else shown(state)
         raise ValueError(f"the state must be of a {kind}, with {', '.join(names)}, got {got}")
+
+
+def check_options(state: dict[str, Any], rule: Any, names: Collection[str]) -> None:
+    """Refuse a state of a rule with other options, unless its warmup has ended.
+
+    Raises:
+        ValueError: With the first option that differs.
+    """
+    for name in names:
+        if state["ended_by"] is None and state[name] != getattr(rule, name):
+            raise ValueError(f"{name} must be {state[name]} as in the checkpoint, got {getattr(rule, name)}")

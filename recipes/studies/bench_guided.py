@@ -53,7 +53,7 @@ def make_turns(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], 
 
 def num_slopes(num_steps: int) -> int:
     """Slopes of a run of N steps: one in each of the t* steps to the valley."""
-    return round(GuidedWarmup(num_steps).line_steps)
+    return round(GuidedWarmup(num_steps).ramp_steps)
 
 
 def report(made: list[dict[str, Any]], num_params: int, args: argparse.Namespace, commit: str) -> str:

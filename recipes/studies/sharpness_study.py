@@ -33,8 +33,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from hf_warmup import diagnose
-from hf_warmup.sharpness import Sharpness, adam_preconditioner, sharpness, stability_threshold
+from hf_warmup.sharpness import Sharpness, adam_preconditioner, diagnose, sharpness, stability_threshold
 
 from evidence import Claim, factor_claim
 from reporting import RESULTS, conditions, current_commit, torch_threads, write

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_warmup import GIAdamW, loss_after_step
-from hf_warmup.restore import RandomNumbers
+from hf_warmup.search.restore import RandomNumbers
 
 from peer_optimizers import make_peer
 from search_cases import TEXT, image_batches

@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, set_seed
 
 from hf_warmup import GIAdamW
-from hf_warmup.probe import innermost, loss_after_step
+from hf_warmup.search.probe import loss_after_step
+from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments, step
 
 from tiny import OPTIONS, VOCAB, make_dataset, make_model
@@ -72,7 +73,7 @@ def second_moments(trainer):
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
         return {name: safe_get_full_optimizer_state(p, "exp_avg_sq").clone() for name, p in named.items()}
-    state = innermost(trainer.optimizer).state
+    state = unwrap_optimizer(trainer.optimizer).state
     return {name: whole(state[p]["exp_avg_sq"]).clone() for name, p in named.items()}
 
 
@@ -103,7 +104,7 @@ class Watcher(TrainerCallback):
             self.kept["squares"] = {name: whole(p.grad).square() for name, p in named}
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 1 and isinstance(innermost(self.trainer.optimizer), GIAdamW):
+        if state.global_step == 1 and isinstance(unwrap_optimizer(self.trainer.optimizer), GIAdamW):
             self.kept["second_moments"] = second_moments(self.trainer)
         if self.kill == [state.global_step, args.process_index]:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -136,7 +137,7 @@ def held(trainer):
         zero = trainer.model_wrapped.optimizer
         masters = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
         return [t.clone() for t in (*masters, *(getattr(p, "ds_tensor", p.data) for p in trainer.model.parameters()))]
-    params = [p for group in innermost(trainer.optimizer).param_groups for p in group["params"]]
+    params = [p for group in unwrap_optimizer(trainer.optimizer).param_groups for p in group["params"]]
     return [(p.to_local() if isinstance(p, DTensor) else p).detach().clone() for p in params]
 
 
@@ -215,7 +216,9 @@ def run(
         "history": trainer.state.log_history,
         "memory": seen_memory,
         "rule": rule(trainer.lr_scheduler),
-        "counts": [float(state["step"]) for state in innermost(trainer.optimizer).state.values() if "step" in state],
+        "counts": [
+            float(state["step"]) for state in unwrap_optimizer(trainer.optimizer).state.values() if "step" in state
+        ],
         "buffers": [b.double().sum().item() for b in trainer.model.buffers()],
     }
     (folder / f"{name}.{args.process_index}.json").write_text(json.dumps(seen))

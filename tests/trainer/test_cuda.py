@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import set_seed
 
-from hf_warmup import GIAdamW, GuidedWarmup, diagnose, loss_after_step, momentum_slope, update_slope
+from hf_warmup import GIAdamW, GuidedWarmup, loss_after_step, momentum_slope, update_slope
+from hf_warmup.sharpness import diagnose
 from hf_warmup.trainer import WarmupCallback
 
 from tiny import DEVICE, make_dataset, make_model

@@ -11,7 +11,8 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from hf_warmup import GIAdamW, secant
-from hf_warmup.probe import innermost, loss_after_step
+from hf_warmup.search.probe import loss_after_step
+from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.sharpness import adam_preconditioner, sharpness, stability_threshold
 from hf_warmup.trainer import SharpnessCallback, WarmupCallback, measuring
 
@@ -45,7 +46,7 @@ class Seen(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if state.global_step != self.step:
             return
-        optimizer = innermost(self.trainer.optimizer)
+        optimizer = unwrap_optimizer(self.trainer.optimizer)
         batches, count = collated(self.trainer) if self.step == 0 else (None, None)
         if batches is None:
             return
@@ -155,7 +156,7 @@ def test_a_measurement_leaves_no_trace(kind, options, make_trainer, tmp_path):
         assert "get_batch_samples" not in vars(trainer)
         assert "clip_grad_norm_" not in vars(trainer.accelerator)
         weights = {name: p.clone() for name, p in trainer.model.named_parameters()}
-        state = innermost(trainer.optimizer).state_dict()["state"]
+        state = unwrap_optimizer(trainer.optimizer).state_dict()["state"]
         numbers = (torch.rand(3), random.random(), numpy.random.rand())
         logs = [(e["loss"], e["grad_norm"], e["learning_rate"]) for e in trainer.state.log_history if "loss" in e]
         runs.append((weights, state, numbers, logs, trainer.model.training))
@@ -292,7 +293,7 @@ def test_the_optimizer_of_a_subclass_and_its_loss_are_measured(make_trainer):
         watch(trainer, kind="hessian", tol=1e-4)
         trainer.train()
         values += measured(trainer, "hessian")
-        assert isinstance(innermost(trainer.optimizer), GIAdamW)
+        assert isinstance(unwrap_optimizer(trainer.optimizer), GIAdamW)
     assert values[1] == pytest.approx(2 * values[0], rel=1e-3)
 
 

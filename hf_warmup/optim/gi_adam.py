@@ -43,9 +43,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import ParamsT
 
+from hf_warmup.distributed import is_dtensor, local, whole
 from hf_warmup.numeric import positive, shown
 
 # Without the hooks that torch puts around every optimizer's `step`: GIAdamW.step has its own.
@@ -136,7 +136,7 @@ class GIAdamW(torch.optim.AdamW):
         self._waiting = {
             p
             for p in self._parameters()
-            if self._has_state(p) and self.state[p]["step"] == 0 and not _whole(self.state[p]["exp_avg_sq"].any())
+            if self._has_state(p) and self.state[p]["step"] == 0 and not whole(self.state[p]["exp_avg_sq"].any())
         }
 
     @property
@@ -305,13 +305,14 @@ def _are_nonzero(tensors: list[Tensor], group: dist.ProcessGroup | None = None) 
     """
     if not tensors:
         return []
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    parts = [local(t) for t in tensors]
     # The largest magnitude is exact in every dtype, where a sum of squares may underflow. A shard may be empty.
-    held = [t for t in local if t.numel() > 0]
+    held = [t for t in parts if t.numel() > 0]
     norms = iter(torch._foreach_norm(held, ord=math.inf) if held else ())
-    device = local[0].device
-    flags = torch.stack([(next(norms) if t.numel() > 0 else t.new_zeros(())).ne(0).to(device) for t in local]).int()
-    for mesh in dict.fromkeys(t.device_mesh for t in tensors if isinstance(t, DTensor)):
+    device = parts[0].device
+    flags = torch.stack([(next(norms) if t.numel() > 0 else t.new_zeros(())).ne(0).to(device) for t in parts]).int()
+    meshes: dict[Any, None] = dict.fromkeys(getattr(t, "device_mesh", None) for t in tensors if is_dtensor(t))
+    for mesh in meshes:
         for dim in range(mesh.ndim):
             dist.all_reduce(flags, dist.ReduceOp.MAX, mesh.get_group(dim))
     if group is not None:
@@ -319,22 +320,20 @@ def _are_nonzero(tensors: list[Tensor], group: dist.ProcessGroup | None = None) 
     return flags.bool().tolist()
 
 
-def _normal_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+def _normal_like(tensor: Any, generator: torch.Generator) -> Tensor:
     """Standard normal numbers; of a DTensor this process's part of those that one process would draw for all."""
-    whole = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=_at_least_single(tensor))
-    if not isinstance(tensor, DTensor):
-        return whole
-    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    numbers = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=_at_least_single(tensor))
+    if not is_dtensor(tensor):
+        return numbers
+    from torch.distributed.tensor import distribute_tensor  # Of a DTensor only: it takes as long as torch to import.
+
+    return distribute_tensor(numbers, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def _global_norm(tensors: list[Tensor], group: dist.ProcessGroup | None) -> Tensor:
-    norms = map(_whole, torch._foreach_norm([t.to(_at_least_single(t)) for t in tensors]))
+    norms = map(whole, torch._foreach_norm([t.to(_at_least_single(t)) for t in tensors]))
     norm = torch.stack([norm.to(tensors[0].device, torch.float64) for norm in norms]).norm()
     if group is not None:
         dist.all_reduce(norm.square_(), group=group)
         norm.sqrt_()
     return norm
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -5,16 +5,16 @@ learning rate η. The probe evaluates
 
     L(step(η)(θ)),
 
-which for an update u that does not depend on η is the loss L(θ - η u) of `hf_warmup.critical_lr`. It asks
+which for an update u that does not depend on η is the loss L(θ - η u) of `hf_warmup.search.critical_lr`. It asks
 the optimizer itself for the step, so that momentum, bias corrections, weight decay, clipping of the update
 and v_0 = g_0² are those of the real step: the loss equals, bit for bit, the loss after a real step.
 
 A probe leaves no trace: parameters, optimizer state, gradients, random numbers, and whatever else the loss function
-and the model change (`hf_warmup.restore`) are what they were, bit for bit, also when the loss raises. It costs one
-optimizer step and one forward pass. While it runs it holds one copy of the parameters, on their device or on the
-CPU. torch's optimizers act on every element alone, so the step is made on one piece of the parameters after another,
-each with copies of its piece of the gradients and of the state; of an optimizer that is not known to do so all
-gradients and the whole state are copied. The loss function sees no gradients. A slope of the momentum needs no
+and the model change (`hf_warmup.search.restore`) are what they were, bit for bit, also when the loss raises. It
+costs one optimizer step and one forward pass. While it runs it holds one copy of the parameters, on their device or
+on the CPU. torch's optimizers act on every element alone, so the step is made on one piece of the parameters after
+another, each with copies of its piece of the gradients and of the state; of an optimizer that is not known to do so
+all gradients and the whole state are copied. The loss function sees no gradients. A slope of the momentum needs no
 parameter moved: it steps copies of an eighth of them at a time.
 
 On many processes each moves what it holds: everything, or the local shards of DTensors (FSDP2), in place and
@@ -23,9 +23,7 @@ must then probe the same learning rates, and the losses, which are its own, are 
 """
 
 import copy
-import functools
 import inspect
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -34,13 +32,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from hf_warmup.gi_adam import GIAdamW
-from hf_warmup.restore import hidden_gradients, traceless
+from hf_warmup.distributed import local
+from hf_warmup.optim.gi_adam import GIAdamW
+from hf_warmup.search.restore import hidden_gradients, traceless
+from hf_warmup.search.shards import Shard, Shards, params_of, unwrap_optimizer
 
 # Optimizers whose step moves every element by its own gradient and state only.
 _ELEMENTWISE = {
@@ -56,97 +54,6 @@ _ELEMENTWISE_NAMES = {
 _PIECE, _PIECES, _FEW_PIECES = 2**14, 100, 8
 
 
-@dataclass
-class Shard:
-    """A parameter, or this process's part of one.
-
-    Attributes:
-        tensor: Its values, in their place.
-        grad: Gives the elements of its gradient from `start` to `stop`, counted in the flat order of `tensor`: flat,
-            or in the shape of `tensor` if they are all.
-        state: Of the optimizer, with tensors of the same elements.
-    """
-
-    tensor: Tensor
-    grad: Callable[[int, int], Tensor]
-    state: dict[str, Any]
-
-    def whole_grad(self) -> Tensor:
-        """Its gradient, of all elements."""
-        return self.grad(0, self.tensor.numel())
-
-
-class Shards:
-    """The parameters that an optimizer moves, as this process holds them: whole, or the local shards of DTensors.
-
-    For models that are split in another way, derive from it.
-
-    Args:
-        optimizer: The optimizer, in accelerate's wrapper or not.
-        module: The model; needed if it is one of FSDP2, whose modules may hold gathered weights.
-
-    Attributes:
-        optimizer: The innermost optimizer.
-        module: The model.
-
-    Raises:
-        ValueError: If the parameters are DTensors and `module` is None.
-    """
-
-    def __init__(self, optimizer: Optimizer, module: nn.Module | None = None) -> None:
-        self.optimizer = innermost(optimizer)
-        self.module = module
-        if module is None and any(isinstance(p, DTensor) for g in self.optimizer.param_groups for p in g["params"]):
-            raise ValueError("module must be the model that the sharded parameters belong to, got None")
-
-    def groups(self) -> list[tuple[dict[str, Any], list[Shard]]]:
-        """Every parameter group of the optimizer, with its parameters that have a gradient."""
-        return [
-            (group, [self._shard(p) for p in group["params"] if p.grad is not None])
-            for group in self.optimizer.param_groups
-        ]
-
-    def _shard(self, p: Tensor) -> Shard:
-        grad, state = _local(p.grad), self.optimizer.state.get(p, {})
-        assert grad is not None
-
-        def cut(start: int, stop: int) -> Tensor:
-            return grad.detach() if stop - start == grad.numel() else grad.detach().reshape(-1)[start:stop]
-
-        return Shard(_local(p.detach()), cut, {name: _local(value) for name, value in state.items()})
-
-    def largest_gradient(self) -> float:
-        """The largest magnitude in this process's gradients; not finite if one is not, 0 if there are none."""
-        grads = [shard.whole_grad() for _, shards in self.groups() for shard in shards]
-        return largest_magnitude(grads)
-
-    def changed(self) -> None:
-        """Carry the values to whatever the model computes with; called after every change of them."""
-        self.evaluated()
-
-    def evaluated(self) -> None:
-        """Let go of what a forward pass without autograd left behind; called after every one."""
-        # FSDP2 keeps the root's weights gathered then, so the next pass would not see that their shards changed.
-        for module in self._gathering:
-            module.reshard()
-
-    @functools.cached_property
-    def _gathering(self) -> list[FSDPModule]:
-        """The modules that gather weights; not looked for where no loss is asked for."""
-        return [] if self.module is None else [m for m in self.module.modules() if isinstance(m, FSDPModule)]
-
-
-def largest_magnitude(tensors: Sequence[Tensor]) -> float:
-    """The largest magnitude of all elements, in one device sync; NaN if there is one, 0 if there are none."""
-    norms = torch._foreach_norm([t for t in tensors if t.numel() > 0], ord=math.inf)
-    return float(torch.stack([norm.float().to(norms[0].device) for norm in norms]).max()) if norms else 0.0
-
-
-def _local(value: Any) -> Any:
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
-@torch.no_grad()
 def loss_after_step(
     optimizer: Optimizer,
     loss_fn: Callable[[], Tensor | float | Sequence[Tensor | float]],
@@ -200,7 +107,7 @@ def has_momentum(optimizer: Optimizer) -> bool:
     Returns:
         Whether every parameter group has β1 or momentum.
     """
-    return all(_momentum(group) for group in innermost(optimizer).param_groups)
+    return all(_momentum(group) for group in unwrap_optimizer(optimizer).param_groups)
 
 
 def _momentum(group: dict[str, Any]) -> Any:
@@ -324,7 +231,7 @@ def _slope(
         return _inner(_updates(shards, lr, _PIECES if copy_on_cpu else _FEW_PIECES, gradient)) / lr
     with _other_gradients(shards.optimizer, gradient) as grads, _moved(shards, lr, copy_on_cpu) as starts:
         updates = (value.to(shard.tensor.device) - shard.tensor for shard, value in starts)
-        return _inner(zip(updates, map(_local, grads), strict=True)) / lr
+        return _inner(zip(updates, map(local, grads), strict=True)) / lr
 
 
 def _updates(
@@ -588,32 +495,8 @@ def _no_global_hooks() -> Iterator[None]:
             named.update(before)
 
 
-def params_of(optimizer: Optimizer) -> list[Any]:
-    """The parameters of all groups."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def needs_closure(optimizer: Optimizer) -> bool:
     """Whether its step cannot be made without a function that computes the loss."""
     # That of the class: a scheduler wraps the one of the object.
     _, *arguments = inspect.signature(type(optimizer).step).parameters.values()
     return any(a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD for a in arguments)
-
-
-def innermost(optimizer: Any) -> Optimizer:
-    """The optimizer inside wrappers that keep it as `optimizer` and step it, as accelerate's and DeepSpeed's do.
-
-    An optimizer that makes something else of another's steps (Lookahead) is none of them.
-
-    Args:
-        optimizer: In wrappers or not.
-
-    Returns:
-        The one whose `step` is what training does.
-    """
-    while hasattr(optimizer, "optimizer") and (
-        not isinstance(optimizer, Optimizer)
-        or type(optimizer).__module__.partition(".")[0] in ("accelerate", "deepspeed")
-    ):
-        optimizer = optimizer.optimizer
-    return optimizer

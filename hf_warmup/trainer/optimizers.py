@@ -6,7 +6,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_warmup.gi_adam import GIAdamW
+from hf_warmup.optim.gi_adam import GIAdamW
+from hf_warmup.search.shards import unwrap_optimizer
+from hf_warmup.trainer.wrapping import wrap
 
 # What `optim` may say when GIAdamW takes its place: the optimizers that are torch's AdamW.
 _ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
@@ -66,3 +68,37 @@ def gi_adam_cls_and_kwargs(args: TrainingArguments) -> tuple[type[GIAdamW], dict
     if args.optim == OptimizerNames.ADAMW_TORCH_FUSED:
         kwargs["fused"] = True
     return GIAdamW, kwargs
+
+
+def use_gi_adam(trainer: Trainer) -> None:
+    """Have `trainer` make a GIAdamW.
+
+    Raises:
+        ValueError: If it has, or was told to make, another optimizer.
+    """
+    given = trainer.optimizer
+    if given is not None:
+        if not isinstance(unwrap_optimizer(given), GIAdamW):
+            raise ValueError(
+                "gi_adam=True, but the trainer has an optimizer of its own, "
+                f"{type(unwrap_optimizer(given)).__name__}: pass it a GIAdamW, or leave gi_adam out to keep that one"
+            )
+        return
+    if trainer.optimizer_cls_and_kwargs is None:
+        ours = trainer.optimizer_cls_and_kwargs = gi_adam_cls_and_kwargs(trainer.args)
+
+        def created(create_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            # With the options of now: a hyperparameter search changes them from trial to trial.
+            nonlocal ours
+            if trainer.optimizer_cls_and_kwargs is ours:
+                ours = trainer.optimizer_cls_and_kwargs = gi_adam_cls_and_kwargs(trainer.args)
+            return create_optimizer(*args, **kwargs)
+
+        wrap(trainer, "create_optimizer", created)
+        return
+    chosen = trainer.optimizer_cls_and_kwargs[0]
+    if not (isinstance(chosen, type) and issubclass(chosen, GIAdamW | GIAdamWFactory)):
+        raise ValueError(
+            f"gi_adam=True, but optimizer_cls_and_kwargs asks for {getattr(chosen, '__name__', chosen)}: leave "
+            "one of them out"
+        )

@@ -12,9 +12,9 @@ Largest is meant algebraically. At a standard initialization the largest eigenva
 and no instability. P⁻¹H is not symmetric; P^-½ H P^-½ is, and has the same eigenvalues.
 
 H is known by its products with vectors, d/dθ (gᵀ v): a second backward pass through the first. Their eigenvalues are
-found by `hf_warmup.lanczos`. The products are computed in single precision at least, also of a bf16 model; with one
-set of random numbers, so that dropout is the same in each; one micro-batch at a time; and with the mathematical form
-of scaled dot-product attention, as the fused kernels have no second derivative.
+found by `hf_warmup.sharpness.lanczos`. The products are computed in single precision at least, also of a bf16 model;
+with one set of random numbers, so that dropout is the same in each; one micro-batch at a time; and with the
+mathematical form of scaled dot-product attention, as the fused kernels have no second derivative.
 
 On a quadratic loss of curvature λ an optimizer's iterates grow above a threshold (`stability_threshold`), and λ over
 the threshold is the stability ratio: 1 is the edge of stability [2]. With w the weight decay, which is part of the
@@ -50,12 +50,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_warmup.critical_lr import CriticalLR, find_critical_lr
-from hf_warmup.gi_adam import GIAdamW
-from hf_warmup.hessian import LossFn, hessian_products
-from hf_warmup.lanczos import End, extreme_eigenpairs
 from hf_warmup.numeric import number, whole
-from hf_warmup.probe import innermost
+from hf_warmup.optim.gi_adam import GIAdamW
+from hf_warmup.search.critical_lr import CriticalLR, find_critical_lr
+from hf_warmup.search.shards import unwrap_optimizer
+from hf_warmup.sharpness.hessian import LossFn, hessian_products
+from hf_warmup.sharpness.lanczos import End, extreme_eigenpairs
 
 # Of the start: what is drawn at random beside the vectors of the last measurement, relative to them.
 _FRESH = 0.1
@@ -195,7 +195,7 @@ def adam_preconditioner(optimizer: Optimizer) -> dict[Tensor, Tensor]:
     Raises:
         ValueError: If the optimizer is another.
     """
-    adam = innermost(optimizer)
+    adam = unwrap_optimizer(optimizer)
     if not isinstance(adam, torch.optim.Adam):
         raise ValueError(f"optimizer must be Adam, AdamW or GIAdamW, got {type(adam).__name__}")
     if isinstance(adam, GIAdamW):
@@ -235,7 +235,7 @@ def stability_threshold(optimizer: Optimizer, *, first_step: bool | None = None)
     Raises:
         ValueError: If the optimizer is another, or its groups differ in learning rate or momentum.
     """
-    inner = innermost(optimizer)
+    inner = unwrap_optimizer(optimizer)
     if not hasattr(inner, "param_groups"):
         raise ValueError(f"optimizer must be SGD, Adam, AdamW or GIAdamW, got {type(inner).__name__}")
     thresholds = [

@@ -11,10 +11,10 @@ spends below it [1]. Only forward passes are needed. On a quadratic loss with gr
 the answer is known, and the tests check it: η_c = 2 gᵀu / uᵀHu, so 2/λ when u = g and H = λ I.
 
 `method="secant"`, the default, starts where the answer is wanted, models the curve with the points it has
-(`hf_warmup.secant`) and closes a bracket of relative width `rtol`: from a guess that is wrong by 100 times in 6
-forward passes in the median on networks (recipes/studies/search_accuracy.py), in 3 on a parabola of known
-slope, and in 2 if all that is asked is whether the loss rises up to η_trgt; in one less if L(0) is given. It may
-step over a crossing that lies between the learning rates it tries.
+(`hf_warmup.search.secant`) and closes a bracket of relative width `rtol`: from a guess that is wrong by 100 times in
+6 forward passes in the median on networks (recipes/studies/search_accuracy.py), in 3 on a parabola of known slope,
+and in 2 if all that is asked is whether the loss rises up to η_trgt; in one less if L(0) is given. It may step over
+a crossing that lies between the learning rates it tries.
 
 `method="paper"` is the two searches of [1]:
 
@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hf_warmup.numeric import number, positive, shown, whole
-from hf_warmup.secant import Curve
+from hf_warmup.search.secant import Curve
 
 Status = Literal["found", "above_target", "never_rises", "not_descent", "nonfinite", "budget_spent"]
 
@@ -168,8 +168,8 @@ def find_critical_lr(
         guess: The first learning rate tried: the last answer, if there is one. Sets the cost, not the answer. If
             None, `secant` starts at `target`, and `paper` at 1e-4 or `target`, whichever is smaller.
         target: η_trgt; the search ends there if the loss has not risen. No limit if None.
-        slope: -dL/dη at 0, gᵀu, if known (`hf_warmup.probe.update_slope`): saves `secant` a trial; not positive,
-            it ends either search at once as `not_descent`.
+        slope: -dL/dη at 0, gᵀu, if known (`hf_warmup.search.probe.update_slope`): saves `secant` a trial; not
+            positive, it ends either search at once as `not_descent`.
         start: L(0), if known: the loss that the gradient came from, with the same batch and dropout masks as
             `loss_at` has. Saves a forward pass: whether η_c lies above η_trgt then takes one.
         steepness: k of an earlier search of nearly the same curve. If the curve is near a parabola (k = 1), and η_c

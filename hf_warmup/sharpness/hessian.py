@@ -29,10 +29,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_warmup.restore import RandomNumbers, traceless
+from hf_warmup.distributed import is_dtensor
+from hf_warmup.search.restore import RandomNumbers, traceless
 
 LossFn = Callable[[], Tensor] | Sequence[Callable[[], Tensor]]
 
@@ -85,7 +85,7 @@ def _prepared(
 ) -> Iterator[tuple[list[Tensor], RandomNumbers, Tensor]]:
     if not params or len(set(params)) < len(params):
         raise ValueError(f"params must be different tensors that require a gradient, got {len(params)}")
-    if any(isinstance(p, DTensor) for p in params):
+    if any(is_dtensor(p) for p in params):
         raise ValueError("params must be whole tensors, got DTensors, through which there is no second derivative")
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
     numbers = RandomNumbers()

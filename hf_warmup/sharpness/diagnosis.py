@@ -35,12 +35,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_warmup.critical_lr import CriticalLR, find_critical_lr
-from hf_warmup.hessian import gradient_differences
 from hf_warmup.numeric import number, positive, whole
-from hf_warmup.probe import innermost, loss_after_step
-from hf_warmup.restore import RandomNumbers, traceless
-from hf_warmup.sharpness import (
+from hf_warmup.search.critical_lr import CriticalLR, find_critical_lr
+from hf_warmup.search.probe import loss_after_step
+from hf_warmup.search.restore import RandomNumbers, traceless
+from hf_warmup.search.shards import unwrap_optimizer
+from hf_warmup.sharpness.hessian import gradient_differences
+from hf_warmup.sharpness.measures import (
     adam_preconditioner,
     inverse_root,
     sharpness_of,
@@ -193,7 +194,7 @@ def diagnose(
     if not loss_fns:
         raise ValueError("loss_fns must hold at least one function, got none")
     num_steps, max_hvps = whole("num_steps", num_steps, 1), whole("max_hvps", max_hvps, 2)
-    inner = innermost(optimizer)
+    inner = unwrap_optimizer(optimizer)
     if not hasattr(inner, "param_groups"):
         raise ValueError(f"optimizer must be SGD, Adam, AdamW or GIAdamW, got {type(inner).__name__}")
     params = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]

@@ -1,0 +1,229 @@
+"""What is refused before training, in one place: with the option, its value and what to do instead."""
+
+import math
+from dataclasses import fields
+from typing import Any
+
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
+from transformers import Trainer
+from transformers.trainer_utils import SchedulerType
+
+from hf_warmup.numeric import number
+from hf_warmup.search.probe import has_momentum, needs_closure
+from hf_warmup.search.shards import unwrap_optimizer
+from hf_warmup.trainer.arguments import WarmupArguments
+from hf_warmup.trainer.replay import unsupported_replay_reason
+
+# Where every process holds the whole model.
+_REPLICATED = tuple(kind for kind in DistributedType if kind is DistributedType.NO or kind.value.startswith("MULTI_"))
+# Schedules that follow the loss. The second came after transformers 5.0.
+_FOLLOW_THE_LOSS = ("reduce_lr_on_plateau", "greedy")
+_KEEP = "warmup=none keeps it as it is"
+
+
+def check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
+    """Refuse what would fail, or silently do something else, once training runs.
+
+    Raises:
+        ValueError: With the option and its value.
+    """
+    args = trainer.args
+    check_processes(trainer)
+    if trainer.optimizer is not None and trainer.state.global_step > 0:
+        raise ValueError("attach the warmup before train(): this trainer has trained, and has its schedule already")
+    kind = arguments.kind(args.warmup_steps)
+    if args.max_steps > 0 and (warmup_steps := args.get_warmup_steps(args.max_steps)) > args.max_steps:
+        raise ValueError(f"warmup_steps must be at most max_steps={args.max_steps}, got {warmup_steps}")
+    # Python's, as a checkpoint cannot be loaded with another's.
+    args.learning_rate = number("learning_rate", args.learning_rate)
+    if not 0 <= args.learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be positive and finite, got {args.learning_rate}")
+    if kind == "none":
+        return
+    check_kind(arguments, kind, args.warmup_steps)
+    if args.learning_rate == 0:
+        raise ValueError("learning_rate must be positive, got 0.0: warmup has no target")
+    if trainer.optimizer is not None:
+        check_optimizer(trainer.optimizer, kind)
+    _check_init_lr(trainer, arguments)
+    _check_schedule(trainer, arguments, kind)
+    if kind != "linear" or arguments.fixed_init_lr is None:
+        asked = f"warmup={kind}" if kind != "linear" else f"init_lr={arguments.init_lr}"
+        instead = "set warmup=linear with warmup_steps, and init_lr to a number, or warmup=none"
+        if (reason := unsupported_reason(trainer)) is not None:
+            raise ValueError(f"{asked} cannot measure the step here: {reason}; or {instead}")
+        if kind != "guided" and (reason := unsupported_replay_reason(trainer)) is not None:
+            raise ValueError(f"{asked} does not run with {type(trainer).__name__}: {reason}; {instead}")
+
+
+def check_kind(arguments: WarmupArguments, kind: str, warmup_steps: float) -> None:
+    """Refuse options that contradict the warmup that is meant.
+
+    Raises:
+        ValueError: With the option and its value.
+    """
+    if kind == "linear" and not warmup_steps > 0:
+        raise ValueError(
+            f"warmup_steps must be positive with warmup=linear, got {warmup_steps}: set it, or warmup=guided, which "
+            "needs none"
+        )
+    if kind != "linear" and warmup_steps > 0:
+        raise ValueError(
+            f"warmup_steps must be 0 with warmup={kind}, got {warmup_steps}: how long it takes is not set but found"
+        )
+    if kind == "linear" and arguments.auto_lr:
+        raise ValueError(
+            f"auto_lr needs guided warmup, and warmup_steps={warmup_steps:g} asks for a linear one: set it to 0"
+        )
+    if kind == "linear" and arguments.ramp_steps is not None:
+        raise ValueError(f"ramp_steps must be left out with warmup_steps={warmup_steps:g}, got {arguments.ramp_steps}")
+    if kind == "guided" and arguments.init_lr != "auto":
+        raise ValueError(
+            f"init_lr must be left out with warmup=guided, got {arguments.init_lr!r}: it finds its start; for linear "
+            "warmup from there set warmup_steps"
+        )
+
+
+def _check_init_lr(trainer: Trainer, arguments: WarmupArguments) -> None:
+    fixed = arguments.fixed_init_lr
+    own_optimizer = (
+        trainer.optimizer is not None
+        or trainer.optimizer_cls_and_kwargs is not None
+        or type(trainer).create_optimizer is not Trainer.create_optimizer
+    )
+    # An optimizer of the user's is asked once it is there.
+    if fixed is not None and fixed > trainer.args.learning_rate and not own_optimizer:
+        raise ValueError(
+            f"init_lr must be at most learning_rate={trainer.args.learning_rate}, got {arguments.init_lr}"
+        )
+
+
+def _check_schedule(trainer: Trainer, arguments: WarmupArguments, kind: str) -> None:
+    args = trainer.args
+    if trainer.lr_scheduler is not None:
+        return
+    schedule = SchedulerType(args.lr_scheduler_type).value
+    if schedule in _FOLLOW_THE_LOSS:
+        raise ValueError(
+            f"warmup={kind} needs a lr_scheduler_type that is a factor per step, got {schedule}: it follows the loss "
+            f"and has no warmup to start; {_KEEP}"
+        )
+    options = args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}
+    absolute = "lr_end" if schedule == "polynomial" else "min_lr" if options.get("min_lr") is not None else None
+    if arguments.auto_lr and absolute is not None:
+        raise ValueError(
+            f"lr_scheduler_type must decay to a part of its peak with auto_lr, got {schedule} with {absolute}: a "
+            "learning rate that says nothing beside one that the run finds; cosine_with_min_lr has min_lr_rate"
+        )
+
+
+def check_optimizer(optimizer: Any, kind: str) -> None:
+    """Refuse an optimizer whose steps no learning rate of a schedule reaches, or that this warmup cannot measure.
+
+    Raises:
+        ValueError: With the option of the optimizer.
+    """
+    made = unwrap_optimizer(optimizer)
+    name = type(made).__name__
+    for group in made.param_groups:
+        if group.get("relative_step"):
+            raise ValueError(
+                f"relative_step must be False in {name}, got True: it chooses its own learning rates, which no "
+                f"schedule reaches; give it relative_step=False, warmup_init=False and a number as lr; {_KEEP}"
+            )
+        if group.get("lr") is None:
+            raise ValueError(f"lr must be a number in {name}, got None: warmup has no target; {_KEEP}")
+    if needs_closure(made):
+        raise ValueError(
+            f"the optimizer must make its step without a closure, got {name}: the Trainer has none to give, and the "
+            "step of one learning rate is not the direction of another's"
+        )
+    if kind == "guided" and not has_momentum(made):
+        raise ValueError(
+            f"warmup=guided needs an optimizer with momentum (betas or momentum), got {name} without: nothing else "
+            f"tells how far to go; give it one, or set warmup_steps for linear warmup; {_KEEP}"
+        )
+
+
+def check_same_options(trainer: Trainer, options: Any) -> None:
+    """Refuse options that differ between processes: each would train a model of its own.
+
+    Args:
+        trainer: The trainer.
+        options: A dataclass with plain values.
+
+    Raises:
+        ValueError: With the first option that differs.
+    """
+    if trainer.args.world_size == 1:
+        return
+    names = [option.name for option in fields(WarmupArguments)]
+    everybodys = gather_object([[(name, getattr(options, name)) for name in names]])
+    for (name, first), *others in zip(*everybodys, strict=True):
+        if any(value != first for _, value in others):
+            raise ValueError(f"{name} must be the same on all processes, got {first} and others")
+
+
+def check_processes(trainer: Trainer) -> None:
+    """Refuse what would silently be something else on this trainer's processes.
+
+    Raises:
+        ValueError: With the option and its value.
+    """
+    kind = trainer.accelerator.distributed_type
+    # Where accelerate ignores it, the trainer knows nothing of it.
+    asked = trainer.is_fsdp_enabled or trainer.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if asked and trainer.args.world_size > 1 and kind is not DistributedType.FSDP:
+        raise ValueError(
+            f"fsdp is set, but these {trainer.args.world_size} processes run as {kind.value}: accelerate shards on "
+            "accelerators only and says nothing; leave fsdp out to train with DDP on CPUs"
+        )
+    if trainer.is_deepspeed_enabled:
+        config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+        for section, way in (("scheduler", "lr_scheduler_type"), ("optimizer", "optim")):
+            if section in config:
+                raise ValueError(
+                    f"the DeepSpeed configuration has a section {section}, {config[section]}, which takes the place "
+                    f"of the Trainer's: leave it out and set {way} instead"
+                )
+        if trainer.optimizer is not None:
+            raise ValueError(
+                f"optimizers has a {type(unwrap_optimizer(trainer.optimizer)).__name__}, which the Trainer drops "
+                "under DeepSpeed without a word: use optimizer_cls_and_kwargs, or leave it out"
+            )
+
+
+def unsupported_reason(trainer: Trainer) -> str | None:
+    """Why learning rates cannot be tried on this trainer's processes; None if they can."""
+    kind = trainer.accelerator.distributed_type
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallelism is not None and (sizes := _other_parallelism(parallelism)):
+        return f"under parallelism of {', '.join(sizes)} it was never tried"
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        return "on a model that transformers has sharded while loading it was never tried"
+    if kind is DistributedType.FSDP:
+        if trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            return (
+                "under FSDP version 1 the weights live in flat buffers that it rebuilds from views of its own; use "
+                'version 2: fsdp_config={"version": 2}'
+            )
+        return None
+    if kind is not DistributedType.DEEPSPEED:
+        return None if kind in _REPLICATED else f"under {kind.value} it was never tried"
+    config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
+    zero = config.get_value("zero_optimization", {}) or {}
+    if zero.get("stage", 0) not in (1, 2, 3):
+        return (
+            f"DeepSpeed's ZeRO stage {zero.get('stage', 0)} has no partitions to move; use DDP, or a stage of 1 to 3"
+        )
+    if config.is_offload():
+        return "with weights or optimizer states that DeepSpeed offloads it would have to fetch them once per trial"
+    for option in ("zenflow", "mics_shard_size", "zero_hpz_partition_size", "zero_quantized_weights"):
+        if (value := zero.get(option)) not in (None, False, -1, 1):
+            return f"with DeepSpeed's {option}={value} it was never tried"
+    return None
+
+
+def _other_parallelism(config: Any) -> list[str]:
+    sizes = {name: getattr(config, name, 1) for name in ("tp_size", "cp_size", "sp_size")}
+    return [f"{name}={size}" for name, size in sizes.items() if size > 1]

@@ -1,0 +1,195 @@
+"""Linear warmup from a measured start: the paper's initial learning rate from the loss catapult.
+
+Warmup from η_init to the target η_trgt has the slope of warmup from 0 [1]:
+
+    η_t = min(η_trgt, η_init + η_trgt t / T_wrm),    t = 0, 1, ...
+
+so it ends after T_wrm (1 - η_init / η_trgt) steps, T_wrm η_init / η_trgt before warmup from 0 does. A search for
+η_init
+costs forward passes, of which [1] counts two as one step:
+
+    T_save = T_wrm η_init / η_trgt - T_fp / 2.
+
+A slope of (η_trgt - η_init) / T_wrm would save nothing.
+
+[1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements",
+    NeurIPS 2024, arXiv:2406.09405, "η_init from the loss catapult".
+"""
+
+import logging
+import math
+from typing import Any
+
+from hf_warmup.numeric import number, positive, shown, whole
+from hf_warmup.search.critical_lr import CriticalLR, find_critical_lr
+from hf_warmup.warmup.rule import Step, check_names, check_options
+
+logger = logging.getLogger(__name__)
+
+# Most that `auto` starts at, of the target. With Adam on a Transformer η_c of the first step is often above the
+# target, and a training that starts there fails.
+_MOST = 0.1
+_OPTIONS = ("num_training_steps", "learning_rate", "warmup_steps", "asked_init_lr")
+_SAVED = (*_OPTIONS, "num_steps", "lr", "init_lr", "ended_by")
+
+
+class LinearWarmup:
+    """Linear warmup that begins at a learning rate which the first step is measured to bear.
+
+    For a training whose warmup has a length already, and which is to save the part of it below η_c.
+
+    Example:
+        >>> rule = LinearWarmup(100, learning_rate=0.1, warmup_steps=10, init_lr=0.05)
+        >>> [round(rule(), 3) for _ in range(6)], rule.ended_by
+        ([0.05, 0.06, 0.07, 0.08, 0.09, 0.1], 'learning_rate')
+
+    Args:
+        num_training_steps: N, all steps of the run.
+        learning_rate: η_trgt.
+        warmup_steps: T_wrm, in optimizer steps.
+        init_lr: η_init; `catapult` for η_c, which takes forward passes in the first step; `auto` for that, but at
+            most a tenth of η_trgt.
+
+    Attributes:
+        num_training_steps: N.
+        learning_rate: η_trgt.
+        warmup_steps: T_wrm.
+        asked_init_lr: `init_lr` as it was given.
+        init_lr: η_init; None before the first step.
+        num_steps: Steps decided so far.
+        lr: η of the last step decided.
+        found: The search, in the run that made it; else None.
+        ended_by: `learning_rate`; None during warmup.
+        news: In the first step what the search found.
+        overrun: How much of a step before the last one decided the target was reached.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    kind = "linear"
+
+    def __init__(
+        self, num_training_steps: int, learning_rate: float, warmup_steps: int, *, init_lr: float | str = "auto"
+    ) -> None:
+        self.num_training_steps = whole("num_training_steps", num_training_steps, 1)
+        self.learning_rate = positive("learning_rate", learning_rate)
+        if not 1 <= whole("warmup_steps", warmup_steps) <= self.num_training_steps:
+            raise ValueError(f"warmup_steps must be between 1 and {num_training_steps} steps, got {warmup_steps}")
+        self.warmup_steps = warmup_steps
+        if init_lr not in ("auto", "catapult") and positive("init_lr", init_lr) > self.learning_rate:
+            raise ValueError(
+                f"init_lr must be at most the optimizer's learning rate, {learning_rate:g}, got {init_lr}"
+            )
+        self.asked_init_lr = init_lr
+        self.num_steps = 0
+        self.lr = self.overrun = 0.0
+        self.init_lr: float | None = None
+        self.found: CriticalLR | None = None
+        self.ended_by: str | None = None
+        self.news: dict[str, Any] = {}
+
+    @property
+    def will_probe(self) -> bool:
+        """Whether the next call searches for η_c."""
+        return self.init_lr is None and isinstance(self.asked_init_lr, str)
+
+    def __call__(self, step: Step | None = None) -> float:
+        """Decide the learning rate of the step that is about to be made.
+
+        Args:
+            step: Of which losses are asked for, in the first step, unless `init_lr` is a number.
+
+        Returns:
+            η_t; once warmup has ended, its last.
+
+        Raises:
+            RuntimeError: If the loss before the first step is not finite.
+        """
+        self.news = {}
+        if self.ended_by is not None:
+            return self.lr
+        if self.init_lr is None:
+            self.init_lr = self._start(step) if isinstance(self.asked_init_lr, str) else float(self.asked_init_lr)
+            self.news = self._news_of_the_start()
+        first = min(1.0, self.init_lr / self.learning_rate)
+        part = first + self.num_steps / self.warmup_steps
+        self.lr = self.learning_rate * min(1.0, part)
+        if part >= 1:
+            self.ended_by = "learning_rate"
+            self.overrun = self.num_steps - self.warmup_steps * (1 - first)
+        self.num_steps += 1
+        return self.lr
+
+    def steps_saved(self) -> float:
+        """T_save: optimizer steps, negative where the search cost more than it saved; 0 before the first step."""
+        passes = 0 if self.found is None else self.found.num_evals
+        return self.warmup_steps * min(1.0, (self.init_lr or 0.0) / self.learning_rate) - passes / 2
+
+    def _news_of_the_start(self) -> dict[str, Any]:
+        news: dict[str, Any] = {"warmup_steps": self.warmup_steps, "steps_saved": self.steps_saved()}
+        if (found := self.found) is not None:
+            news |= {"forward_passes": float(found.num_evals), "status": found.status}
+            news["capped"] = found.value > (self.init_lr or 0.0)
+            if found.status in ("found", "budget_spent"):
+                news["critical_lr"] = found.value
+            # JSON has no word for a loss that is not finite.
+            news["evals"] = [[lr, loss if math.isfinite(loss) else None] for lr, loss in found.evals]
+        return news
+
+    def _start(self, step: Step | None) -> float:
+        """η_init by a search."""
+        if step is None:
+            raise ValueError(f"step must be given with init_lr={self.asked_init_lr}, got None: η_c is measured in it")
+        found = self.found = find_critical_lr(step.loss, target=self.learning_rate, start=step.loss())
+        found.check_finite(self.num_steps + 1)
+        if found.value > 0:
+            return min(found.value, (_MOST if self.asked_init_lr == "auto" else 1.0) * self.learning_rate)
+        # Below all that were seen to raise the loss, rounding aside.
+        risen = [lr for lr, loss in found.evals if lr > 0 and not loss <= found.start + found.noise]
+        least = min([self.learning_rate / self.warmup_steps, *(lr / 2 for lr in risen)])
+        logger.warning(
+            f"no learning rate from {found.evals[-1][0]:.3g} on keeps the loss of the first batch from rising "
+            f"({found.status}): warmup starts at {least:.3g}, learning_rate / {self.warmup_steps} or half of the "
+            "lowest that raised it; to choose another start, set init_lr to a number"
+        )
+        return least
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, in plain numbers and words, with the options it was made with."""
+        return {name: getattr(self, name) for name in _SAVED}
+
+    @staticmethod
+    def check_state(state: dict[str, Any]) -> None:
+        """Refuse a state that no rule of this class has left.
+
+        Args:
+            state: As of `state_dict`.
+
+        Raises:
+            ValueError: With the number's name, or if it was made by another rule.
+        """
+        check_names(state, "LinearWarmup", _SAVED)
+        for name in ("num_training_steps", "warmup_steps"):
+            whole(name, state[name], 1)
+        positive("learning_rate", state["learning_rate"])
+        if whole("num_steps", state["num_steps"], 0) > 0:
+            positive("init_lr", state["init_lr"])
+        if not 0 <= number("lr", state["lr"]) < math.inf:
+            raise ValueError(f"lr must be at least 0 and finite, got {state['lr']}")
+        if state["ended_by"] not in (None, "learning_rate"):
+            raise ValueError(f"ended_by must be learning_rate, got {shown(state['ended_by'])}")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken.
+
+        Args:
+            state: Made by a rule with the same options.
+
+        Raises:
+            ValueError: If it was made with others, or holds what no run leaves; nothing is loaded then.
+        """
+        self.check_state(state)
+        check_options(state, self, _OPTIONS)
+        for name in _SAVED:
+            setattr(self, name, state[name])
