@@ -214,7 +214,8 @@ def main() -> None:
     if not args.table:
         finish(args.processes)
     text = (
-        "# What the one line does to an ordinary Trainer script\n\nValidation loss of the plain Trainer without warmup, and "
+        "# What the one line does to an ordinary Trainer script\n\n"
+        "Validation loss of the plain Trainer without warmup, and "
         f"differences from it, seed by seed (mean ± standard deviation over seeds {', '.join(map(str, SEEDS))}).\n\n"
         f"{table()}\n"
     )
