@@ -121,12 +121,19 @@ def runs_figure(histories: Mapping[str, History]) -> "Figure":
     """
     figure = _new_figure(6.0)
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 3))
+    highest = []
     for i, (name, history) in enumerate(histories.items()):
-        color = f"C{i}"
-        _draw_lrs(upper, history, label=_literal(name), color=color)
-        _curve(lower, history, "loss", "-", color=color, linewidth=0.6, alpha=0.6)
-        _curve(lower, history, "eval_loss", "o-", label=f"{_literal(name)}, validation", color=color)
+        # Dashes, so that a run that lies upon another does not hide it.
+        color, style = f"C{i}", ("-", "--", "-.", ":")[i % 4]
+        _draw_lrs(upper, history, label=_literal(name), color=color, linestyle=style)
+        highest += [max(lr for _, lr in lrs)] if (lrs := _lrs(history)) else []
+        _curve(lower, history, "loss", style, color=color, linewidth=0.6, alpha=0.6)
+        _curve(lower, history, "eval_loss", f"o{style}", color=color)
+    if min(highest, default=0.0) > 0 and max(highest) > 10 * min(highest):
+        upper.set_yscale("log")
+        upper.set_ylim(bottom=min(highest) / 10)
     _name(upper, lower)
+    lower.set_ylabel("loss (dots: validation)")
     if upper.lines:
         upper.legend()
     return figure
