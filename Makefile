@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 
 DEEPSPEED := $(VENV)/.deepspeed
 
-.PHONY: demo test smoke test-gpu test-deepspeed deepspeed lint types studies studies-smoke clean
+.PHONY: demo test test-slow test-all smoke test-gpu test-deepspeed deepspeed lint types studies studies-smoke clean
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/demo.py
@@ -20,10 +20,16 @@ demo: $(READY)
 # Two at a time, of different files: those of one share what they have launched.
 TWO := -n 2 --dist loadfile
 
-# Where DeepSpeed is installed its tests, as many minutes again, are still those of `make test-deepspeed`; its launches of
-# recipes are among those of `make smoke` too.
+# The science, and the Trainer on one process.
 test: $(READY)
-	$(BIN)/python -m pytest $(TWO) --ignore tests/trainer/test_deepspeed.py
+	$(BIN)/python -m pytest $(TWO) -m 'not slow and not smoke'
+
+# Many processes, and trainings of more than a few steps. Where DeepSpeed is installed its tests are still those of
+# `make test-deepspeed`.
+test-slow: $(READY)
+	$(BIN)/python -m pytest $(TWO) -m slow --ignore tests/trainer/test_deepspeed.py
+
+test-all: test test-slow smoke studies-smoke test-deepspeed
 
 # Every recipe for three steps, on one process and on two; launches that fail, kills and signals; fine-tuning; the
 # studies' runner.
