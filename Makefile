@@ -27,7 +27,7 @@ test: $(READY)
 # Many processes, and trainings of more than a few steps. Where DeepSpeed is installed its tests are still those of
 # `make test-deepspeed`.
 test-slow: $(READY)
-	$(BIN)/python -m pytest $(TWO) -m slow --ignore tests/trainer/test_deepspeed.py
+	$(BIN)/python -m pytest $(TWO) -m 'slow and not smoke' --ignore tests/trainer/test_deepspeed.py
 
 test-all: test test-slow smoke studies-smoke test-deepspeed
 
