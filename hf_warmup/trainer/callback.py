@@ -12,6 +12,7 @@ asks leaves no trace: training that asks and ignores the answer ends with the sa
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -78,7 +79,7 @@ class WarmupCallback(TrainerCallback):
             trainer: The trainer; it keeps its class. With `gi_adam` on its optimizer must not have been made yet,
                 unless it is a GIAdamW already.
             arguments: The flags. Those of `trainer.args` if it mixes in `WarmupArguments`, else the defaults.
-            options: Flags by name, in place of `arguments`.
+            options: Flags by name, in place of those of `arguments`.
 
         Returns:
             The callback, already added to the trainer.
@@ -90,11 +91,12 @@ class WarmupCallback(TrainerCallback):
         """
         check_names(options)
         if arguments is None:
-            own = isinstance(trainer.args, WarmupArguments) and not options
-            arguments = trainer.args if own else WarmupArguments(**options)  # type: ignore[assignment]
-        elif options or not isinstance(arguments, WarmupArguments):
-            raise ValueError(f"arguments must be a WarmupArguments, or options by name, got {arguments!r} {options}")
-        assert arguments is not None
+            arguments = trainer.args if isinstance(trainer.args, WarmupArguments) else WarmupArguments()
+        if not isinstance(arguments, WarmupArguments):
+            raise ValueError(f"arguments must be a WarmupArguments, or options by name, got {arguments!r}")
+        if options:
+            given = {option.name: getattr(arguments, option.name) for option in fields(WarmupArguments)}
+            arguments = WarmupArguments(**{**given, **options})
         arguments.check()
         if any(isinstance(callback, WarmupCallback) for callback in trainer.callback_handler.callbacks):
             raise ValueError("WarmupCallback is attached to this trainer already")
@@ -333,7 +335,7 @@ class WarmupCallback(TrainerCallback):
     ) -> None:
         """Say what warmup did, and write it down."""
         self._stop_watching()
-        if self._schedule is not None and has_trained(self.trainer):
+        if self._schedule is not None and self._schedule.started and has_trained(self.trainer):
             if self.rule is not None and self.rule.ended_by is None:
                 log(self.trainer, {}, {"warmup/mode": self.rule.kind, "warmup/lrs": self._lrs})
             self._report()
