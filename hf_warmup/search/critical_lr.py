@@ -162,9 +162,9 @@ def find_critical_lr(
     as on a quadratic, and the first crossing that the evaluations can know of otherwise.
 
     Example:
-        >>> found = find_critical_lr(lambda lr: (1 - 20 * lr) ** 2)  # above its start from 0.1 on
-        >>> found.lower < 0.1 <= found.upper, found.status
-        (True, 'found')
+        >>> found = find_critical_lr(lambda lr: (1 - 20 * lr) ** 2)
+        >>> found.status, round(found.value, 3), found.lower < 0.1 < found.upper
+        ('found', 0.1, True)
 
     Args:
         loss_at: The loss after a step of the given learning rate; `loss_at(0.0)` is L(0). Must be

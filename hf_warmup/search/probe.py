@@ -54,6 +54,7 @@ _ELEMENTWISE_NAMES = {
 _PIECE, _PIECES, _FEW_PIECES = 2**14, 100, 8
 
 
+@torch.no_grad()
 def loss_after_step(
     optimizer: Optimizer,
     loss_fn: Callable[[], Tensor | float | Sequence[Tensor | float]],
@@ -66,13 +67,11 @@ def loss_after_step(
     """The loss after the step that `optimizer` would make now with learning rate `lr`.
 
     Example:
-        >>> import torch
-        >>> w = torch.ones(2, requires_grad=True)
-        >>> optimizer = torch.optim.SGD([w], lr=1.0)
-        >>> loss_fn = lambda: (w**2).sum() / 2
-        >>> loss_fn().backward()
-        >>> loss_after_step(optimizer, loss_fn, 0.5), w.tolist()  # as if it had been made, and it was not
-        (0.25, [1.0, 1.0])
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> optimizer, loss = torch.optim.SGD([weight]), lambda: weight.square().sum()
+        >>> loss().backward()
+        >>> [loss_after_step(optimizer, loss, lr) for lr in (0.0, 0.5, 1.0)], weight.item()
+        ([1.0, 0.0, 1.0], 1.0)
 
     Args:
         optimizer: Holds the parameters, their gradients (as `step()` would see them: accumulated, unscaled,
@@ -115,9 +114,8 @@ def has_momentum(optimizer: Optimizer) -> bool:
     """Whether the optimizer moves the parameters along earlier gradients too: Adam's kin, and SGD with momentum.
 
     Example:
-        >>> import torch
-        >>> has_momentum(torch.optim.SGD([torch.ones(1)], lr=0.1))
-        False
+        >>> [has_momentum(make([torch.ones(1)])) for make in (torch.optim.AdamW, torch.optim.SGD)]
+        [True, False]
 
     Args:
         optimizer: In accelerate's wrapper or not.
@@ -172,11 +170,10 @@ def update_slope(
     """The slope gᵀu at which the loss starts down along the step that `optimizer` would make now.
 
     Example:
-        >>> import torch
-        >>> w = torch.ones(2, requires_grad=True)
-        >>> (w**2).sum().backward()
-        >>> round(update_slope(torch.optim.SGD([w], lr=1.0), 0.1), 3)  # of SGD ‖g‖²
-        8.0
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> weight.square().sum().backward()
+        >>> round(update_slope(torch.optim.SGD([weight]), lr=0.1), 3)  # the gradient is 2
+        4.0
 
     Args:
         optimizer: As for `loss_after_step`; its gradients must be those of the loss itself, not clipped.
@@ -213,14 +210,14 @@ def momentum_slope(
     A positive slope says that what earlier batches have left still descends on a new one. See `has_momentum`.
 
     Example:
-        >>> import torch
-        >>> w = torch.ones(2, requires_grad=True)
-        >>> optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.5)
-        >>> w.grad = torch.tensor([1.0, 0.0])
-        >>> optimizer.step()
-        >>> w.grad = torch.tensor([0.0, 1.0])
-        >>> momentum_slope(optimizer, 0.1)  # the new gradient is at a right angle to the old one
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+        >>> for batch in (1.0, -1.0):  # the gradients of two batches
+        ...     weight.grad = torch.tensor([batch])
+        ...     print(round(momentum_slope(optimizer, lr=0.1), 3))
+        ...     optimizer.step()
         0.0
+        -0.9
 
     Args:
         optimizer: As for `update_slope`. Clipped gradients change the slope's size and not its sign.
