@@ -176,6 +176,7 @@ class WarmupCallback(TrainerCallback):
             return
         rule = self.rule = self._make_rule(schedule)
         if schedule.started:
+            self._check_auto_lr(schedule.state)
             rule.load_state_dict(schedule.state)
         self._step, self._stop = TrainerStep.watch(self.trainer, lambda: rule.will_probe, self._before_step)
 
@@ -218,6 +219,16 @@ class WarmupCallback(TrainerCallback):
             raise ValueError(
                 f"scheduler.pt of the checkpoint holds what no run left, {error}: resume from an earlier checkpoint"
             ) from error
+
+    def _check_auto_lr(self, state: dict[str, Any]) -> None:
+        """Refuse to go on with a bound where there was none, or without one.
+
+        Raises:
+            ValueError: If `auto_lr` is not as it was.
+        """
+        now = self.arguments.auto_lr
+        if self._kind == "guided" and (before := state["learning_rate"] is None) != now:
+            raise ValueError(f"auto_lr must be {before} as in the checkpoint, got {now}")
 
     def _check_target(self, schedule: WarmupSchedule) -> None:
         """Say so if the learning rate is not the one that was asked for.

@@ -12,10 +12,8 @@ from hf_warmup.search.critical_lr import find_critical_lr
 from hf_warmup.warmup.rule import Step, check_names, check_options
 
 _LATEST = 0.5  # of the run
-_SAVED = (
-    *("num_training_steps", "learning_rate", "num_steps", "num_trials", "num_searches"),
-    *("lr", "loss", "critical_lr", "ended_by"),
-)
+_OPTIONS = ("num_training_steps", "learning_rate", "init_lr", "delta")
+_SAVED = (*_OPTIONS, "num_steps", "num_trials", "num_searches", "lr", "loss", "critical_lr", "ended_by")
 
 
 class PersistentCatapult:
@@ -42,6 +40,8 @@ class PersistentCatapult:
     Attributes:
         num_training_steps: N.
         learning_rate: η_trgt.
+        init_lr: The first learning rate that is tried.
+        delta: δ.
         num_steps: Steps decided so far.
         num_trials: Forward passes spent so far.
         num_searches: Searches made so far.
@@ -62,7 +62,8 @@ class PersistentCatapult:
         self.num_training_steps = whole("num_training_steps", num_training_steps, 1)
         self.learning_rate = positive("learning_rate", learning_rate)
         self.delta = positive("delta", delta)
-        self.lr = min(positive("init_lr", init_lr), self.learning_rate)
+        self.init_lr = positive("init_lr", init_lr)
+        self.lr = min(self.init_lr, self.learning_rate)
         self.num_steps = self.num_trials = self.num_searches = 0
         self.loss, self.critical_lr = math.inf, math.nan
         self.ended_by: str | None = None
@@ -139,7 +140,7 @@ class PersistentCatapult:
         num_steps = whole("num_steps", state["num_steps"], 0)
         for name in ("num_trials", "num_searches"):
             whole(name, state[name], 0)
-        for name in ("learning_rate", "lr"):
+        for name in ("learning_rate", "init_lr", "delta", "lr"):
             positive(name, state[name])
         if math.isnan(number("loss", state["loss"])):
             raise ValueError("loss must be a number, got nan")
@@ -152,12 +153,12 @@ class PersistentCatapult:
         """Go on exactly where `state_dict` was taken.
 
         Args:
-            state: Made by a rule of the same class.
+            state: Made by a rule with the same options.
 
         Raises:
-            ValueError: If it was made by another, with another target, or holds what no rule leaves.
+            ValueError: If it was made with others, or holds what no run leaves; nothing is loaded then.
         """
         self.check_state(state)
-        check_options(state, self, ("num_training_steps", "learning_rate"))
+        check_options(state, self, _OPTIONS)
         for name in _SAVED:
             setattr(self, name, state[name])

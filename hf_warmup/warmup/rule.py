@@ -92,4 +92,5 @@ def check_options(state: dict[str, Any], rule: Any, names: Collection[str]) -> N
     """
     for name in names:
         if state["ended_by"] is None and state[name] != getattr(rule, name):
-            raise ValueError(f"{name} must be {state[name]} as in the checkpoint, got {getattr(rule, name)}")
+            given = name.removeprefix("asked_")  # init_lr, of which an attribute is what was found
+            raise ValueError(f"{given} must be {state[name]} as in the checkpoint, got {getattr(rule, name)}")
