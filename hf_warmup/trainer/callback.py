@@ -157,7 +157,7 @@ class WarmupCallback(TrainerCallback):
         schedule = self._schedule
         if schedule is None:
             return
-        if not schedule.started and schedule.scheduler.last_epoch == 0 < state.global_step:
+        if schedule.began is None and schedule.scheduler.last_epoch == 0 < state.global_step:
             left = max(0, schedule.num_training_steps - state.global_step)
             logger.warning(
                 f"the checkpoint of step {state.global_step} has no optimizer.pt or no scheduler.pt (save_only_model, "
@@ -165,12 +165,14 @@ class WarmupCallback(TrainerCallback):
                 f"{left} steps that are left; to go on exactly, resume from a checkpoint that has both"
             )
             schedule.skip(schedule.num_training_steps - left)
-        elif not schedule.started and schedule.scheduler.last_epoch > 0:
+        elif schedule.began is None and schedule.scheduler.last_epoch > 0:
             logger.warning(
                 "the checkpoint was made without this warmup, and the run goes on without it: with the Trainer's "
                 f"schedule for warmup_steps={args.warmup_steps:g}"
             )
             return
+        if schedule.began is None:
+            schedule.begin()
         self._check_target(schedule)
         if schedule.ended or schedule.num_steps == 0:
             return
@@ -181,7 +183,8 @@ class WarmupCallback(TrainerCallback):
         self._step, self._stop = TrainerStep.watch(self.trainer, lambda: rule.will_probe, self._before_step)
 
     def _make_rule(self, schedule: WarmupSchedule) -> Warmup:
-        arguments, steps, target = self.arguments, schedule.num_steps, schedule.target
+        # Those that waited for a gradient are in it.
+        arguments, steps, target = self.arguments, schedule.num_training_steps - (schedule.began or 0), schedule.target
         kind = self._kind
         if kind == "linear":
             return LinearWarmup(
