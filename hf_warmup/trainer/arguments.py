@@ -150,7 +150,8 @@ class WarmupArguments:
         except ValueError:
             value = math.nan
         if not 0 < value < math.inf:
-            hint = ": for the Trainer's own schedule set warmup=none" if given == "zero" else ""
+            zero = isinstance(given, str) and given == "zero"  # an array has no truth value
+            hint = ": for the Trainer's own schedule set warmup=none" if zero else ""
             raise ValueError(f"init_lr must be `auto`, `catapult` or a positive number, got {shown(given)}{hint}")
         return value
 

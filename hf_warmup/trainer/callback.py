@@ -170,7 +170,7 @@ class WarmupCallback(TrainerCallback):
         schedule = self._schedule
         if schedule is None:
             return
-        if not schedule.started and schedule.scheduler.last_epoch == 0 < state.global_step:
+        if schedule.began is None and schedule.scheduler.last_epoch == 0 < state.global_step:
             left = max(0, schedule.num_training_steps - state.global_step)
             logger.warning(
                 f"the checkpoint of step {state.global_step} has no optimizer.pt or no scheduler.pt (save_only_model, "
@@ -178,24 +178,28 @@ class WarmupCallback(TrainerCallback):
                 f"{left} steps that are left; to go on exactly, resume from a checkpoint that has both"
             )
             schedule.skip(schedule.num_training_steps - left)
-        elif not schedule.started and schedule.scheduler.last_epoch > 0:
+        elif schedule.began is None and schedule.scheduler.last_epoch > 0:
             logger.warning(
                 "the checkpoint was made without this warmup, and the run goes on without it: with the Trainer's "
                 f"schedule for warmup_steps={args.warmup_steps:g}"
             )
             return
+        if schedule.began is None:
+            schedule.begin()
         self._check_target(schedule)
         if schedule.ended or schedule.num_steps == 0:
             return
         rule = self.rule = self._make_rule(schedule)
         if schedule.started:
+            self._check_auto_lr(schedule.state)
             rule.load_state_dict(schedule.state)
         self._lrs, self._stride = [], 1
         self._step, self._stop = TrainerStep.watch(self.trainer, lambda: rule.will_probe, self._before_step)
         say(self.trainer, *begins(self.trainer, self.arguments, rule))
 
     def _make_rule(self, schedule: WarmupSchedule) -> Warmup:
-        arguments, steps, target = self.arguments, schedule.num_steps, schedule.target
+        # Those that waited for a gradient are in it.
+        arguments, steps, target = self.arguments, schedule.num_training_steps - (schedule.began or 0), schedule.target
         kind = self._kind
         if kind == "linear":
             return LinearWarmup(
@@ -233,6 +237,16 @@ class WarmupCallback(TrainerCallback):
             raise ValueError(
                 f"scheduler.pt of the checkpoint holds what no run left, {error}: resume from an earlier checkpoint"
             ) from error
+
+    def _check_auto_lr(self, state: dict[str, Any]) -> None:
+        """Refuse to go on with a bound where there was none, or without one.
+
+        Raises:
+            ValueError: If `auto_lr` is not as it was.
+        """
+        now = self.arguments.auto_lr
+        if self._kind == "guided" and (before := state["learning_rate"] is None) != now:
+            raise ValueError(f"auto_lr must be {before} as in the checkpoint, got {now}")
 
     def _check_target(self, schedule: WarmupSchedule) -> None:
         """Say so if the learning rate is not the one that was asked for.

@@ -230,6 +230,16 @@ class WarmupSchedule:
             factor.first_step = num_steps
         self._apply()
 
+    @property
+    def began(self) -> int | None:
+        """The step at which training with this warmup began; None before `begin`, or of a checkpoint without it."""
+        return self._factors[0].began
+
+    def begin(self) -> None:
+        """Note, for the checkpoints, that training begins with this warmup, which may wait for a gradient."""
+        for factor in self._factors:
+            factor.began = self.scheduler.last_epoch
+
     def _apply(self) -> None:
         """Give the step that comes next the learning rate that the factors have now."""
         now = self.scheduler.last_epoch
@@ -264,6 +274,7 @@ class _Factor:
         self.fraction: float | None = None
         self.ramp_end: float | None = None
         self.rule: dict[str, Any] = {}
+        self.began: int | None = None
 
     def __call__(self, step: int) -> float:
         if self.fraction is None:
@@ -288,3 +299,5 @@ class _Factor:
             raise ValueError(f"ramp_end must be from {self.first_step} to last_epoch={now}, got {self.ramp_end}")
         if not isinstance(self.rule, dict):
             raise ValueError(f"rule must be a dict, got {shown(self.rule)}")
+        if self.began is not None and whole("began", self.began, 0) > now:
+            raise ValueError(f"began must be at most last_epoch={now}, got {self.began}")

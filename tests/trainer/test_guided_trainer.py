@@ -1,7 +1,6 @@
-"""Exponential, guided and persistent warmup on a real Trainer."""
+"""Guided and persistent warmup on a real Trainer, and what they share with linear warmup."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -64,29 +63,6 @@ SCHEDULES = {
 def own_factor(trainer):
     """The factor of the Trainer's own schedule, of a fractional step."""
     return trainer.lr_scheduler.lr_lambdas[0].inner
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_the_exponential_ramp_is_followed_by_the_whole_of_every_decay(make_trainer, name):
-    options = {"lr_scheduler_type": name, "lr_scheduler_kwargs": SCHEDULES[name] or None, "warmup_steps": 0}
-    trainer = make_trainer(warmup="exponential", init_lr="1e-4", warmup_growth=2.0, **options)
-    rates = train(trainer)
-    reach, decay = math.log2(30), own_factor(trainer)
-    ramp = [1e-4 * 2.0**t for t in range(5)]
-    assert rates == pytest.approx(ramp + [3e-3 * decay((t - reach) * 12 / (12 - reach)) for t in range(5, 12)])
-
-
-def test_the_exponential_ramp_starts_at_the_critical_lr_or_the_cap(make_trainer, caplog):
-    trainer = make_trainer(warmup="exponential", warmup_steps=0, lr_scheduler_type="constant")
-    rates = train(trainer)
-    assert rates == pytest.approx([min(3e-3, 3e-4 * 1.05**t) for t in range(12)])
-    start = start_of(trainer)
-    assert start["warmup/warmup_steps"] == math.ceil(math.log(10) / math.log(1.05))
-    assert start["warmup/forward_passes"] == 1
-    report = warmup_report(trainer)
-    assert (report["warmup"], report["steps_saved"]) == ("exponential", None)
-    assert "takes 48 steps at warmup_growth=1.05, and the run has 12: it does not reach" in caplog.text
-    assert (report["warmup_steps_taken"], report["peak_lr"]) == (None, None)
 
 
 class Measured(Trainer):
@@ -217,44 +193,57 @@ def test_a_resumed_run_of_persistent_warmup_is_bitwise_the_same(resumes):
     resumes([10], **GUIDED | {"warmup": "persistent"})
 
 
-def checkpoint(make_trainer, tmp_path, **options):
-    """Of a guided run before its overshoot."""
-    train(make_trainer(**options, save_strategy="steps", save_steps=8))
-    return {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-8")}
+class Script(TrainerCallback):
+    """Sets the learning rate of every step, behind warmup."""
+
+    def __init__(self, rates):
+        self.rates = rates
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        for group in optimizer.param_groups:
+            group["lr"] = self.rates[state.global_step]
 
 
-@pytest.mark.parametrize("made", [True, False])
-def test_another_auto_lr_on_resume_is_refused_by_name(make_trainer, tmp_path, made):
-    from_there = checkpoint(make_trainer, tmp_path, **GUIDED, auto_lr=made)
-    with pytest.raises(ValueError, match=f"auto_lr must be {made} as in the checkpoint, got {not made}"):
-        train(make_trainer(**GUIDED, auto_lr=not made), **from_there)
+def scripted(make_trainer, rates, **options):
+    trainer = make_trainer(**options)
+    WarmupCallback.attach(trainer)
+    trainer.add_callback(Script(rates))
+    set_seed(1)
+    trainer.train()
+    return trainer
 
 
-def test_a_run_of_another_length_is_not_that_of_the_checkpoint(make_trainer, tmp_path):
-    from_there = checkpoint(make_trainer, tmp_path, **GUIDED)
-    with pytest.raises(ValueError, match="num_training_steps must be 40 as in the checkpoint, got 60"):
-        train(make_trainer(**GUIDED | {"max_steps": 60}), **from_there)
+def losses(trainer):
+    return [e["loss"] for e in trainer.state.log_history if "loss" in e]
+
+
+PLAIN = {"warmup": "none", "warmup_steps": 0, "max_steps": 40, "vocab": 5}
 
 
 def test_the_rule_leaves_no_trace_but_the_learning_rate(make_trainer):
     """The same learning rates without it give the same weights, bit for bit; dropout is on."""
     guided = make_trainer(**AUTO)
-    rates = train(guided)
-
-    class Script(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-            for group in optimizer.param_groups:
-                group["lr"] = rates[state.global_step]
-
-    plain = make_trainer(init_lr="zero", warmup_steps=0, max_steps=40, vocab=5)
-    plain.add_callback(Script())
-    WarmupCallback.attach(plain)
-    set_seed(1)
-    plain.train()
+    plain = scripted(make_trainer, train(guided), **PLAIN)
     assert same(weights(guided), weights(plain))
-    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (guided, plain)]
-    assert losses[0] == losses[1]
+    assert losses(guided) == losses(plain)
     assert not {"get_batch_samples", "training_step"} & vars(guided).keys()
+
+
+KINDS = {
+    "linear": {"warmup_steps": 10, "max_steps": 40, "vocab": 5},
+    "guided": AUTO,
+    "persistent": {**GUIDED, "warmup": "persistent"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_warmup_that_measures_and_is_overridden_leaves_the_same_weights(make_trainer, kind):
+    rates = [1e-3 * (1 + t % 3) for t in range(40)]
+    measured, plain = (scripted(make_trainer, rates, **options) for options in (KINDS[kind], PLAIN))
+    assert start_of(measured)["warmup/mode"] == kind
+    assert len(logged(measured, "warmup/forward_passes")) >= {"linear": 1, "guided": 0, "persistent": 2}[kind]
+    assert same(weights(measured), weights(plain))
+    assert losses(measured) == losses(plain)
 
 
 def test_a_bound_below_the_peak_is_gone_to_and_said_to_be_low(make_trainer, caplog):
@@ -314,23 +303,43 @@ def test_what_guided_warmup_did_is_on_the_card_and_in_the_logs(make_trainer, tmp
     assert ("found by the run (auto_lr)" in compare_runs([folder]).table) == auto_lr
 
 
-def test_the_first_step_waits_for_a_gradient(make_trainer):
-    class Late(Trainer):
-        def training_step(self, *args, **kwargs):
-            loss = super().training_step(*args, **kwargs)
-            if self.state.global_step < 2:
-                for p in self.model.parameters():
-                    p.grad.zero_()
-            return loss
+class Gaps(Trainer):
+    """Has gradients that are all zero in two steps before warmup, and in two within."""
 
-    trainer = make_trainer(Late, **GUIDED)
-    train(trainer)
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.state.global_step in (0, 1, 4, 6):
+            for p in self.model.parameters():
+                p.grad.zero_()
+        return loss
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_without_a_gradient_are_made_at_the_learning_rate_that_there_is_and_resume_exactly(
+    make_trainer, tmp_path, kind
+):
+    def make():
+        return make_trainer(Gaps, **KINDS[kind], save_strategy="steps", save_steps=1)
+
+    trainer = make()
+    rates, target = train(trainer), trainer.args.learning_rate
+    ((end, peak),) = logged(trainer, "warmup/peak_lr")
     assert start_of(trainer)["step"] == 2
+    assert rates[:2] == pytest.approx([target * own_factor(trainer)(t) for t in range(2)])
+    assert rates[end] == peak
+    if kind == "linear":  # asks for nothing behind its start: a step is a step, as in the Trainer's own
+        assert rates[2:11] == pytest.approx([target * (0.1 + t / 10) for t in range(9)])
+    else:
+        assert (rates[4], rates[6]) == (rates[3], rates[5])
+        assert warmup_report(trainer)["warmup_steps_taken"] == end + 1 - 4
+    for stop in (1, 5, end):  # before warmup, within and at its end
+        resumed = make()
+        assert train(resumed, resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}")) == rates[stop:]
+        assert same(weights(resumed), weights(trainer))
 
 
 REFUSED = [
     ({"warmup": "guided"}, "warmup_steps must be 0 with warmup=guided, got 6"),
-    ({"warmup": "exponential", "warmup_steps": 0.1}, "warmup_steps must be 0 with warmup=exponential, got 0.1"),
     (
         {"warmup": "guided", "warmup_steps": 0, "lr_scheduler_type": "greedy", "eval_strategy": "steps"},
         "lr_scheduler_type .*greedy",

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import re
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
@@ -42,22 +41,23 @@ class Word(str, Enum):
 
 
 TAKEN = [
-    ("max_init_fraction", np.float64(0.5), 0.5),
-    ("max_init_fraction", np.float16(0.5), 0.5),
-    ("catapult_delta", np.float32(0.5), 0.5),
-    ("catapult_delta", Fraction(1, 2), 0.5),
-    ("warmup_growth", Decimal("1.5"), 1.5),
-    ("critical_lr_rtol", torch.tensor(0.5), 0.5),
-    ("catapult_delta", 1, 1.0),
-    ("sharpness_every", np.int64(3), 3),
-    ("search_batches", torch.tensor(3), 3),
+    ("ramp_steps", np.float64(0.5), 0.5),
+    ("ramp_steps", np.float16(0.5), 0.5),
+    ("ramp_steps", np.float32(0.5), 0.5),
+    ("ramp_steps", Fraction(1, 2), 0.5),
+    ("ramp_steps", Decimal("1.5"), 1.5),
+    ("ramp_steps", torch.tensor(0.5), 0.5),
+    ("ramp_steps", 1, 1.0),
+    ("ramp_steps", np.int64(3), 3.0),
+    ("ramp_steps", torch.tensor(3), 3.0),
+    ("ramp_steps", None, None),
     ("gi_adam", np.bool_(True), True),
-    ("search_copy_on_cpu", torch.tensor(True), True),
+    ("warmup_card", torch.tensor(False), False),
     ("init_lr", np.float32(0.5), 0.5),
     ("init_lr", torch.tensor(0.5), 0.5),
     ("init_lr", Decimal("0.5"), 0.5),
     ("init_lr", "0.5", "0.5"),
-    ("init_lr", np.str_("zero"), "zero"),
+    ("init_lr", np.str_("catapult"), "catapult"),
     ("warmup", Word.GUIDED, "guided"),
 ]
 
@@ -69,14 +69,11 @@ def test_numbers_and_words_of_other_libraries_become_pythons(name, given, expect
     assert type(taken) is type(expected)
 
 
-FLOATS = ["warmup_growth", "max_init_fraction", "catapult_delta", "critical_lr_rtol"]
-INTS = ["search_batches", "sharpness_every"]
-BOOLEANS = ["gi_adam", "auto_lr", "search_copy_on_cpu"]
-WORDS = ["warmup", "critical_lr_method", "sharpness_kind", "init_lr"]
+BOOLEANS = ["gi_adam", "auto_lr", "warmup_card"]
+WORDS = ["warmup", "init_lr"]
 ARRAYS = [np.array([0.5, 0.5]), np.array(0.5), torch.ones(2), [0.5], {}, b"0.5", object()]
 BAD = {
-    **{name: [True, "0.5", 10**400, 10**5000, math.nan, math.inf, -1.0, 1j, *ARRAYS] for name in FLOATS},
-    **{name: [True, "3", 1.5, 10**400, -(10**400), -1, math.nan, None, *ARRAYS] for name in INTS},
+    "ramp_steps": [True, "0.5", 10**400, 10**5000, math.nan, math.inf, -1.0, 0, 1j, *ARRAYS],
     **{name: ["no", "", "False", 0, 1, None, *ARRAYS] for name in BOOLEANS},
     **{name: [True, None, "", "nope", *ARRAYS] for name in WORDS},
 }
@@ -92,19 +89,18 @@ def test_what_is_no_value_of_an_option_is_refused_in_one_line(name):
         assert len(str(error.value)) < 220
 
 
-@pytest.mark.parametrize("init_lr", ["catapult", "zero", "1e-4"])
+@pytest.mark.parametrize("mode", [{"init_lr": "catapult"}, {"init_lr": "1e-4"}, {"warmup": "none"}], ids=str)
 @pytest.mark.parametrize("learning_rate", [math.inf, math.nan, -1.0])
-def test_a_learning_rate_that_is_none_is_refused_whatever_it_starts_with(make_trainer, init_lr, learning_rate):
+def test_a_learning_rate_that_is_none_is_refused_whatever_the_warmup(make_trainer, mode, learning_rate):
     with pytest.raises(ValueError, match=r"^learning_rate must be positive and finite, got "):
-        WarmupCallback.attach(make_trainer(learning_rate=learning_rate, init_lr=init_lr))
+        WarmupCallback.attach(make_trainer(learning_rate=learning_rate, **mode))
 
 
 SWEPT = [
-    {"max_init_fraction": np.float64(0.1)},
     {"init_lr": torch.tensor(1e-4)},
     {"learning_rate": np.float64(3e-3)},
     {"warmup": "guided", "warmup_steps": 0, "learning_rate": np.float32(0.5), "auto_lr": np.bool_(True), "vocab": 5},
-    {"warmup": "exponential", "warmup_steps": 0, "warmup_growth": np.float64(1.5)},
+    {"warmup": "guided", "warmup_steps": 0, "ramp_steps": np.float64(3)},
 ]
 
 
@@ -118,14 +114,15 @@ def test_a_run_with_numbers_of_a_sweep_can_be_saved_and_resumed(make_trainer, tm
 
 
 LINEAR, GUIDED = {"warmup_steps": 6}, {"warmup_steps": 0, "warmup": "guided"}
-EXPONENTIAL, PERSISTENT = {"warmup_steps": 0, "warmup": "exponential"}, {"warmup_steps": 0, "warmup": "persistent"}
+PERSISTENT = {"warmup_steps": 0, "warmup": "persistent"}
 BROKEN = [
-    (LINEAR, "init_fraction", [math.nan, -1.0, 0.0, math.inf, 7.0, "x"]),
     (LINEAR, "first_step", [10**9, -1, 0.5, None]),
-    (EXPONENTIAL, "growth", [math.nan, 1.0, -2.0, math.inf]),
+    (LINEAR, "fraction", [math.nan, -1.0, math.inf, "x"]),
+    (LINEAR, "init_lr", [math.nan, -1.0, 0.0, math.inf, "x", None]),
+    (LINEAR, "warmup_steps", [0, 1.5]),
     (GUIDED, "fraction", [math.nan, -1.0, math.inf]),
-    (GUIDED, "ramp_end", [10**9, -5, 1.5]),
-    (GUIDED, "controller", [{}, [], {"lr": 1.0}]),
+    (GUIDED, "ramp_end", [10**9, -5, "x"]),
+    (GUIDED, "rule", [{}, [], {"lr": 1.0}]),
     (GUIDED, "lr", [math.nan, -1.0, math.inf, None]),
     (GUIDED, "num_steps", [-1, 1.5, math.nan]),
     (GUIDED, "slopes", [["x"], 3.0, [1.0] * 100]),
@@ -145,12 +142,12 @@ def test_numbers_of_a_checkpoint_that_no_run_left_are_refused(make_trainer, tmp_
         broken = copy.deepcopy(saved)
         factors = [f for f in broken["lr_lambdas"] if f]
         for factor in factors:
-            holder = factor if name in factor else factor["controller"]
+            holder = factor if name in factor else factor["rule"]
             assert name in holder
             holder[name] = value
         torch.save(broken, path)
         trainer = make_trainer(**options)
-        named = "with num_training_steps" if name == "controller" and isinstance(value, dict) else f"{name} must be "
+        named = "with num_training_steps" if name == "rule" and isinstance(value, dict) else f"{name} must be "
         with pytest.raises(
             ValueError, match=rf"^scheduler\.pt of the checkpoint holds .*{named}.*earlier checkpoint$"
         ):
@@ -158,31 +155,37 @@ def test_numbers_of_a_checkpoint_that_no_run_left_are_refused(make_trainer, tmp_
         assert trainer.state.global_step == 4
 
 
+RISING = {**GUIDED, "learning_rate": 10.0, "vocab": 5}  # not at its bound within three steps
+AUTO = {**RISING, "auto_lr": True}
 CHANGED = [
-    (
-        LINEAR,
-        {"init_lr": "1e-5"},
-        "init_lr was catapult in the checkpoint, and is 1e-05 now: warmup has started",
-        True,
-    ),
-    (LINEAR, {"max_init_fraction": 0.5}, "max_init_fraction was 0.1 .* is 0.5 now: warmup has started", True),
-    (EXPONENTIAL, {"warmup_growth": 2.0}, "warmup_growth was 1.05 .* is 2.0 now: warmup has started", True),
-    (PERSISTENT, {"catapult_delta": 0.5}, "catapult_delta was 0.1 .* is 0.5 now: the run goes on", None),
+    (LINEAR, {"init_lr": "1e-5"}, "init_lr must be auto as in the checkpoint, got 1e-05"),
+    ({**LINEAR, "init_lr": "1e-5"}, {"init_lr": "catapult"}, "init_lr must be 1e-05 as in the .*, got catapult"),
+    (LINEAR, {"warmup_steps": 8}, "warmup_steps must be 6 as in the checkpoint, got 8"),
+    (LINEAR, {"max_steps": 20}, "num_training_steps must be 12 as in the checkpoint, got 20"),
+    (RISING, {"auto_lr": True}, "auto_lr must be False as in the checkpoint, got True"),
+    (AUTO, {"auto_lr": False}, "auto_lr must be True as in the checkpoint, got False"),
+    (RISING, {"ramp_steps": 5}, r"ramp_steps must be 2\.64 as in the checkpoint, got 5\.0"),
+    (RISING, {"max_steps": 20}, "num_training_steps must be 12 as in the checkpoint, got 20"),
+    ({**PERSISTENT, "learning_rate": 10.0}, {"init_lr": "1e-5"}, "init_lr must be 0.0001 as in the .*, got 1e-05"),
+    ({**PERSISTENT, "learning_rate": 10.0}, {"max_steps": 20}, "num_training_steps must be 12 as in the .*, got 20"),
 ]
 
 
-@pytest.mark.parametrize(("mode", "change", "message", "same"), CHANGED, ids=str)
-def test_an_option_that_is_another_on_resume_is_said(make_trainer, tmp_path, caplog, mode, change, message, same):
-    options = {**mode, "save_strategy": "steps", "save_steps": 4}
+@pytest.mark.parametrize(("mode", "change", "message"), CHANGED, ids=str)
+def test_another_option_on_resume_is_refused_by_name_while_warmup_goes_on_and_not_afterwards(
+    make_trainer, tmp_path, mode, change, message
+):
+    options = {**mode, "save_strategy": "steps", "save_steps": 3}
     whole = train(make_trainer(**options))
-    checkpoint = str(tmp_path / "run" / "checkpoint-4")
-    train(make_trainer(**options), resume_from_checkpoint=checkpoint)
-    assert "in the checkpoint, and is" not in caplog.text
-    changed = train(make_trainer(**options | change), resume_from_checkpoint=checkpoint)
-    (said,) = [r.getMessage() for r in caplog.records if "in the checkpoint, and is" in r.getMessage()]
-    assert re.search(message, said)
-    if same is not None:
-        assert (learning_rates(changed) == learning_rates(whole)) == same
+    trainer = make_trainer(**options | change)
+    with pytest.raises(ValueError, match=message):
+        train(trainer, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert trainer.state.global_step == 3
+    resumed = train(make_trainer(**options | change), resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-9"))
+    steps = change.get("max_steps", 12)
+    assert resumed.state.global_step == steps
+    if steps == 12:
+        assert learning_rates(resumed) == pytest.approx(learning_rates(whole), rel=1e-12)
 
 
 class LBFGS(Trainer):
@@ -232,12 +235,11 @@ def own_schedule(make_trainer, **run):
     return make_trainer(model=model, trainer_kwargs={"optimizers": (optimizer, schedule)}, **run)
 
 
-def test_a_schedule_with_a_warmup_of_its_own_is_started_or_kept_as_it_is(make_trainer, caplog):
+def test_a_schedule_with_a_warmup_of_its_own_is_started_or_kept_as_it_is(make_trainer):
     started = train(own_schedule(make_trainer, warmup_steps=6))
     assert learning_rates(started)[0] == pytest.approx(3e-4)
-    kept = train(own_schedule(make_trainer, warmup_steps=0))
+    kept = train(own_schedule(make_trainer, warmup_steps=0, warmup="none"))
     assert learning_rates(kept)[:3] == pytest.approx([0, 5e-4, 1e-3])
-    assert "schedule is kept as it is, with the warmup that it has: for init_lr=catapult" in caplog.text
     with pytest.raises(ValueError, match="warmup_steps has to be the length of its warmup"):
         train(own_schedule(make_trainer, warmup_steps=4))
     with pytest.raises(ValueError, match="needs one without a warmup of its own"):
@@ -264,6 +266,59 @@ def test_a_deep_copy_of_a_trainer_warms_up_and_leaves_the_other_alone(make_train
         one.train()
         assert learning_rates(one) == learning_rates(plain)
         assert all(map(torch.equal, one.model.parameters(), plain.model.parameters()))
+
+
+KNOW = r"WarmupCallback must know its trainer: .*WarmupCallback\.attach\(trainer\).*callbacks=\[WarmupCallback\]"
+
+
+def test_a_callback_that_does_not_know_its_trainer_is_refused_in_words(make_trainer):
+    with pytest.raises(ValueError, match=KNOW):
+        make_trainer(trainer_kwargs={"callbacks": [WarmupCallback]})
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match=KNOW):
+        trainer.add_callback(WarmupCallback)
+    with pytest.raises(ValueError, match=KNOW):
+        trainer.add_callback(WarmupCallback())
+    assert learning_rates(train(trainer))[0] == pytest.approx(3e-4)  # nothing of it is left
+
+
+@pytest.mark.parametrize("mode", [LINEAR, GUIDED, {"warmup": "none"}], ids=str)
+def test_a_trainer_that_has_trained_is_refused(make_trainer, mode):
+    trainer = make_trainer(args_cls=TrainingArguments)
+    trainer.train()
+    trainer.args.warmup_steps = mode.get("warmup_steps", 0)
+    with pytest.raises(ValueError, match=r"attach the warmup before train\(\): this trainer has trained"):
+        WarmupCallback.attach(trainer, warmup=mode.get("warmup", "linear"))
+
+
+CONTRADICTIONS = [
+    ({"auto_lr": True}, 6, "auto_lr needs guided warmup, and warmup_steps=6 asks for a linear one: set it to 0"),
+    ({"ramp_steps": 9}, 6, "ramp_steps must be left out with warmup_steps=6, got 9.0"),
+    ({"init_lr": "1e-4"}, 0, "init_lr must be left out with warmup=guided, got '1e-4': .* set warmup_steps"),
+    ({"init_lr": "catapult"}, 0, "init_lr must be left out with warmup=guided, got 'catapult'"),
+    ({"warmup": "linear"}, 0, "warmup_steps must be positive with warmup=linear, got 0: set it, or warmup=guided"),
+    ({"warmup": "guided"}, 6, "warmup_steps must be 0 with warmup=guided, got 6"),
+    ({"warmup": "persistent"}, 0.5, "warmup_steps must be 0 with warmup=persistent, got 0.5"),
+]
+
+
+@pytest.mark.parametrize(("options", "warmup_steps", "message"), CONTRADICTIONS)
+@pytest.mark.parametrize("changed_later", [False, True], ids=["at attach", "changed behind attach"])
+def test_options_that_contradict_each_other_are_refused_before_the_first_step(
+    make_trainer, options, warmup_steps, message, changed_later
+):
+    """A hyperparameter search changes the arguments behind `attach`."""
+    trainer = make_trainer(args_cls=TrainingArguments, warmup_steps=warmup_steps)
+    if not changed_later:
+        with pytest.raises(ValueError, match=message):
+            WarmupCallback.attach(trainer, **options)
+        return
+    trainer.args.warmup_steps = 0 if warmup_steps else 6
+    WarmupCallback.attach(trainer, **options)
+    trainer.args.warmup_steps = warmup_steps
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_a_shallow_copy_of_a_trainer_is_refused(make_trainer):
@@ -309,4 +364,4 @@ def test_a_callback_that_sets_the_learning_rate_during_the_ramp_is_told_once(mak
     train(trainer)
     (line,) = said(caplog, "something else")
     assert "has set the learning rate of step 1 to 1e-05" in line
-    assert "set init_lr=zero" in line
+    assert "set warmup=none" in line
