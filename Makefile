@@ -15,8 +15,7 @@ DEEPSPEED := $(VENV)/.deepspeed
 .PHONY: demo test smoke test-gpu test-deepspeed deepspeed lint types studies studies-smoke clean
 
 demo: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml \
-		recipes/pretrain.py recipes/tiny/gpt.yaml --overwrite
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/demo.py
 
 # Two at a time, of different files: those of one share what they have launched.
 TWO := -n 2 --dist loadfile

@@ -58,6 +58,14 @@ class GIAdamW(torch.optim.AdamW):
     Takes `torch.optim.AdamW`'s arguments and one more. The state has AdamW's keys and dtypes, so each
     loads the other's checkpoint and goes on.
 
+    Example:
+        >>> w = torch.ones(3, requires_grad=True)
+        >>> optimizer = GIAdamW([w], lr=0.1, betas=(0.9, 0.75), weight_decay=0.0)
+        >>> w.sum().backward()
+        >>> optimizer.step()  # by 0.1 √(1-β2), where AdamW goes by 0.1
+        >>> [round(x, 4) for x in w.tolist()]
+        [0.95, 0.95, 0.95]
+
     Args:
         params: As for AdamW; so are all the arguments not named here.
         lr: Learning rate η.

@@ -161,6 +161,11 @@ def find_critical_lr(
     The bracket is true: L(lower) <= L(0) < L(upper). It holds the first crossing if the loss crosses once,
     as on a quadratic, and the first crossing that the evaluations can know of otherwise.
 
+    Example:
+        >>> found = find_critical_lr(lambda lr: (1 - 20 * lr) ** 2)  # above its start from 0.1 on
+        >>> found.lower < 0.1 <= found.upper, found.status
+        (True, 'found')
+
     Args:
         loss_at: The loss after a step of the given learning rate; `loss_at(0.0)` is L(0). Must be
             deterministic: the same batch, the same dropout masks. May give a sequence, the losses of several

@@ -65,6 +65,15 @@ def loss_after_step(
 ) -> Any:
     """The loss after the step that `optimizer` would make now with learning rate `lr`.
 
+    Example:
+        >>> import torch
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> optimizer = torch.optim.SGD([w], lr=1.0)
+        >>> loss_fn = lambda: (w**2).sum() / 2
+        >>> loss_fn().backward()
+        >>> loss_after_step(optimizer, loss_fn, 0.5), w.tolist()  # as if it had been made, and it was not
+        (0.25, [1.0, 1.0])
+
     Args:
         optimizer: Holds the parameters, their gradients (as `step()` would see them: accumulated, unscaled,
             clipped) and its state. Any torch optimizer whose `step()` needs no closure, in accelerate's wrapper
@@ -95,11 +104,20 @@ def loss_after_step(
     shards = Shards(optimizer, module) if shards is None else shards
     with _evaluating(shards, (module, loss_fn), _moved(shards, lr, copy_on_cpu) if lr > 0 else None):
         losses = loss_fn()
-        return [float(loss) for loss in losses] if isinstance(losses, Sequence) else float(losses)
+        return [_number(loss) for loss in losses] if isinstance(losses, Sequence) else _number(losses)
+
+
+def _number(loss: Tensor | float) -> float:
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
 
 
 def has_momentum(optimizer: Optimizer) -> bool:
     """Whether the optimizer moves the parameters along earlier gradients too: Adam's kin, and SGD with momentum.
+
+    Example:
+        >>> import torch
+        >>> has_momentum(torch.optim.SGD([torch.ones(1)], lr=0.1))
+        False
 
     Args:
         optimizer: In accelerate's wrapper or not.
@@ -153,6 +171,13 @@ def update_slope(
 ) -> float:
     """The slope gᵀu at which the loss starts down along the step that `optimizer` would make now.
 
+    Example:
+        >>> import torch
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> (w**2).sum().backward()
+        >>> round(update_slope(torch.optim.SGD([w], lr=1.0), 0.1), 3)  # of SGD ‖g‖²
+        8.0
+
     Args:
         optimizer: As for `loss_after_step`; its gradients must be those of the loss itself, not clipped.
         lr: η at which the step is taken to measure u = (θ - step(η)(θ)) / η; any will do where u does not depend
@@ -186,6 +211,16 @@ def momentum_slope(
 
     u is that of a step with gradients of zero, in which the present batch had no part; g the gradient of that batch.
     A positive slope says that what earlier batches have left still descends on a new one. See `has_momentum`.
+
+    Example:
+        >>> import torch
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.5)
+        >>> w.grad = torch.tensor([1.0, 0.0])
+        >>> optimizer.step()
+        >>> w.grad = torch.tensor([0.0, 1.0])
+        >>> momentum_slope(optimizer, 0.1)  # the new gradient is at a right angle to the old one
+        0.0
 
     Args:
         optimizer: As for `update_slope`. Clipped gradients change the slope's size and not its sign.
@@ -267,6 +302,15 @@ def along_step(
     The step is made once, at `lr`, and gives u = (θ - step(lr)(θ)) / lr; a trial is then L(θ - η u): a forward pass
     and nothing else. It is `loss_after_step` up to rounding where u does not depend on η, as for SGD, Adam and
     AdamW, and holds two copies of the parameters where that holds one. Leaves no trace.
+
+    Example:
+        >>> import torch
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> loss_fn = lambda: (w**2).sum() / 2
+        >>> loss_fn().backward()
+        >>> with along_step(torch.optim.SGD([w], lr=1.0), loss_fn, 0.1) as (loss_at, slope):
+        ...     round(loss_at(1.0), 6), round(slope, 6)
+        (0.0, 2.0)
 
     Args:
         optimizer: As for `loss_after_step`; with parameter groups of several learning rates the largest is meant.

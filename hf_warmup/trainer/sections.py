@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -18,6 +19,7 @@ from hf_warmup.trainer.report import (
     mode_words,
     number,
     optimizer_words,
+    passes_words,
     peak_words,
     sharpness_words,
     target_words,
@@ -64,9 +66,9 @@ def sections(trainer: Trainer, report: dict[str, Any], datasets: list[str], *, p
     Yields:
         Markdown of one section each.
     """
-    yield warmup_section(report, plotted=plotted)
     if (usage := _usage(trainer)) is not None:
         yield f"## How to use\n\n{fence(usage, 'python')}"
+    yield warmup_section(report, plotted=plotted)
     yield f"## This run\n\n{table(('What', 'This run'), _run_rows(trainer, report, datasets))}"
     if (again := _again(trainer)) is not None:
         yield f"## The same run again\n\n{again}"
@@ -100,12 +102,12 @@ def warmup_section(report: dict[str, Any], *, plotted: bool = True) -> str:
     rows.append(("Target learning rate η_trgt", target_words(report)))
     steps = "not finished" if report["warmup_steps_taken"] is None else str(report["warmup_steps_taken"])
     taken = ("Warmup steps taken", steps)
-    passes = f"{report['forward_passes']} forward passes"
+    passes = passes_words(report)
     if report["warmup"] == "linear":
         if report["warmup_steps"]:
             rows += [("Warmup steps asked for (T_wrm)", str(report["warmup_steps"])), taken]
         if report["asked_init_lr"] != "none":
-            rows.append(("Steps saved (T_save)", f"{report['steps_saved']:.1f}, after {passes}"))
+            rows.append(("Steps saved (T_save)", f"{report['steps_saved']:.1f}, for {passes}"))
     else:
         rows += [("Learning rate at its end, before decay", peak_words(report)), taken]
         if report["warmup"] == "persistent":
@@ -168,7 +170,8 @@ def _run_rows(trainer: Trainer, report: dict[str, Any], datasets: list[str]) -> 
 
 def _usage(trainer: Trainer) -> str | None:
     """Lines that load the saved model and use it; None for a model that transformers cannot load."""
-    where = trainer.hub_model_id or str(trainer.args.output_dir)
+    # A folder of this machine is no name on another.
+    where = trainer.hub_model_id or Path(str(trainer.args.output_dir)).name
     model, task = trainer.accelerator.unwrap_model(trainer.model), task_of(trainer)
     cls = type(model).__name__
     tuned = hasattr(model, "peft_config")

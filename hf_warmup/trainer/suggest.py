@@ -107,7 +107,7 @@ def _quiet(args: TrainingArguments, folder: str) -> TrainingArguments:
     made = copy.copy(args)
     made.output_dir = folder  # of the card
     made.push_to_hub = made.load_best_model_at_end = made.eval_on_start = False
-    made.disable_tqdm, made.warmup_steps = True, 0
+    made.disable_tqdm, made.warmup_steps, made.log_level = True, 0, "error"  # a run that says nothing
     return made
 
 
