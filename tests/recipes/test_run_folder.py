@@ -157,7 +157,9 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
 
-    args = SimpleNamespace(output_dir=str(tmp_path / "run"), resume_from_checkpoint=None, hub_token=None)
+    args = SimpleNamespace(
+        output_dir=str(tmp_path / "run"), resume_from_checkpoint=None, hub_token=None, disable_tqdm=True
+    )
     monkeypatch.setattr("sys.argv", ["pretrain.py"])
     with pytest.raises(SystemExit) as end:
         main(lambda argv: carry_out(argv, args, overwrite=False, make_trainer=full, finish=print))
@@ -208,6 +210,10 @@ def test_nothing_that_is_pushed_to_the_hub_holds_the_token(command, tmp_path, mo
         path for path in (tmp_path / "run").rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()
     ]
     assert "--hub_token ... --hub_model_id me/model --run_name x-..." in (tmp_path / "run" / "README.md").read_text()
+    # The last that is sent is what is left here, the final card with it.
+    for name in ("README.md", "warmup.json", "trainer_state.json", "model.safetensors"):
+        assert (hub.folder / str(hub.uploads) / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    assert "on the part.txt dataset" in (hub.folder / str(hub.uploads) / "README.md").read_text()
     # It is still used.
     assert os.environ["HF_TOKEN"] == TOKEN
     assert set(hub.tokens) == {None}
