@@ -4,7 +4,7 @@
 
 Any option of the recipe can be changed behind it: `--learning_rate 1e-3 --warmup none`. Leaves the model,
 its tokenizer, a model card with a plot, and `warmup.json` in the output folder. `--plan 64` only says what the
-run would be on 64 processes.
+run would be on 64 processes, and `--smoke` makes three small steps; both anywhere, without a GPU or the hub.
 """
 
 import json
