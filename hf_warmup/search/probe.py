@@ -54,6 +54,7 @@ _ELEMENTWISE_NAMES = {
 _PIECE, _PIECES, _FEW_PIECES = 2**14, 100, 8
 
 
+@torch.no_grad()
 def loss_after_step(
     optimizer: Optimizer,
     loss_fn: Callable[[], Tensor | float | Sequence[Tensor | float]],
