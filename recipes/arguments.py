@@ -256,7 +256,7 @@ class Parser(HfArgumentParser):
 def unknown(name: str, shown: str, known: Iterable[str], where: str = "") -> ValueError:
     """What to say of an option that there is not: what it has become, or which is meant."""
     if name in GONE:
-        return ValueError(f"{name}{where} is no option any more: use {GONE[name]}")
+        return ValueError(f"{name}{where} is no option any more: {GONE[name]}")
     near = difflib.get_close_matches(name, known, 1)
     return ValueError(f"unknown option {shown}{where}" + "".join(f"; did you mean {n}?" for n in near))
 

@@ -28,6 +28,7 @@ from hf_warmup.trainer.logs import log, say
 from hf_warmup.trainer.model_card import RunCard
 from hf_warmup.trainer.optimizers import use_gi_adam
 from hf_warmup.trainer.report import FAR_BELOW, has_trained, warmup_report
+from hf_warmup.trainer.sharpness import SharpnessCallback
 from hf_warmup.trainer.step import NotMeasurable, TrainerStep
 from hf_warmup.trainer.wrapping import wrap
 from hf_warmup.warmup import GuidedWarmup, LinearWarmup, PersistentCatapult, Warmup, WarmupSchedule
@@ -116,6 +117,8 @@ class WarmupCallback(TrainerCallback):
             wrap(trainer, "create_model_card", callback._card.create)
             wrap(trainer, "save_model", callback._card.save)
         trainer.add_callback(callback)
+        # Behind it, as they measure at the learning rate of the step.
+        trainer.callback_handler.callbacks.sort(key=lambda one: isinstance(one, SharpnessCallback))
         return callback
 
     _card: RunCard | None
@@ -287,6 +290,7 @@ class WarmupCallback(TrainerCallback):
         except BaseException:
             self._stop_watching()
             raise
+        step.replay.answered()
         if lr is None:
             return
         self._note_lr(lr)

@@ -103,6 +103,10 @@ class StepReplay:
         self._losses.append(loss.detach().clone())
         return backward(loss, **kwargs)
 
+    def answered(self) -> None:
+        """To be called by whoever has asked: what changes from now on stays, also if somebody else asks."""
+        self._now = None
+
     def stop(self) -> None:
         """Let go of the batches and of the trainer."""
         for end in self._ends:

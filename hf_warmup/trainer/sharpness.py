@@ -170,6 +170,7 @@ class SharpnessCallback(TrainerCallback):
         finally:
             if self._step is not None:
                 self._step.replay.instead = instead
+                self._step.replay.answered()
         log(self.trainer, {f"sharpness/{name}": value for name, value in logs.items()})
         history = self.trainer.state.log_history
         if self.kind != "critical" and sum(f"sharpness/{self.kind}" in e for e in history) == EARLY:

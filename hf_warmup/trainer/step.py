@@ -45,6 +45,7 @@ class TrainerStep:
         self.backend = backend_of(trainer)
         self.replay = StepReplay(trainer, self._begin, backend=self.backend)
         self.lr, self.first = 0.0, False
+        self._model = trainer.model_wrapped
         self._watchers: list[tuple[Callable[[], bool], Callable[[], None]]] = []
         self._known: dict[float, float] = {}
         self._shards: Shards | None = None
@@ -65,8 +66,9 @@ class TrainerStep:
         Returns:
             The step, and a function that ends the watching.
         """
-        step: TrainerStep = vars(trainer).get(_ON_TRAINER) or cls(trainer)
-        vars(trainer)[_ON_TRAINER] = step
+        step: TrainerStep | None = vars(trainer).get(_ON_TRAINER)
+        if step is None or step._model is not trainer.model_wrapped:  # of a training that failed
+            step = vars(trainer)[_ON_TRAINER] = cls(trainer)
         watcher = (will_probe, before_step)
         step._watchers.append(watcher)
 
@@ -82,7 +84,8 @@ class TrainerStep:
         self.replay.stop()
         self.backend.unwatch_step()
         self._shards = None
-        vars(self.trainer).pop(_ON_TRAINER, None)
+        if vars(self.trainer).get(_ON_TRAINER) is self:
+            del vars(self.trainer)[_ON_TRAINER]
 
     def _begin(self) -> bool:
         self._known, self._shards = {}, None

@@ -8,10 +8,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_warmup import GIAdamW, secant
-from hf_warmup.search.probe import loss_after_step
+from hf_warmup import GIAdamW, loss_after_step
+from hf_warmup.search import secant
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.sharpness import adam_preconditioner, sharpness, stability_threshold
 from hf_warmup.trainer import SharpnessCallback, WarmupCallback, measuring
@@ -171,6 +171,89 @@ def test_a_measurement_leaves_no_trace(kind, options, make_trainer, tmp_path):
     assert len(measured(trainer, kind)) == 6
 
 
+MODES = {
+    "linear": {},
+    "guided": {"warmup": "guided", "warmup_steps": 0, "learning_rate": 10.0, "vocab": 5},
+    "persistent": {"warmup": "persistent", "warmup_steps": 0, "learning_rate": 10.0, "vocab": 5},
+}
+ORDERS = {"warmup first": (True, False), "sharpness first": (False, True), "alone": (True,)}
+
+
+class Wrapped(TrainerCallback):
+    """In every step: how often the trainer's method is wrapped."""
+
+    def __init__(self, trainer):
+        self.trainer, self.depths = trainer, []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        method, depth = self.trainer.training_step, 0
+        while (method := getattr(method, "__wrapped__", None)) is not None:
+            depth += 1
+        self.depths.append(depth)
+
+
+def attach_in_order(trainer, order, kind):
+    for warmup in ORDERS[order]:
+        if warmup:
+            WarmupCallback.attach(trainer)
+        else:
+            SharpnessCallback(every=4, kind=kind, tol=0.1).attach(trainer)
+
+
+def gained(trainer, train):
+    """The attributes that the trainer and its accelerator have after training and did not have before."""
+    before = [set(vars(owner)) for owner in (trainer, trainer.accelerator)]
+    train()
+    return [set(vars(owner)) - had for owner, had in zip((trainer, trainer.accelerator), before, strict=True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_warmup_and_sharpness_share_a_step_whichever_is_attached_first(mode, kind, make_trainer):
+    plain = make_trainer(args_cls=TrainingArguments)
+    of_training, runs = gained(plain, plain.train), {}
+    for order in ORDERS:
+        trainer = make_trainer(**MODES[mode])
+        attach_in_order(trainer, order, kind)
+        trainer.add_callback(wrapped := Wrapped(trainer))
+        left = gained(trainer, trainer.train)
+        assert all(ours <= theirs for ours, theirs in zip(left, of_training, strict=True))
+        assert wrapped.depths[0] == 1  # one who watches, for both
+        history = trainer.state.log_history
+        seen = [{k: v for k, v in e.items() if k.startswith(("sharpness/", "step"))} for e in history]
+        runs[order] = (
+            [(e["loss"], e["grad_norm"], e["learning_rate"]) for e in history if "loss" in e],
+            [p.detach().clone() for p in trainer.model.parameters()],
+            [e for e in seen if f"sharpness/{kind}" in e],
+        )
+    for losses, weights, _ in runs.values():
+        assert losses == runs["alone"][0]
+        assert all(map(torch.equal, weights, runs["alone"][1]))
+    assert [e["step"] for e in runs["warmup first"][2]] == [0, 4, 8]
+    assert runs["warmup first"][2] == runs["sharpness first"][2]
+
+
+@pytest.mark.parametrize("order", list(ORDERS)[:2])
+def test_a_training_that_follows_one_that_failed_is_watched_anew(order, make_trainer):
+    class Fails(Trainer):
+        failed = False
+
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 2 and not self.failed:
+                self.failed = True
+                raise KeyError("of the user's")
+            return super().training_step(*args, **kwargs)
+
+    trainer = make_trainer(Fails)
+    attach_in_order(trainer, order, "critical")
+    with pytest.raises(KeyError, match="of the user's"):
+        trainer.train()
+    trainer.train()
+    assert [e["step"] for e in trainer.state.log_history if "warmup/init_lr" in e] == [0]
+    assert [e["step"] for e in trainer.state.log_history if "sharpness/critical" in e] == [0, 4, 8]
+    assert not {"get_batch_samples", "training_step"} & vars(trainer).keys()
+
+
 def test_half_precision_training_is_measured_in_single_precision(make_trainer):
     values = []
     for bf16 in (False, True):
@@ -230,8 +313,8 @@ def test_measurements_are_in_trainer_state_in_the_card_and_go_to_reporters(make_
         def on_log(self, args, state, control, logs=None, **kwargs):
             reported.extend(name for name in logs if name.startswith("sharpness/"))
 
-    trainer = make_trainer(sharpness_every=2, sharpness_kind="preconditioned", logging_steps=1)
-    WarmupCallback.attach(trainer)
+    trainer = make_trainer(logging_steps=1)
+    watch(trainer, every=2, kind="preconditioned")
     trainer.add_callback(Reporter())
     trainer.train()
     trainer.save_state()
@@ -309,13 +392,6 @@ def test_the_optimizer_of_a_subclass_and_its_loss_are_measured(make_trainer):
 def test_bad_options_are_refused_with_name_and_value(options, message):
     with pytest.raises(ValueError, match=message):
         SharpnessCallback(**options)
-
-
-def test_flags_are_checked(make_trainer):
-    with pytest.raises(ValueError, match="sharpness_every must be at least 0, got -1"):
-        make_trainer(sharpness_every=-1)
-    with pytest.raises(ValueError, match="sharpness_kind must be critical, hessian or preconditioned, got 'trace'"):
-        make_trainer(sharpness_kind="trace")
 
 
 def test_what_cannot_be_measured_is_refused(make_trainer):
