@@ -3,7 +3,6 @@
 import shlex
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -170,8 +169,8 @@ def _run_rows(trainer: Trainer, report: dict[str, Any], datasets: list[str]) -> 
 
 def _usage(trainer: Trainer) -> str | None:
     """Lines that load the saved model and use it; None for a model that transformers cannot load."""
-    # A folder of this machine is no name on another.
-    where = trainer.hub_model_id or Path(str(trainer.args.output_dir)).name
+    # Without a name on the hub it is the folder that the card lies in; its path is of this machine alone.
+    where = trainer.hub_model_id or "."
     model, task = trainer.accelerator.unwrap_model(trainer.model), task_of(trainer)
     cls = type(model).__name__
     tuned = hasattr(model, "peft_config")
