@@ -426,10 +426,8 @@ def test_what_cannot_be_put_back_is_refused_before_the_first_trial(case, warmup,
         made.append(make_model())
         return made[0]
 
-    with pytest.raises(
-        ValueError,
-        match=f"{cls.__name__} cannot be replayed .*{reason}.*; set warmup=linear with warmup_steps, and init_lr to a number",
-    ):
+    instead = "set warmup=linear with warmup_steps, and init_lr to a number"
+    with pytest.raises(ValueError, match=f"{cls.__name__} cannot be replayed .*{reason}.*{instead}"):
         run(cls, tmp_path, model=model, callbacks=[watch], **warmup)
     assert watch.gradients == []
     assert all(map(torch.equal, before, made[0].parameters()))
