@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from hf_warmup import GIAdamW
 from hf_warmup.search.probe import loss_after_step
 from hf_warmup.search.shards import unwrap_optimizer
-from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments, step
+from hf_warmup.trainer import SharpnessCallback, WarmupCallback, WarmupTrainingArguments, step
 
 from tiny import OPTIONS, VOCAB, make_dataset, make_model
 
@@ -87,9 +87,9 @@ def weights(trainer):
 
 
 def rule(scheduler):
-    """What the rule of guided warmup has come to."""
+    """What the rule of warmup has come to."""
     scheduler = getattr(scheduler, "scheduler", scheduler)
-    return getattr(scheduler.lr_lambdas[0], "controller", None)
+    return getattr(scheduler.lr_lambdas[0], "rule", None)
 
 
 class Watcher(TrainerCallback):
@@ -182,6 +182,7 @@ def run(
     config=None,
     tokens=VOCAB,
     differ=None,
+    sharpness=None,
     **options,
 ):
     set_seed(0)
@@ -198,6 +199,8 @@ def run(
     kwargs = {"optimizer_cls_and_kwargs": (GIAdamW, {"lr": args.learning_rate, "v0": v0})} if v0 else {}
     trainer = (Failing if fails else Trainer)(model, args, train_dataset=make_dataset(vocab=tokens), **kwargs)
     WarmupCallback.attach(trainer)
+    if sharpness:
+        SharpnessCallback(**sharpness).attach(trainer)
     watcher, seen_memory = Watcher(trainer, kill), []
     trainer.add_callback(watcher)
     if memory:

@@ -25,15 +25,15 @@ pytestmark = pytest.mark.slow
 
 UNCLIPPED = {**LINEAR, "max_grad_norm": 100.0}
 GIVEN = {**LINEAR, "init_lr": "3e-4", "save_strategy": "no", "max_grad_norm": 100.0}
-ADAM = {"max_steps": 1, "warmup_steps": 1, "learning_rate": 30, "max_init_fraction": 1.0, "max_grad_norm": 0.3}
-WATCHED = {**GIVEN, "sharpness_every": 4}
+ADAM = {"max_steps": 1, "warmup_steps": 1, "learning_rate": 30, "init_lr": "catapult", "max_grad_norm": 0.3}
+WATCHED = {**GIVEN, "sharpness": {"every": 4}}
 RUNS = {"linear": UNCLIPPED, "given": GIVEN, "guided": GUIDED, "adam": ADAM, "watched": WATCHED}
 RESUMED = {**UNCLIPPED, "save_strategy": "no"}
 ONE_STEP = {"max_steps": 1, "warmup_steps": 1}
 MORE = {
-    "random": {**ONE_STEP, "v0": "random", "init_lr": "zero", "max_grad_norm": 100.0},
+    "random": {**ONE_STEP, "v0": "random", "warmup": "none", "max_grad_norm": 100.0},
     "memory": {**ONE_STEP, "learning_rate": 1e-2, "memory": True},
-    "refused": {"sharpness_every": 2, "sharpness_kind": "hessian"},
+    "refused": {"sharpness": {"every": 2, "kind": "hessian"}},
 }
 SHARDED = ("linear", "given", "guided", "guided_from_12", "adam", "watched", "random", "from_4", "from_12")
 NAMES = {

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_warmup import GIAdamW, loss_after_step
-from hf_warmup.trainer import WarmupArguments, WarmupCallback
+from hf_warmup.trainer import WarmupCallback
 from hf_warmup.trainer.replay import StepReplay
 
 from tiny import OPTIONS, make_dataset, start_of
@@ -40,15 +40,14 @@ class Replayer(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self.replay is not None:
-            replayed = loss_after_step(self.trainer.optimizer, self.replay.losses, 0.0)
-            self.seen = [self.replay.loss_before(), *replayed]
+            self.seen = [self.replay.own_loss(), loss_after_step(self.trainer.optimizer, self.replay.loss, 0.0)]
             self.replay.stop()
             self.replay = None
 
 
-def train(trainer, init_lr="catapult"):
-    WarmupCallback.attach(trainer, WarmupArguments(gi_adam=True, init_lr=init_lr))
-    if init_lr != "catapult":
+def train(trainer, init_lr="auto"):
+    WarmupCallback.attach(trainer, gi_adam=True, init_lr=init_lr)
+    if init_lr != "auto":
         trainer.add_callback(Replayer(trainer))
     set_seed(1)
     trainer.train()
@@ -63,19 +62,19 @@ def metrics(trainer):
 
 
 def assert_search_leaves_no_trace(make):
-    """Train with a search that the cap overrules and without one; `make` makes the trainer.
+    """Train with a search whose η_c is above a tenth of η_trgt, and with that tenth given; `make` makes the trainer.
 
     Returns both trainers, the one that searched first.
     """
     searched, given = train(make()), train(make(), repr(0.1 * LR))
     start = start_of(searched)
-    assert start["warmup/capped"] == 1.0
+    assert start["warmup/capped"] is True
     assert start["warmup/forward_passes"] >= 1
-    assert start_of(given)["warmup/forward_passes"] == 0
+    assert "warmup/forward_passes" not in start_of(given)
     before = metrics(searched)[start["step"]]["loss"]
     assert start["warmup/evals"][0] == [0.0, before]
     (replayer,) = [c for c in given.callback_handler.callbacks if isinstance(c, Replayer)]
-    assert replayer.seen == [None if given.args.torch_compile else before, before]
+    assert replayer.seen == [before, before]
     # With buffers. The runs are long enough for one wrong bit of the first step to spread.
     left, right = searched.model.state_dict(), given.model.state_dict()
     assert left.keys() == right.keys()
@@ -421,12 +420,12 @@ def make_counting(options):
 def test_guided_warmup_leaves_no_trace_but_the_learning_rate(options, make):
     options |= {"max_steps": 24, "warmup_steps": 0, "learning_rate": 0.03}
     guided, plain = make(options), make(options)
-    WarmupCallback.attach(guided, WarmupArguments(warmup="guided"))
+    WarmupCallback.attach(guided, warmup="guided")
     guided.add_callback(rates := LearningRates())
     set_seed(1)
     guided.train()
     assert rates.seen[0] < rates.seen[2]
-    WarmupCallback.attach(plain, WarmupArguments(init_lr="zero"))
+    WarmupCallback.attach(plain, warmup="none")
     plain.add_callback(LearningRates(rates.seen))
     set_seed(1)
     plain.train()
@@ -461,12 +460,10 @@ def make_on_policy(cls, args):
 @pytest.mark.parametrize("make", [make_grpo, make_rloo])
 def test_a_trainer_that_generates_its_batches_is_refused_a_search_and_nothing_else(options, make):
     options |= {"max_steps": 2, "warmup_steps": 2}
-    with pytest.raises(
-        ValueError, match=r"init_lr=catapult does not run with (GRPO|RLOO)Trainer: .*cannot be replayed"
-    ):
+    with pytest.raises(ValueError, match=r"init_lr=auto does not run with (GRPO|RLOO)Trainer: .*cannot be replayed"):
         WarmupCallback.attach(make(options))
     fixed = train(make(options), repr(0.1 * LR))
-    assert start_of(fixed)["warmup/forward_passes"] == 0
+    assert "warmup/forward_passes" not in start_of(fixed)
     assert isinstance(fixed.optimizer.optimizer, GIAdamW)
     assert [e["learning_rate"] for e in fixed.state.log_history if "learning_rate" in e][0] == pytest.approx(0.1 * LR)
-    WarmupCallback.attach(make(options), WarmupArguments(init_lr="zero"))
+    WarmupCallback.attach(make(options), warmup="none")

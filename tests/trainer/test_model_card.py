@@ -40,7 +40,7 @@ def test_training_leaves_a_card_with_the_optimizer_that_ran(make_trainer, folder
     assert "- optimizer: GIAdamW with betas=(0.9, 0.95), eps=1e-08, weight_decay=0.1 and 0.0, v0=gradient" in text
     assert "ADAMW_TORCH" not in text
     assert "fine-tuned version of" not in text
-    assert "the cap decided: 0.1 of η_trgt, η_c being larger" in text
+    assert "0.0003 (a tenth of η_trgt, η_c being larger)" in text
     assert "above 0.003: the loss does not rise up to η_trgt" in text
     assert "over 33 steps at β2 = 0.95" in text  # √(1 - .95^33) = .903, √(1 - .95^32) = .898
     assert "Final validation loss" not in text
@@ -89,7 +89,7 @@ def test_what_others_wrote_in_a_card_stays(make_trainer, folder):
 
 
 def test_a_search_that_decided_and_a_fixed_start_are_told_apart(make_trainer, folder):
-    train(make_trainer(learning_rate=1e3, optim="sgd", gi_adam=False, max_init_fraction=1.0, max_steps=8))
+    train(make_trainer(learning_rate=1e3, optim="sgd", gi_adam=False, init_lr="catapult", max_steps=8))
     report = json.loads((folder / "warmup.json").read_text())
     text = (folder / "README.md").read_text()
     assert report["search_status"] == "found"
@@ -101,14 +101,14 @@ def test_a_search_that_decided_and_a_fixed_start_are_told_apart(make_trainer, fo
     assert "1e-05 (chosen by hand)" in (folder / "README.md").read_text()
     assert json.loads((folder / "warmup.json").read_text())["critical_lr"] is None
 
-    train(make_trainer(init_lr="zero", gi_adam=False))
+    train(make_trainer(warmup="none", gi_adam=False))
     text = (folder / "README.md").read_text()
     assert "0 (the Trainer's own schedule)" in text
     assert "- optimizer: AdamW with" in text
 
 
 def test_a_run_without_a_learning_rate_gets_its_card(make_trainer, folder):
-    train(make_trainer(learning_rate=0.0, init_lr="zero"))
+    train(make_trainer(learning_rate=0.0, warmup="none"))
     assert json.loads((folder / "warmup.json").read_text())["warmup_steps_taken"] == 6
 
 
@@ -138,7 +138,7 @@ def cells(text):
 
 
 def test_every_number_of_the_card_is_one_of_trainer_state(make_trainer, folder):
-    options = {"learning_rate": 1e3, "optim": "sgd", "gi_adam": False, "max_init_fraction": 1.0}
+    options = {"learning_rate": 1e3, "optim": "sgd", "gi_adam": False, "init_lr": "catapult"}
     trainer = train(make_trainer(**options, eval_strategy="steps", eval_steps=6))
     metadata, text, state = numbers_of(trainer, folder)
     history = state["log_history"]
@@ -668,7 +668,7 @@ def test_an_optimizer_that_says_nothing_of_itself_gets_a_card(make_trainer, fold
 
     model = make_model()
     given = {"optimizers": (Odd(model.parameters()), None)}
-    train(make_trainer(model=model, init_lr="zero", gi_adam=False, trainer_kwargs=given))
+    train(make_trainer(model=model, warmup="none", gi_adam=False, trainer_kwargs=given))
     assert not warnings_of(caplog)
     assert cells((folder / "README.md").read_text())["Target learning rate η_trgt"] == "0.1"
 
@@ -696,7 +696,7 @@ def test_the_batch_that_auto_find_batch_size_found_is_the_cards(make_trainer, fo
     ],
 )
 def test_a_schedule_that_is_not_ours_is_described_by_itself(make_trainer, folder, caplog, options, shown):
-    train(make_trainer(init_lr="zero", gi_adam=False, eval_strategy="steps", eval_steps=12, **options))
+    train(make_trainer(warmup="none", gi_adam=False, eval_strategy="steps", eval_steps=12, **options))
     found = cells((folder / "README.md").read_text())
     assert {k: found.get(k) for k in shown} == shown
     assert ("Warmup steps taken" in found) == (found["Warmup"] == "linear")
@@ -713,7 +713,7 @@ def compare_runs_with(folder):
 
 def test_several_runs_are_compared(make_trainer, folder, tmp_path):
     losses = {}
-    for name, options in {"zero": {"init_lr": "zero"}, "guided": {"warmup": "guided", "warmup_steps": 0}}.items():
+    for name, options in {"none": {"warmup": "none"}, "guided": {"warmup": "guided", "warmup_steps": 0}}.items():
         trainer = train(make_trainer(output_dir=str(tmp_path / name), eval_strategy="steps", eval_steps=12, **options))
         losses[name] = trainer.state.log_history[-2]["eval_loss"]
         trainer.save_state()
@@ -722,7 +722,7 @@ def test_several_runs_are_compared(make_trainer, folder, tmp_path):
     header, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:]))
     shown = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
     assert {name: row["final loss"] for name, row in shown.items()} == {k: f"{v:.4f}" for k, v in losses.items()}
-    assert shown["zero"]["warmup steps"] == "6"
+    assert shown["none"]["warmup steps"] == "6"
     assert shown["guided"]["warmup"] == "guided"
     compared.save(tmp_path / "report")
     assert compared.table in (tmp_path / "report" / "comparison.md").read_text()

@@ -19,11 +19,11 @@ from launching import (
 
 pytestmark = pytest.mark.slow
 
-GIVEN = {**LINEAR, "init_lr": "3e-4", "save_strategy": "no"}  # what the search ends at: its cap
-SGD = {"learning_rate": 1e3, "optim": "sgd", "gi_adam": False, "max_init_fraction": 1.0}
-ADAM = {"learning_rate": 30, "max_init_fraction": 1.0, "max_grad_norm": 0.3}
+GIVEN = {**LINEAR, "init_lr": "3e-4", "save_strategy": "no"}  # where the search starts warmup: at η_trgt / 10
+SGD = {"learning_rate": 1e3, "optim": "sgd", "gi_adam": False, "init_lr": "catapult"}
+ADAM = {"learning_rate": 30, "init_lr": "catapult", "max_grad_norm": 0.3}
 FOUND = {"max_steps": 1, "warmup_steps": 1}
-RANDOM = {**FOUND, "v0": "random", "init_lr": "zero"}
+RANDOM = {**FOUND, "v0": "random", "warmup": "none"}
 RUNS = {
     "linear": {**LINEAR, "max_grad_norm": 100.0},  # so that v is the square of a gradient that is not clipped
     "given": {**GIVEN, "max_grad_norm": 100.0},
@@ -31,9 +31,10 @@ RUNS = {
     "sgd": {**SGD, **FOUND},
     "adam": {**ADAM, **FOUND},
     "random": {**RANDOM, "max_grad_norm": 100.0},
-    "watched": {**GIVEN, "max_grad_norm": 100.0, "sharpness_every": 4},
+    "watched": {**GIVEN, "max_grad_norm": 100.0, "sharpness": {"every": 4}},
+    "both": {**LINEAR, "save_strategy": "no", "max_grad_norm": 100.0, "sharpness": {"every": 4}},
 }
-HESSIAN = {"max_steps": 4, "warmup_steps": 4, "sharpness_every": 2, "sharpness_kind": "preconditioned"}
+HESSIAN = {"max_steps": 4, "warmup_steps": 4, "sharpness": {"every": 2, "kind": "preconditioned"}}
 
 
 def runs(backend, **more):
@@ -64,7 +65,7 @@ def ddp(one):
         options = {**RUNS[name], "max_steps": 2, "warmup_steps": 2, "save_strategy": "no"}
         more[f"batch_norm_{name}"] = {**options, "batch_norm": True}
     more["hessian"] = HESSIAN
-    more["refused_differing"] = {"differ": ["max_init_fraction", 0.2]}
+    more["refused_differing"] = {"differ": ["init_lr", "1e-5"]}
     more["refused"] = {"fsdp": True, "fsdp_config": {"version": 2}}
     launch(folder, 2, *runs("ddp", **more))
     return folder
@@ -152,10 +153,12 @@ def assert_same_numbers(seen, reference, name, rel, rel_of_first):
         assert [entry[name] for entry in process["history"] if name in entry] == found
 
 
-def test_critical_sharpness_is_that_of_one_process_and_leaves_no_trace(two, one):
-    seen = Seen(two, "watched")
+@pytest.mark.parametrize("name", ["watched", "both"])
+def test_critical_sharpness_is_that_of_one_process_and_leaves_no_trace(name, two, one):
+    """Also where warmup searches in the same step."""
+    seen = Seen(two, name)
     # The first search comes from far below, where how the loss is rounded decides where it goes on.
-    assert_same_numbers(seen, Seen(one, "watched"), "sharpness/critical", 1e-3, 5e-2)
+    assert_same_numbers(seen, Seen(one, name), "sharpness/critical", 1e-3, 5e-2)
     assert_equal(seen.weights, Seen(two, "given").weights)
 
 
@@ -222,7 +225,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_with_the_learning_rates_of_an_
 
 def test_options_that_differ_between_processes_are_refused(ddp):
     error = Seen(ddp, "refused_differing").processes[0]["error"]
-    assert error == "max_init_fraction must be the same on all processes, got 0.1 and others"
+    assert error == "init_lr must be the same on all processes, got auto and others"
 
 
 def test_sharding_that_accelerate_would_ignore_is_refused(ddp):

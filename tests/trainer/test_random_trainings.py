@@ -152,7 +152,7 @@ def test_trainings_drawn_at_random_have_no_trace_of_what_was_tried(first, tmp_pa
             refused.append(seed)
             continue
         if steered:
-            given = {"init_lr": "zero", "given": Given(rates(tried)), "lr_scheduler_type": "constant"}
+            given = {"warmup": "none", "given": Given(rates(tried)), "lr_scheduler_type": "constant"}
         else:
             (start,) = [e["warmup/init_lr"] for e in tried.state.log_history if "warmup/init_lr" in e]
             given = {"init_lr": repr(start)}
