@@ -103,11 +103,7 @@ def loss_after_step(
     shards = Shards(optimizer, module) if shards is None else shards
     with _evaluating(shards, (module, loss_fn), _moved(shards, lr, copy_on_cpu) if lr > 0 else None):
         losses = loss_fn()
-        return [_number(loss) for loss in losses] if isinstance(losses, Sequence) else _number(losses)
-
-
-def _number(loss: Tensor | float) -> float:
-    return float(loss.detach() if isinstance(loss, Tensor) else loss)
+        return [float(loss) for loss in losses] if isinstance(losses, Sequence) else float(losses)
 
 
 def has_momentum(optimizer: Optimizer) -> bool:
