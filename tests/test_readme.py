@@ -72,7 +72,7 @@ def test_measured_numbers_are_those_of_the_study():
 
 def test_the_page_can_be_finished():
     assert len(README.splitlines()) <= 160
-    assert len(README.split()) <= 1300
+    assert len([word for word in README.split() if word.strip("|-+")]) <= 1300  # without the lines of tables
 
 
 def test_every_file_that_is_linked_is_there():
