@@ -27,7 +27,8 @@ UNCLIPPED = {**LINEAR, "max_grad_norm": 100.0}
 GIVEN = {**LINEAR, "init_lr": "3e-4", "save_strategy": "no", "max_grad_norm": 100.0}
 ADAM = {"max_steps": 1, "warmup_steps": 1, "learning_rate": 30, "init_lr": "catapult", "max_grad_norm": 0.3}
 WATCHED = {**GIVEN, "sharpness": {"every": 4}}
-RUNS = {"linear": UNCLIPPED, "given": GIVEN, "guided": GUIDED, "adam": ADAM, "watched": WATCHED}
+BOTH = {**UNCLIPPED, "save_strategy": "no", "sharpness": {"every": 4}}
+RUNS = {"linear": UNCLIPPED, "given": GIVEN, "guided": GUIDED, "adam": ADAM, "watched": WATCHED, "both": BOTH}
 RESUMED = {**UNCLIPPED, "save_strategy": "no"}
 ONE_STEP = {"max_steps": 1, "warmup_steps": 1}
 MORE = {
@@ -35,7 +36,7 @@ MORE = {
     "memory": {**ONE_STEP, "learning_rate": 1e-2, "memory": True},
     "refused": {"sharpness": {"every": 2, "kind": "hessian"}},
 }
-SHARDED = ("linear", "given", "guided", "guided_from_12", "adam", "watched", "random", "from_4", "from_12")
+SHARDED = ("linear", "given", "guided", "guided_from_12", "adam", "watched", "both", "random", "from_4", "from_12")
 NAMES = {
     "zero1": ("linear", "adam", "guided"),
     "zero2": (*SHARDED, "refused"),
@@ -102,11 +103,13 @@ def test_the_search_finds_what_one_process_finds_along_clipped_gradients(backend
 
 
 @sharded
-def test_critical_sharpness_is_that_of_one_process_and_leaves_no_trace(backend, run, one):
-    seen = run(backend, "watched")
+@pytest.mark.parametrize("name", ["watched", "both"])
+def test_critical_sharpness_is_that_of_one_process_and_leaves_no_trace(backend, name, run, one):
+    """Also where warmup searches in the same step."""
+    seen = run(backend, name)
     found = seen.numbers("sharpness/critical")
     assert len(found) == 5
-    expected = Seen(one, "watched").numbers("sharpness/critical")
+    expected = Seen(one, name).numbers("sharpness/critical")
     # Without the slope, and so by other trials: the brackets are a factor of 2 wide.
     assert found == pytest.approx(expected, rel=0.15)
     assert_equal(seen.weights, run(backend, "given").weights)
