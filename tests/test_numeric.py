@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from hf_warmup import GIAdamW, GuidedWarmup, PersistentCatapult, WarmupSchedule, find_critical_lr
+from hf_warmup import GIAdamW, GuidedWarmup, LinearWarmup, PersistentCatapult, WarmupSchedule, find_critical_lr
 from hf_warmup.numeric import boolean, number, whole
 from hf_warmup.sharpness import critical_sharpness, diagnose, sharpness, stability_threshold
 
@@ -71,25 +71,27 @@ WRONG = {
     "num_training_steps": [
         *(lambda v=v: GuidedWarmup(v) for v in [*NUMBERS, 0, -1, 0.5, math.nan, math.inf]),
         *(lambda v=v: PersistentCatapult(v, 1.0) for v in [*NUMBERS, 0, -1, math.nan, math.inf]),
-        *(lambda v=v: ExponentialSchedule(schedule(), v) for v in [*NUMBERS, 0, -1, math.nan, math.inf]),
-        *(lambda v=v: SteeredSchedule(schedule(), v) for v in [*NUMBERS, 0, -1, math.nan, math.inf]),
-        *(lambda v=v: WarmupSchedule(schedule(), 1, v) for v in [*NUMBERS, 0, -1, math.nan, math.inf]),
+        *(lambda v=v: LinearWarmup(v, 1.0, 1) for v in [*NUMBERS, 0, -1, math.nan, math.inf]),
+        *(lambda v=v: WarmupSchedule(schedule(), v) for v in [*NUMBERS, 0, -1, math.nan, math.inf]),
     ],
-    "warmup_steps": [lambda v=v: WarmupSchedule(schedule(), v, 9) for v in [*NUMBERS, 0, -1, 10, math.nan]],
-    "init_fraction": [lambda v=v: WarmupSchedule(schedule(), 3, 9).start(v) for v in [*NUMBERS, 0, math.nan]],
-    "growth": [lambda v=v: ExponentialSchedule(schedule(), 9).start(0.1, v) for v in [*NUMBERS, 1, math.nan]],
-    "fraction": [lambda v=v: SteeredSchedule(schedule(), 9).steer(v, {}) for v in [*NUMBERS, -1, math.nan]],
+    "num_steps": [lambda v=v: WarmupSchedule(schedule(), 9).skip(v) for v in [*NUMBERS, -1, 10, math.nan]],
+    "warmup_steps": [
+        *(lambda v=v: WarmupSchedule(schedule(), 9, v) for v in [*NUMBERS, -1, 10, math.nan]),
+        *(lambda v=v: LinearWarmup(9, 1.0, v) for v in [*NUMBERS, 0, -1, 10, math.nan]),
+    ],
+    "ramp_steps": [lambda v=v: GuidedWarmup(9, ramp_steps=v) for v in ["x", [1.0], True, 0, math.nan, math.inf]],
+    "wait": [lambda v=v: GuidedWarmup(9, wait=v) for v in ["x", None, 1, [True]]],
     "learning_rate": [
         *(lambda v=v: GuidedWarmup(9, v) for v in ["x", [1.0], True, 10**400, 0, math.nan, math.inf]),
         *(lambda v=v: PersistentCatapult(9, v) for v in [*NUMBERS, 0, math.nan]),
+        *(lambda v=v: LinearWarmup(9, v, 3) for v in [*NUMBERS, 0, math.nan]),
     ],
     "target_lr": [
-        *(lambda v=v: steps_saved(1.0, v, 10) for v in [*NUMBERS, 0, math.nan]),
-        *(lambda v=v: diagnose(torch.optim.SGD([parameter()]), [lambda: None], v) for v in [*NUMBERS, 0, math.nan]),
+        lambda v=v: diagnose(torch.optim.SGD([parameter()]), [lambda: None], v) for v in [*NUMBERS, 0, math.nan]
     ],
     "init_lr": [
         *(lambda v=v: PersistentCatapult(9, 1.0, init_lr=v) for v in [*NUMBERS, 0]),
-        *(lambda v=v: steps_saved(v, 1.0, 10) for v in NUMBERS),
+        *(lambda v=v: LinearWarmup(9, 1.0, 3, init_lr=v) for v in [*NUMBERS, 0, 2, math.nan]),
     ],
     "v0": [lambda v=v: GIAdamW([parameter()], v0=v) for v in [*NUMBERS, 0, math.nan, math.inf]],
     "k": [lambda v=v: sharpness(lambda: None, [parameter()], k=v) for v in [*NUMBERS, 0, 1.5]],

@@ -58,6 +58,14 @@ class GIAdamW(torch.optim.AdamW):
     Takes `torch.optim.AdamW`'s arguments and one more. The state has AdamW's keys and dtypes, so each
     loads the other's checkpoint and goes on.
 
+    Example:
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> optimizer = GIAdamW([weight], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> round(1 - weight.item(), 4), round(0.1 * (1 - 0.95) ** 0.5, 4)
+        (0.0224, 0.0224)
+
     Args:
         params: As for AdamW; so are all the arguments not named here.
         lr: Learning rate η.
@@ -172,7 +180,9 @@ class GIAdamW(torch.optim.AdamW):
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             if self._waiting or not all(map(self._has_state, self._parameters())):
-                self._step_with_births()
+                # Which parameters are born depends on the data; a compiled step is whole afterwards. A decorator
+                # would import the compiler along with this file.
+                torch.compiler.disable(self._step_with_births)()
             else:
                 _adamw_step(self)
         return loss
@@ -217,7 +227,6 @@ class GIAdamW(torch.optim.AdamW):
         # Not `p in self.state`: who only looks (DeepSpeed's ZeRO does) leaves an empty state behind.
         return bool(self.state.get(p))
 
-    @torch.compiler.disable  # Which parameters are born depends on the data; a compiled step is whole afterwards.
     def _step_with_births(self) -> None:
         unborn = [
             p for p in self._parameters() if p.grad is not None and (p in self._waiting or not self._has_state(p))

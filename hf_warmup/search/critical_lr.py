@@ -161,6 +161,11 @@ def find_critical_lr(
     The bracket is true: L(lower) <= L(0) < L(upper). It holds the first crossing if the loss crosses once,
     as on a quadratic, and the first crossing that the evaluations can know of otherwise.
 
+    Example:
+        >>> found = find_critical_lr(lambda lr: (1 - 20 * lr) ** 2)
+        >>> found.status, round(found.value, 3), found.lower < 0.1 < found.upper
+        ('found', 0.1, True)
+
     Args:
         loss_at: The loss after a step of the given learning rate; `loss_at(0.0)` is L(0). Must be
             deterministic: the same batch, the same dropout masks. May give a sequence, the losses of several

@@ -66,6 +66,13 @@ def loss_after_step(
 ) -> Any:
     """The loss after the step that `optimizer` would make now with learning rate `lr`.
 
+    Example:
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> optimizer, loss = torch.optim.SGD([weight]), lambda: weight.square().sum()
+        >>> loss().backward()
+        >>> [loss_after_step(optimizer, loss, lr) for lr in (0.0, 0.5, 1.0)], weight.item()
+        ([1.0, 0.0, 1.0], 1.0)
+
     Args:
         optimizer: Holds the parameters, their gradients (as `step()` would see them: accumulated, unscaled,
             clipped) and its state. Any torch optimizer whose `step()` needs no closure, in accelerate's wrapper
@@ -101,6 +108,10 @@ def loss_after_step(
 
 def has_momentum(optimizer: Optimizer) -> bool:
     """Whether the optimizer moves the parameters along earlier gradients too: Adam's kin, and SGD with momentum.
+
+    Example:
+        >>> [has_momentum(make([torch.ones(1)])) for make in (torch.optim.AdamW, torch.optim.SGD)]
+        [True, False]
 
     Args:
         optimizer: In accelerate's wrapper or not.
@@ -154,6 +165,12 @@ def update_slope(
 ) -> float:
     """The slope gᵀu at which the loss starts down along the step that `optimizer` would make now.
 
+    Example:
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> weight.square().sum().backward()
+        >>> round(update_slope(torch.optim.SGD([weight]), lr=0.1), 3)  # the gradient is 2
+        4.0
+
     Args:
         optimizer: As for `loss_after_step`; its gradients must be those of the loss itself, not clipped.
         lr: η at which the step is taken to measure u = (θ - step(η)(θ)) / η; any will do where u does not depend
@@ -187,6 +204,16 @@ def momentum_slope(
 
     u is that of a step with gradients of zero, in which the present batch had no part; g the gradient of that batch.
     A positive slope says that what earlier batches have left still descends on a new one. See `has_momentum`.
+
+    Example:
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+        >>> for batch in (1.0, -1.0):  # the gradients of two batches
+        ...     weight.grad = torch.tensor([batch])
+        ...     print(round(momentum_slope(optimizer, lr=0.1), 3))
+        ...     optimizer.step()
+        0.0
+        -0.9
 
     Args:
         optimizer: As for `update_slope`. Clipped gradients change the slope's size and not its sign.

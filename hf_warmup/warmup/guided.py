@@ -60,7 +60,7 @@ class GuidedWarmup:
         >>> class Falling:  # a step whose loss falls by 20 per learning rate, on this batch and along the momentum
         ...     loss, slope, momentum_slope = lambda self: 6.0, lambda self: 20.0, lambda self: 20.0
         >>> [round(rule(Falling()), 8) for _ in range(3)]
-        [1.25e-05, 2.797e-05, 4.34e-05]
+        [1.25e-05, 2.165e-05, 3.354e-05]
 
     Args:
         num_training_steps: N, all steps of the run.

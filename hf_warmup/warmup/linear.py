@@ -5,8 +5,7 @@ Warmup from η_init to the target η_trgt has the slope of warmup from 0 [1]:
     η_t = min(η_trgt, η_init + η_trgt t / T_wrm),    t = 0, 1, ...
 
 so it ends after T_wrm (1 - η_init / η_trgt) steps, T_wrm η_init / η_trgt before warmup from 0 does. A search for
-η_init
-costs forward passes, of which [1] counts two as one step:
+η_init costs forward passes, of which [1] counts two as one step:
 
     T_save = T_wrm η_init / η_trgt - T_fp / 2.
 
@@ -74,14 +73,18 @@ class LinearWarmup:
     ) -> None:
         self.num_training_steps = whole("num_training_steps", num_training_steps, 1)
         self.learning_rate = positive("learning_rate", learning_rate)
-        if not 1 <= whole("warmup_steps", warmup_steps) <= self.num_training_steps:
+        self.warmup_steps = whole("warmup_steps", warmup_steps)
+        if not 1 <= self.warmup_steps <= self.num_training_steps:
             raise ValueError(f"warmup_steps must be between 1 and {num_training_steps} steps, got {warmup_steps}")
-        self.warmup_steps = warmup_steps
-        if init_lr not in ("auto", "catapult") and positive("init_lr", init_lr) > self.learning_rate:
+        self.asked_init_lr: float | str
+        if isinstance(init_lr, str) and init_lr in ("auto", "catapult"):
+            self.asked_init_lr = init_lr
+        elif (given := positive("init_lr", init_lr)) <= self.learning_rate:
+            self.asked_init_lr = given
+        else:
             raise ValueError(
                 f"init_lr must be at most the optimizer's learning rate, {learning_rate:g}, got {init_lr}"
             )
-        self.asked_init_lr = init_lr
         self.num_steps = 0
         self.lr = self.overrun = 0.0
         self.init_lr: float | None = None
@@ -175,6 +178,8 @@ class LinearWarmup:
         positive("learning_rate", state["learning_rate"])
         if whole("num_steps", state["num_steps"], 0) > 0:
             positive("init_lr", state["init_lr"])
+        elif state["init_lr"] is not None:
+            raise ValueError(f"init_lr must be None before the first step, got {shown(state['init_lr'])}")
         if not 0 <= number("lr", state["lr"]) < math.inf:
             raise ValueError(f"lr must be at least 0 and finite, got {state['lr']}")
         if state["ended_by"] not in (None, "learning_rate"):

@@ -3,8 +3,7 @@
 `WarmupSchedule` changes a schedule that exists: a `LambdaLR` whose factor f(t) has its peak, 1, at W (0 without a
 warmup of its own) and then decays until step N. While warmup goes on, every parameter group has the learning rate
 that the rule decides, times its own share of the largest. Once the rule has ended, at step e (which may lie between
-two),
-the decay, which had N - W steps, is stretched over the N - e that are left:
+two), the decay, which had N - W steps, is stretched over the N - e that are left:
 
     η_t = η_e f(W + (t - e) (N - W) / (N - e)),    t >= e,
 
@@ -114,15 +113,14 @@ class WarmupSchedule:
                 "one that reacts to the loss, or has a state of its own, has no factor to warm up"
             )
         self.num_training_steps = whole("num_training_steps", num_training_steps, 1)
-        if not 0 <= whole("warmup_steps", warmup_steps) <= self.num_training_steps:
+        self.warmup_steps = whole("warmup_steps", warmup_steps)
+        if not 0 <= self.warmup_steps <= self.num_training_steps:
             raise ValueError(f"warmup_steps must be between 0 and {num_training_steps} steps, got {warmup_steps}")
-        self.warmup_steps = warmup_steps
         self.scheduler = unchanged(scheduler)
         self._check(scheduler.lr_lambdas)
-        self._factors = [_Factor(f, self.num_training_steps, warmup_steps, kind) for f in scheduler.lr_lambdas]
+        self._factors = [_Factor(f, self.num_training_steps, self.warmup_steps, kind) for f in scheduler.lr_lambdas]
         scheduler.lr_lambdas = list(self._factors)
         self._known: dict[str, Any] = self.state
-        self._decided = -1
 
     def _check(self, factors: list[Callable[[Any], float]]) -> None:
         for factor in factors if self.warmup_steps < self.num_training_steps else ():
@@ -177,8 +175,8 @@ class WarmupSchedule:
             step: What the rule may ask; not needed by one that asks nothing.
 
         Returns:
-            The learning rate; None once warmup has ended, or if the optimizer left out the step that was decided
-            last.
+            The learning rate that the rule decided, which is its last where the decay began before this step; None
+            once warmup has ended, or if the optimizer left out the step that was decided last.
 
         Raises:
             ValueError: If the state of the checkpoint is not of this rule, or the rule has no number to give.
@@ -189,16 +187,16 @@ class WarmupSchedule:
             rule.load_state_dict(self.state)
             self._known = self.state
         now = self.scheduler.last_epoch
-        if now == self._decided:
+        if now == self._factors[0].decided:
             return None
-        lr = rule(step)  # type: ignore[arg-type]
-        if not 0 <= number("the learning rate of the rule", lr) < math.inf:
+        lr = number("the learning rate of the rule", rule(step))  # type: ignore[arg-type]
+        if not 0 <= lr < math.inf:
             raise ValueError(f"the learning rate of the rule must be at least 0 and finite, got {lr}")
-        self._decided, self._known = now, rule.state_dict()
+        self._known = rule.state_dict()
         for factor in self._factors:
             if factor.fraction is None:
                 factor.first_step = now
-            factor.fraction, factor.rule = lr / self.target, self._known
+            factor.fraction, factor.rule, factor.decided = lr / self.target, self._known, now
             factor.ramp_end = None if rule.ended_by is None else now - rule.overrun
         self._apply()
         return lr
@@ -272,6 +270,7 @@ class _Factor:
         self.warmup_steps = warmup_steps
         self.warmup_kind = kind
         self.first_step = 0  # of warmup: those before it were made with another schedule, or waited for a gradient
+        self.decided = -1  # the last step that was decided, which the optimizer may leave out
         self.fraction: float | None = None
         self.ramp_end: float | None = None
         self.rule: dict[str, Any] = {}
@@ -292,6 +291,8 @@ class _Factor:
         """Refuse numbers that no run has left at that step."""
         if whole("first_step", self.first_step, 0) > now:
             raise ValueError(f"first_step must be at most last_epoch={now}, got {self.first_step}")
+        if whole("decided", self.decided, -1) > now:
+            raise ValueError(f"decided must be at most last_epoch={now}, got {self.decided}")
         if self.fraction is not None and not 0 <= number("fraction", self.fraction) < math.inf:
             raise ValueError(f"fraction must be at least 0 and finite, got {self.fraction}")
         if self.ramp_end is not None and not self.first_step <= number("ramp_end", self.ramp_end) <= now:

@@ -145,8 +145,10 @@ def assert_warmed_up(run, lr):
     report = json.loads((run / "warmup.json").read_text())
     assert report["optimizer"] == "AdamW"
     assert report["forward_passes"] >= 1
-    assert report["search_status"] in ("found", "above_target")
-    start = min(report["critical_lr"], 0.1 * lr)
+    # η_c is known where the search found it, and else above the target.
+    known = {"found": report["critical_lr"], "above_target": lr}[report["search_status"]]
+    assert (report["critical_lr"] is None) == (report["search_status"] == "above_target")
+    start = min(known, 0.1 * lr)
     rates = [entry["learning_rate"] for entry in history_of(run) if "learning_rate" in entry]
     expected = [min(lr, start + lr * t / WARMUP_STEPS) for t in range(WARMUP_STEPS)]
     assert rates[:WARMUP_STEPS] == pytest.approx(expected)
@@ -333,7 +335,8 @@ BAD_SFT = {
     "held out": ({"held_out": 1}, "held_out must be at least 0 and less than 1, got 1.0"),
     "eval split": ({"eval_split": "test"}, "eval_split is for a dataset, got test"),
     "optimizer": ({"optim": "sgd", "gi_adam": True}, "optim.*sgd"),
-    "warmup": ({"max_init_fraction": 2.0}, "max_init_fraction must be above 0 and at most 1, got 2.0"),
+    "warmup": ({"ramp_steps": -1.0, "warmup_steps": 0}, "ramp_steps must be positive and finite, got -1.0"),
+    "no more": ({"max_init_fraction": 1.0}, "--max_init_fraction"),
     "unknown": ({"learning_rat": 1}, "--learning_rat"),
     "not empty": ({"output_dir": "{folder}"}, "output_dir must be empty, got "),
 }

@@ -63,10 +63,10 @@ def few_steps(objective, folder, *options):
 def test_a_recipe_has_only_options_that_are_known_and_says_its_tokens(path):
     args, recipe = arguments.parse([str(path), "--use_cpu"])
     assert isinstance(args.learning_rate, float)
-    if args.warmup == "linear":
-        assert 0 < args.warmup_steps < args.max_steps
-    else:
-        assert args.warmup_steps == 0
+    kind = args.kind(args.warmup_steps)
+    expected = {"catapult": "linear", "gi_adam": "linear", "zero": "none"}.get(path.stem)
+    assert kind == (expected or ("linear" if path.parent.name == "tiny" else "guided"))
+    assert 0 < args.warmup_steps < args.max_steps if kind in ("linear", "none") else args.warmup_steps == 0
     text = path.read_text()
     processes = re.search(r"(\d+) processes x ", text)
     tokens = recipe.context * args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -77,7 +77,7 @@ def test_a_recipe_has_only_options_that_are_known_and_says_its_tokens(path):
     assert float(in_all[1]) == round(tokens * args.max_steps / unit, 1)
 
 
-@pytest.mark.parametrize("warmup", ["guided", "exponential", "persistent"])
+@pytest.mark.parametrize("warmup", ["guided", "persistent"])
 def test_a_recipe_runs_with_a_warmup_that_needs_no_steps(warmup, tmp_path, capsys):
     folder = tmp_path / "run"
     pretrain.run(few_steps("clm", folder, "--warmup", warmup, "--warmup_steps", "0", "--max_steps", "8"))
@@ -294,7 +294,8 @@ def yaml_with(tmp_path, **changes):
 
 BAD = [
     ({"learning_rat": "1.0e-3"}, "unknown option learning_rat: 0.001 in .* did you mean learning_rate"),
-    ({"init_lr": "banana"}, "init_lr must be `catapult`, `zero` or a positive number, got 'banana'"),
+    ({"init_lr": "banana"}, "init_lr must be `auto`, `catapult` or a positive number, got 'banana'"),
+    ({"max_init_fraction": 1.0}, "max_init_fraction in .* is no option any more: use init_lr=catapult"),
     ({"init_lr": -1.0}, "init_lr must be .* got '-1.0'"),
     ({"learning_rate": "6e-4"}, "learning_rate must be a number, got '6e-4'; YAML needs the dot: 6.0e-4"),
     ({"max_steps": "many"}, "max_steps must be a number, got 'many'"),
@@ -493,7 +494,7 @@ def test_the_readmes_launch_command_works_and_fails_with_a_code(tmp_path):
     failed = launch("--init_lr", "banana")
     assert failed.returncode != 0
     (line,) = [line for line in failed.stderr.splitlines() if "Traceback" in line or "error" in line.lower()]
-    assert line == "error: init_lr must be `catapult`, `zero` or a positive number, got 'banana'"
+    assert line == "error: init_lr must be `auto`, `catapult` or a positive number, got 'banana'"
     assert not (tmp_path / "run").exists()
     done = launch()
     assert done.returncode == 0, done.stderr

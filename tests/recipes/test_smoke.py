@@ -38,7 +38,7 @@ def command(path, folder):
     options += ["--eval_steps", "3", "--held_out", "100"]
     options += ["--dataloader_num_workers", "1"]
     recipe = yaml.safe_load(path.read_text())
-    if "warmup" not in recipe:
+    if "warmup_steps" in recipe:
         options += ["--warmup_steps", "2"]
     if "dataset" in recipe:
         plays = folder / "plays.jsonl"

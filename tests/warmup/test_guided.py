@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from statistics import fmean
 
 import pytest
@@ -52,7 +53,7 @@ def test_the_first_learning_rate_is_that_of_a_line_that_makes_the_distance_in_it
 
 @pytest.mark.parametrize(("num_steps", "line"), [(100, 22), (300, 66), (545, 119.9), (546, 120), (10**6, 120), (2, 1)])
 def test_the_line_takes_22_percent_of_the_run_and_at_most_120_steps(num_steps, line):
-    assert GuidedWarmup(num_steps).line_steps == pytest.approx(line)
+    assert GuidedWarmup(num_steps).ramp_steps == pytest.approx(line)
 
 
 @pytest.mark.parametrize("valley", [1e-4, 0.05, 30.0])
@@ -127,8 +128,6 @@ def test_the_learning_rates_are_those_of_the_equations_written_out():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_learning_rate_never_falls_and_rises_no_faster_than_the_square_of_the_steps(seed):
-    import random
-
     noise = random.Random(seed)
     rule = GuidedWarmup(400)
     lrs = World(0.05, slope=lambda path: noise.uniform(-50, 100) if path else 25.0, loss=learning_on).run(rule)
@@ -238,6 +237,17 @@ def test_a_bound_is_reached_and_never_passed(bound):
     assert lrs[:-1] == free[: len(lrs) - 1]
 
 
+def test_the_overshoot_and_the_peak_that_a_bound_was_before_are_news():
+    world, rule, news = World(0.05, loss=learning_on), GuidedWarmup(1200), {}
+    while rule.ended_by is None:
+        world.path += rule(world)
+        news |= {rule.num_steps - 1: rule.news} if rule.news else {}
+    assert news == {rule.overshoot_step: {"overshoot_lr": rule.overshoot_lr}}
+    bounded = GuidedWarmup(1200, learning_rate=1e-4)
+    World(0.05).run(bounded)
+    assert bounded.news == {"expected_peak_lr": pytest.approx(0.15 * 0.05, rel=0.01)}
+
+
 def test_a_bound_above_the_peak_changes_nothing():
     lrs = World(0.05, loss=learning_on).run(GuidedWarmup(400, learning_rate=0.1))
     assert lrs == World(0.05, loss=learning_on).run(GuidedWarmup(400))
@@ -323,7 +333,7 @@ def test_a_rule_that_is_loaded_goes_on_to_the_digit(at):
     [
         (GuidedWarmup(400, 1e-3), "learning_rate must be None"),
         (GuidedWarmup(500), "num_training_steps must be 400"),
-        (GuidedWarmup(400, line_steps=5), "line_steps must be 88.0"),
+        (GuidedWarmup(400, ramp_steps=5), "ramp_steps must be 88.0"),
         (GuidedWarmup(400, wait=False), "wait must be True"),
     ],
 )
@@ -348,7 +358,7 @@ def test_other_options_than_those_of_the_checkpoint_are_refused_by_name(other, m
         ("mean_slope", None),
         ("overshoot_step", 0),
         ("overshoot_lr", None),
-        ("line_steps", 0.0),
+        ("ramp_steps", 0.0),
         ("learning_rate", 0.0),
         ("num_training_steps", 0),
         ("ended_by", "magic"),
@@ -371,7 +381,7 @@ def test_a_state_that_no_run_leaves_is_refused_by_name(name, value):
         ({"num_training_steps": 1.5}, "num_training_steps must be"),
         ({"num_training_steps": 10, "learning_rate": 0.0}, "learning_rate must be"),
         ({"num_training_steps": 10, "learning_rate": math.nan}, "learning_rate must be"),
-        ({"num_training_steps": 10, "line_steps": 0}, "line_steps must be"),
+        ({"num_training_steps": 10, "ramp_steps": 0}, "ramp_steps must be"),
     ],
 )
 def test_bad_options_are_refused_by_name(arguments, message):

@@ -42,6 +42,16 @@ def test_it_gives_way_to_the_decay_at_half_of_the_run():
     assert made == made[:1] * 6
 
 
+def test_a_search_is_news_with_all_the_forward_passes_so_far():
+    rule = PersistentCatapult(1000, 1.0, init_lr=1e-3)
+    for script, searches in zip(SCRIPT[:4], (True, False, False, True), strict=True):
+        before = rule.num_trials
+        rule(Step(*script))
+        found = {"critical_lr": rule.critical_lr, "forward_passes": rule.num_trials}
+        assert rule.news == (found if searches else {})
+        assert (rule.num_trials > before) == searches
+
+
 @pytest.mark.parametrize("at", range(6))
 def test_a_rule_that_is_loaded_goes_on_to_the_digit(at):
     rule, other = (PersistentCatapult(1000, 1.0, init_lr=1e-3, delta=1e-3) for _ in range(2))
@@ -71,6 +81,24 @@ def test_bad_options_are_refused_by_name(options, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "other"),
+    [("num_training_steps", 900), ("learning_rate", 2.0), ("init_lr", 1e-3), ("delta", 0.2)],
+)
+def test_other_options_than_those_of_the_checkpoint_are_refused_by_name(name, other):
+    options = {"num_training_steps": 1000, "learning_rate": 1.0, "init_lr": 1e-4, "delta": 0.1}
+    rule, changed = PersistentCatapult(**options), PersistentCatapult(**options | {name: other})
+    rule(Step(2.0, 0.1))
+    before = changed.state_dict()
+    with pytest.raises(ValueError, match=f"^{name} must be {options[name]} as in the checkpoint, got {other}"):
+        changed.load_state_dict(rule.state_dict())
+    assert changed.state_dict() == before
+    for script in SCRIPT:
+        rule(Step(*script))
+    changed.load_state_dict(rule.state_dict())  # warmup has ended
+    assert changed.lr == 1.0
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [("num_steps", -1), ("lr", math.nan), ("num_trials", 1.5), ("critical_lr", -1.0), ("ended_by", "magic")],
 )
@@ -79,7 +107,5 @@ def test_a_state_that_no_run_leaves_is_refused_by_name(name, value):
     rule(Step(2.0, 0.1))
     with pytest.raises(ValueError, match=name):
         PersistentCatapult(1000, 1.0).load_state_dict(rule.state_dict() | {name: value})
-    with pytest.raises(ValueError, match="learning_rate must be 1.0 as in the checkpoint, got 2.0"):
-        PersistentCatapult(1000, 2.0).load_state_dict(rule.state_dict())
     with pytest.raises(ValueError, match="the state must be of a PersistentCatapult"):
         rule.load_state_dict({})

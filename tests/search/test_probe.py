@@ -13,7 +13,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hf_warmup import GIAdamW, find_critical_lr, has_momentum, loss_after_step, momentum_slope, update_slope
-from hf_warmup import probe as probe_module
 from hf_warmup.search import along_step
 from hf_warmup.search.probe import gradient_norm
 from hf_warmup.search.shards import Shards
@@ -32,19 +31,16 @@ every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIM
 after = pytest.mark.parametrize("num_steps", [0, 3], ids=["first step", "later step"])
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch, request):
-    """So that the matrix of `Net` is cut in many."""
-    if "one_copy" not in request.node.name:
-        monkeypatch.setattr(probe_module, "_PIECE", 64)
-
-
 class Net(nn.Module):
-    """All a forward can leave a trace in: dropout, running statistics, a buffer put in another's place."""
+    """All a forward can leave a trace in: dropout, running statistics, a buffer put in another's place.
+
+    The first matrix is large enough that a step is made on several pieces of it, one after another.
+    """
 
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 999), nn.BatchNorm1d(999), nn.Tanh(), nn.Dropout(0.5), nn.Linear(999, 9))
+        first, last = nn.Linear(64, 999), nn.Linear(999, 9)
+        self.net = nn.Sequential(first, nn.BatchNorm1d(999), nn.Tanh(), nn.Dropout(0.5), last)
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x):
@@ -58,7 +54,7 @@ def training(make):
     torch.manual_seed(0)
     model = Net()
     optimizer = make(model.parameters())
-    x, y = torch.randn(32, 6), torch.randint(9, (32,))
+    x, y = torch.randn(32, 64), torch.randint(9, (32,))
     return model, optimizer, lambda: nn.functional.cross_entropy(model(x), y)
 
 
@@ -325,6 +321,20 @@ def test_the_copy_may_lie_on_the_cpu():
     losses = [loss_after_step(optimizer, loss_fn, 0.5, module=model, copy_on_cpu=where) for where in (False, True)]
     assert losses[0] == losses[1]
     assert_same(everything(model, optimizer), before)
+
+
+def test_a_loss_is_computed_without_autograd():
+    model, optimizer, loss_fn = training(OPTIMIZERS["AdamW"])
+    loss_fn().backward()
+
+    def recorded():
+        return float(torch.is_grad_enabled() or loss_fn().requires_grad)
+
+    for lr in (0.0, 0.1):
+        assert loss_after_step(optimizer, recorded, lr, module=model) == 0
+        with along_step(optimizer, recorded, 0.1, module=model) as (loss_at, _):
+            assert loss_at(lr) == 0
+            assert torch.is_grad_enabled()
 
 
 def test_dropout_draws_the_same_masks_at_every_learning_rate():
