@@ -152,6 +152,15 @@ class Failing(Trainer):
         return super().compute_loss(*args, **kwargs)
 
 
+class Little(Trainer):
+    """Has no memory for more than four sequences."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if len(inputs["input_ids"]) > 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
 def make_large_model():
     """2.6 million parameters: pieces of the probe are 1/100 of them, not a fixed least size."""
     torch.manual_seed(0)
@@ -197,7 +206,8 @@ def run(
     if batch_norm:
         model.model.norm = FeatureNorm(model.config.hidden_size)
     kwargs = {"optimizer_cls_and_kwargs": (GIAdamW, {"lr": args.learning_rate, "v0": v0})} if v0 else {}
-    trainer = (Failing if fails else Trainer)(model, args, train_dataset=make_dataset(vocab=tokens), **kwargs)
+    cls = Failing if fails else Little if args.auto_find_batch_size else Trainer
+    trainer = cls(model, args, train_dataset=make_dataset(vocab=tokens), **kwargs)
     WarmupCallback.attach(trainer)
     if sharpness:
         SharpnessCallback(**sharpness).attach(trainer)

@@ -27,18 +27,20 @@ UNCLIPPED = {**LINEAR, "max_grad_norm": 100.0}
 GIVEN = {**LINEAR, "init_lr": "3e-4", "save_strategy": "no", "max_grad_norm": 100.0}
 ADAM = {"max_steps": 1, "warmup_steps": 1, "learning_rate": 30, "init_lr": "catapult", "max_grad_norm": 0.3}
 WATCHED = {**GIVEN, "sharpness": {"every": 4}}
-RUNS = {"linear": UNCLIPPED, "given": GIVEN, "guided": GUIDED, "adam": ADAM, "watched": WATCHED}
+BOTH = {**UNCLIPPED, "save_strategy": "no", "sharpness": {"every": 4}}
+RUNS = {"linear": UNCLIPPED, "given": GIVEN, "guided": GUIDED, "adam": ADAM, "watched": WATCHED, "both": BOTH}
 RESUMED = {**UNCLIPPED, "save_strategy": "no"}
 ONE_STEP = {"max_steps": 1, "warmup_steps": 1}
 MORE = {
     "random": {**ONE_STEP, "v0": "random", "warmup": "none", "max_grad_norm": 100.0},
     "memory": {**ONE_STEP, "learning_rate": 1e-2, "memory": True},
+    "retried": {**UNCLIPPED, "save_strategy": "no", "auto_find_batch_size": True, "sharpness": {"every": 4}},
     "refused": {"sharpness": {"every": 2, "kind": "hessian"}},
 }
-SHARDED = ("linear", "given", "guided", "guided_from_12", "adam", "watched", "random", "from_4", "from_12")
+SHARDED = ("linear", "given", "guided", "guided_from_12", "adam", "watched", "both", "random", "from_4", "from_12")
 NAMES = {
     "zero1": ("linear", "adam", "guided"),
-    "zero2": (*SHARDED, "refused"),
+    "zero2": (*SHARDED, "retried", "refused"),
     "zero3": (*SHARDED, "memory"),
     "zero2_bf16": ("linear", "given"),
     "zero3_bf16": ("linear", "given"),
@@ -102,14 +104,23 @@ def test_the_search_finds_what_one_process_finds_along_clipped_gradients(backend
 
 
 @sharded
-def test_critical_sharpness_is_that_of_one_process_and_leaves_no_trace(backend, run, one):
-    seen = run(backend, "watched")
+@pytest.mark.parametrize("name", ["watched", "both"])
+def test_critical_sharpness_is_that_of_one_process_and_leaves_no_trace(backend, name, run, one):
+    """Also where warmup searches in the same step."""
+    seen = run(backend, name)
     found = seen.numbers("sharpness/critical")
     assert len(found) == 5
-    expected = Seen(one, "watched").numbers("sharpness/critical")
+    expected = Seen(one, name).numbers("sharpness/critical")
     # Without the slope, and so by other trials: the brackets are a factor of 2 wide.
     assert found == pytest.approx(expected, rel=0.15)
     assert_equal(seen.weights, run(backend, "given").weights)
+
+
+def test_warmup_and_sharpness_watch_the_engine_that_a_retry_has_made(run):
+    seen = run("zero2", "retried")
+    steps = [[e["step"] for e in seen.history if name in e] for name in ("warmup/init_lr", "sharpness/critical")]
+    assert steps == [[0], [0, 4, 8, 12, 16]]
+    assert seen.numbers("learning_rate")[0] == pytest.approx(3e-4)
 
 
 def test_the_hessian_is_refused_under_deepspeed(run):

@@ -1,6 +1,7 @@
 """Guided and persistent warmup on a real Trainer, and what they share with linear warmup."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -304,37 +305,55 @@ def test_what_guided_warmup_did_is_on_the_card_and_in_the_logs(make_trainer, tmp
 
 
 class Gaps(Trainer):
-    """Has gradients that are all zero in two steps before warmup, and in two within."""
+    """Has no usable gradient in two steps before warmup, and in two within."""
+
+    STEPS = (0, 1, 4, 6)
+    gradient = 0.0
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        if self.state.global_step in (0, 1, 4, 6):
+        if self.state.global_step in self.STEPS:
             for p in self.model.parameters():
-                p.grad.zero_()
+                p.grad.fill_(self.gradient)
         return loss
 
 
+class Overflows(Gaps):
+    """With a gradient scaler, as under fp16, which leaves those steps out."""
+
+    gradient = math.inf
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+
+@pytest.mark.parametrize("cls", [Gaps, Overflows])
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_without_a_gradient_are_made_at_the_learning_rate_that_there_is_and_resume_exactly(
-    make_trainer, tmp_path, kind
+    make_trainer, tmp_path, kind, cls
 ):
     def make():
-        return make_trainer(Gaps, **KINDS[kind], save_strategy="steps", save_steps=1)
+        return make_trainer(cls, **KINDS[kind], optim="adamw_torch", save_strategy="steps", save_steps=1)
 
     trainer = make()
     rates, target = train(trainer), trainer.args.learning_rate
     ((end, peak),) = logged(trainer, "warmup/peak_lr")
     assert start_of(trainer)["step"] == 2
-    assert rates[:2] == pytest.approx([target * own_factor(trainer)(t) for t in range(2)])
-    assert rates[end] == peak
+    assert rates[end] == pytest.approx(peak)
+    # The schedule counts what the optimizer has not left out.
+    left_out = Gaps.STEPS if cls is Overflows else ()
+    counts = [sum(step not in left_out for step in range(t)) for t in range(40)]
+    assert rates[:2] == pytest.approx([target * own_factor(trainer)(t) for t in counts[:2]])
     if kind == "linear":  # asks for nothing behind its start: a step is a step, as in the Trainer's own
-        assert rates[2:11] == pytest.approx([target * (0.1 + t / 10) for t in range(9)])
+        assert rates[2:11] == pytest.approx([target * (0.1 + (t - counts[2]) / 10) for t in counts[2:11]])
     else:
         assert (rates[4], rates[6]) == (rates[3], rates[5])
         assert warmup_report(trainer)["warmup_steps_taken"] == end + 1 - 4
     for stop in (1, 5, end):  # before warmup, within and at its end
         resumed = make()
-        assert train(resumed, resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}")) == rates[stop:]
+        rest = train(resumed, resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
+        assert rest == rates[stop:]
         assert same(weights(resumed), weights(trainer))
 
 
