@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class RunCard:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.written = False
+        self._said_no_plot = False
         self._dataset: str | Sequence[str] | None = None
 
     @property
@@ -88,6 +90,11 @@ class RunCard:
             if card:
                 tried("warmup.png", self._plot)
                 tried("README.md", lambda: self._card(report, new, failed))
+        if "warmup.png" in failed and find_spec("matplotlib") is None:  # left out, which is no failure
+            reason = failed.pop("warmup.png")
+            if not self._said_no_plot:
+                logger.warning(f"the card in {self._folder} is without a plot ({reason})")
+            self._said_no_plot = True
         self.written = not failed
         if failed:
             self._warn(failed)

@@ -26,7 +26,7 @@ def run_figure(history: History, title: str = "") -> "Figure":
     kind = next((k for k in get_args(SharpnessKind) if any(f"sharpness/{k}" in e for e in history)), None)
     rows = 2 + (kind is not None)
     heights = [2.5 * rows] + [2.0] * (len(search) > 1)
-    figure = _new_figure(sum(heights))
+    figure = new_figure(sum(heights))
     if title:
         figure.suptitle(_literal(title))
     runs: Any = figure
@@ -93,11 +93,25 @@ def _mark(axes: Any, history: History) -> None:
     axes.legend()
 
 
-def _new_figure(height: float) -> "Figure":
-    # A tenth of the time that a process takes to start, and of many processes one draws.
-    from matplotlib.figure import Figure
+def new_figure(height: float, width: float = 7.0) -> "Figure":
+    """A figure to draw on.
 
-    return Figure(figsize=(7, height), layout="constrained")
+    Args:
+        height: In inches.
+        width: In inches.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    # A tenth of the time that a process takes to start, and of many processes one draws.
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("a plot needs matplotlib: pip install matplotlib, or 'hf-warmup[plots]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _draw_search(axes: Any, search: list[tuple[float, float]], before: float) -> None:
@@ -119,7 +133,7 @@ def runs_figure(histories: Mapping[str, History]) -> "Figure":
     Returns:
         The figure.
     """
-    figure = _new_figure(6.0)
+    figure = new_figure(6.0)
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 3))
     highest = []
     for i, (name, history) in enumerate(histories.items()):

@@ -7,7 +7,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from hf_warmup import GIAdamW
 from hf_warmup.trainer import GIAdamWFactory, WarmupArguments, WarmupCallback, warmup_report
 
-from tiny import make_model, start_of
+from tiny import CHECKPOINTING, make_model, start_of
 
 
 def weights(trainer):
@@ -53,7 +53,7 @@ def test_two_lines_give_a_search_and_warmup_and_leave_the_optimizer_as_it_is(mak
         {"bf16": True},
         {"max_grad_norm": 0.1},
         {"gradient_accumulation_steps": 1},
-        {"activation_checkpointing": True},
+        {CHECKPOINTING: True},
     ],
     ids=str,
 )
