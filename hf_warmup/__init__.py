@@ -7,7 +7,7 @@ from hf_warmup.optim import GIAdamW
 from hf_warmup.search import CriticalLR, find_critical_lr, has_momentum, loss_after_step, momentum_slope, update_slope
 from hf_warmup.warmup import GuidedWarmup, LinearWarmup, PersistentCatapult, WarmupSchedule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CriticalLR",

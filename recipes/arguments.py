@@ -5,9 +5,10 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -15,10 +16,10 @@ from typing import Any, Literal, NoReturn
 import torch
 import yaml
 from accelerate.utils import DynamoBackend
-from transformers import AutoConfig, HfArgumentParser, PretrainedConfig, get_scheduler
+from transformers import AutoConfig, HfArgumentParser, PretrainedConfig, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
-from hf_warmup.trainer import WarmupTrainingArguments
+from hf_warmup.trainer import WarmupArguments, WarmupTrainingArguments
 from hf_warmup.trainer.arguments import GONE
 from hf_warmup.trainer.secrets import hide_known
 
@@ -60,7 +61,7 @@ class RecipeArguments:
         default="",
         metadata={
             "help": "Configuration as a mapping (JSON on the command line): model_type, and what differs from its "
-            "defaults. The vocabulary size and the context are filled in."
+            "defaults. The vocabulary size and the context are filled in. `--model.n_layer 2` changes one key of it."
         },
     )
     vocab_size: int = field(default=4096, metadata={"help": "Size of the tokenizer that is trained on the text."})
@@ -104,12 +105,20 @@ class RecipeArguments:
     smoke: bool = field(
         default=False,
         metadata={
-            "help": "Shrink the model, the batch and what is shuffled, and nothing else, to see that a recipe runs."
+            "help": "See that a recipe runs, without a hub, a GPU or time: a small model and batch, three steps, "
+            "Shakespeare and a tokenizer of its own in place of the hub's, output in output_dir with -smoke behind "
+            "it. Sizes on the command line count."
         },
     )
     plan: int = field(
         default=0,
-        metadata={"help": "Print what the run would be on that many processes (tokens, memory, search), and end."},
+        metadata={
+            "help": "Print what the run would be on that many processes (tokens, days, memory, search), and end."
+        },
+    )
+    lr_chosen_for: int = field(
+        default=0,
+        metadata={"help": "Tokens per step that learning_rate was chosen for, for a word of `plan`; 0 if unknown."},
     )
 
     def __post_init__(self) -> None:
@@ -134,6 +143,7 @@ class RecipeArguments:
             ("held_out", 1),
             ("shuffle_blocks", 1),
             ("sharpness_every", 0),
+            ("lr_chosen_for", 0),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -196,12 +206,59 @@ _SMOKE = {
 }
 
 
+# The groups of --help, in their order; of `data` is also what no other names, and the trainer's own come last.
+_GROUPS = {
+    "run": """output_dir overwrite resume_from_checkpoint smoke plan lr_chosen_for sample_prompt peak_tflops
+        sharpness_every sharpness_kind""".split(),
+    "data": ["text_column", "label_column"],
+    "model": """objective model init_from dtype lora_r lora_alpha lora_dropout lora_target_modules""".split(),
+    "warmup": [*(option.name for option in dataclasses.fields(WarmupArguments)), "warmup_steps"],
+    "Trainer": [],
+}
+
+
 class Parser(HfArgumentParser):
-    """A parser whose errors are ValueErrors of a line."""
+    """A parser whose errors are ValueErrors of a line, and whose help is in groups."""
+
+    def __init__(self, types: Sequence[type], usage: str = "%(prog)s [--option value ...]") -> None:
+        own = [cls for cls in types if not issubclass(cls, TrainingArguments)]
+        self.titles = {option.name: "data" for cls in own for option in dataclasses.fields(cls)}
+        self.titles |= {name: title for title, names in _GROUPS.items() for name in names}
+        self.groups: dict[str, Any] = {}
+        super().__init__(types, usage=usage, allow_abbrev=False)
+
+    def add_argument(self, *flags: str, **options: Any) -> Any:
+        if flags[0] == "-h":
+            return super().add_argument(*flags, **options)
+        self.groups = self.groups or {title: self.add_argument_group(title) for title in _GROUPS}
+        name = options.get("dest", flags[0].lstrip("-"))
+        return self.groups[self.titles.get(name, "Trainer")].add_argument(*flags, **options)
+
+    def read(self, argv: Sequence[str]) -> Any:
+        """The options by name.
+
+        Raises:
+            ValueError: In one line, with the first that there is not, and what is meant.
+        """
+        found, left = self.parse_known_args(list(argv))
+        if left:
+            more = [*left[1:], "--"]
+            shown = " ".join([left[0], *more[: next(i for i, word in enumerate(more) if word.startswith("--"))]])
+            name = left[0].partition("=")[0].lstrip("-").replace("-", "_")
+            raise unknown(name, shown, [f.name for cls in self.dataclass_types for f in dataclasses.fields(cls)])
+        return found
 
     def error(self, message: str) -> NoReturn:
         # argparse would print the usage first: some hundred lines.
         raise ValueError(message)
+
+
+def unknown(name: str, shown: str, known: Iterable[str], where: str = "") -> ValueError:
+    """What to say of an option that there is not: what it has become, or which is meant."""
+    if name in GONE:
+        return ValueError(f"{name}{where} is no option any more: {GONE[name]}")
+    near = difflib.get_close_matches(name, known, 1)
+    return ValueError(f"unknown option {shown}{where}" + "".join(f"; did you mean {n}?" for n in near))
 
 
 def parse(argv: list[str]) -> tuple[WarmupTrainingArguments, RecipeArguments]:
@@ -210,34 +267,100 @@ def parse(argv: list[str]) -> tuple[WarmupTrainingArguments, RecipeArguments]:
     Raises:
         ValueError: In one line, with the option and its value.
     """
-    parser = Parser(
-        [WarmupTrainingArguments, RecipeArguments],
-        usage="pretrain.py RECIPE.yaml [--option value ...]",
-        allow_abbrev=False,
-    )
+    parser = Parser([WarmupTrainingArguments, RecipeArguments], usage="pretrain.py RECIPE.yaml [--option value ...]")
     if not argv or argv[0] in ("-h", "--help"):
         parser.parse_args(["--help"])
-    path = Path(argv[0])
-    if not path.is_file():
-        raise ValueError(f"the recipe must be a YAML file that exists, got {path}")
     # As if typed before the rest: argparse checks what is typed, but not the defaults it is given.
-    arguments = _as_typed(_read(path)) + argv[1:]
+    options, (typed, keys) = read_recipe(argv[0]), _keys_of_model(argv[1:])
+    given = parser.read([*options, *typed])
+    arguments = [*options, *(_smoke_sizes(given) if given.smoke else []), *typed]
+    if keys:
+        arguments.append(f"--model={_with_keys(given.model, keys)}")
+    said = ["smoke: a small model"]
+    if given.smoke:
+        arguments += _smoke_data(given, typed, said)
+    if (given.smoke or given.plan) and not torch.accelerator.is_available():
+        arguments += ["--use_cpu", "--tf32=false"]
+        # A plan is for GPUs: there the type of numbers counts.
+        arguments += ["--bf16=false", "--fp16=false"] if given.smoke else []
     training, recipe = as_dataclasses(parser, arguments)
     if recipe.streaming and training.max_steps <= 0:
         raise ValueError(
             f"max_steps must be positive with streaming=true, got {training.max_steps}: a stream has no end"
         )
     available = get_available_reporting_integrations()
-    for name in training.report_to:
-        if name not in available:
+    for name in [] if recipe.plan else list(training.report_to):
+        if name not in available and recipe.smoke:
+            training.report_to.remove(name)
+            said.append(f"no {name}, which is not installed")
+        elif name not in available:
             raise ValueError(
                 f"report_to must be of what is installed, got {name}: pip install it, or pass --report_to none"
             )
-    if recipe.smoke:
-        training.per_device_train_batch_size = training.per_device_eval_batch_size = 2
-        training.gradient_accumulation_steps = min(2, training.gradient_accumulation_steps)
-        recipe.shuffle_blocks = min(64, recipe.shuffle_blocks)  # read before the first step
+    if recipe.smoke and training.process_index == 0:
+        print(", ".join([*said, f"{training.max_steps} steps, output in {training.output_dir}"]))
     return training, recipe
+
+
+# The most of what --smoke has; more on the command line counts.
+_SMOKE_SIZES = {
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "shuffle_blocks": 64,  # read before the first step
+    "held_out": 100,
+    "max_steps": 3,
+    "warmup_steps": 2,
+    "logging_steps": 1,
+    "dataloader_num_workers": 0,
+}
+_SHAKESPEARE = Path(__file__).with_name("tiny") / "shakespeare.txt"
+
+
+def _smoke_sizes(given: Any) -> list[str]:
+    sizes = {name: min(most, getattr(given, name)) for name, most in _SMOKE_SIZES.items()}
+    if sizes["max_steps"] <= 0:  # epochs
+        sizes["max_steps"] = _SMOKE_SIZES["max_steps"]
+    return [f"--{name}={size}" for name, size in sizes.items()]
+
+
+def _smoke_data(given: Any, typed: Sequence[str], said: list[str]) -> list[str]:
+    """What takes the place of the hub's, and a folder that is not the recipe's; `said` is told what was replaced."""
+    options = []
+    if given.dataset and not Path(given.dataset).exists():
+        options += ["--dataset=", "--dataset_config=", f"--text={_SHAKESPEARE}", "--text_column=text"]
+        said.append(f"{_SHAKESPEARE.name} in place of {given.dataset}")
+    if given.tokenizer and not Path(given.tokenizer).exists():
+        options += ["--tokenizer=", f"--vocab_size={min(512, given.vocab_size)}"]
+        said.append(f"a tokenizer trained on the text in place of {given.tokenizer}")
+    if not any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in typed):
+        options += [f"--output_dir={given.output_dir or 'run'}-smoke", "--overwrite"]
+    return options
+
+
+def _keys_of_model(typed: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The options without those of single keys of the model, as `--model.n_layer 2`; and these."""
+    others, keys, words = [], {}, iter(typed)
+    for word in words:
+        if not word.startswith("--model."):
+            others.append(word)
+            continue
+        name, is_there, value = word.removeprefix("--model.").partition("=")
+        value = value if is_there else next(words, "--")
+        if value.startswith("--"):
+            raise ValueError(f"model.{name} must have a value, got none")
+        try:
+            keys[name] = json.loads(value)
+        except ValueError:
+            keys[name] = value
+    return others, keys
+
+
+def _with_keys(model: str, keys: dict[str, Any]) -> str:
+    try:
+        return json.dumps({**json.loads(model), **keys})
+    except (ValueError, TypeError):
+        raise ValueError(f"model must be a mapping for {', '.join(keys)} to be in it, got {model!r}") from None
 
 
 # From, and below; None and words are not looked at.
@@ -266,10 +389,13 @@ def as_dataclasses(parser: Parser, argv: Sequence[str]) -> tuple[Any, ...]:
     Raises:
         ValueError: In one line, with the option and its value, whatever the libraries say.
     """
+    # Bars are for a terminal; in a file there is a line for each log entry.
+    argv = [f"--disable_tqdm={not sys.stderr.isatty()}", *argv]
+    parser.read(argv)
     try:
-        parsed = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+        parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except Exception as error:
-        raise ValueError(_named(parser, list(argv), error)) from error
+        raise ValueError(_named(parser, argv, error)) from error
     training = parsed[0]
     if not training.output_dir:
         raise ValueError(f"output_dir must be the name of a folder, got {training.output_dir!r}")
@@ -287,6 +413,8 @@ def as_dataclasses(parser: Parser, argv: Sequence[str]) -> tuple[Any, ...]:
             DynamoBackend(backend.upper())
     if training.run_name is not None:
         training.run_name = hide_known(training.run_name)  # which is written into many files
+    if training.device.type == "cpu":
+        training.dataloader_pin_memory = False  # torch would warn that there is nothing to pin for
     return parsed
 
 
@@ -326,6 +454,18 @@ def _as_typed(options: dict[str, Any]) -> list[str]:
     return typed
 
 
+def read_recipe(name: str) -> list[str]:
+    """The options of a recipe as if they were typed.
+
+    Raises:
+        ValueError: In one line, if it is not there or holds something else.
+    """
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"the recipe must be a YAML file that exists, got {path}")
+    return _as_typed(_read(path))
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -340,13 +480,8 @@ def _read(path: Path) -> dict[str, Any]:
         if name in {f.name for f in dataclasses.fields(cls)}
     }
     for name, value in options.items():
-        if name in GONE and name not in annotations:
-            raise ValueError(f"{name} in {path} is no option any more: use {GONE[name]}")
         if name not in annotations:
-            near = difflib.get_close_matches(str(name), annotations, 1)
-            raise ValueError(
-                f"unknown option {name}: {value} in {path}" + "".join(f"; did you mean {n}?" for n in near)
-            )
+            raise unknown(str(name), f"{name}: {value}", annotations, f" in {path}")
         _check_type(name, value, annotations[name])
     if options.get("text"):
         files = [options["text"]] if isinstance(options["text"], str) else options["text"]

@@ -2,7 +2,7 @@
 
     accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/finetune_classification.py \\
         --model FacebookAI/roberta-base --dataset fancyzhx/ag_news --eval_split test --lora_r 0 \\
-        --output_dir runs/classification --learning_rate 2e-5 --warmup_steps 200 --num_train_epochs 1
+        --output_dir runs/classification --learning_rate 2e-5 --num_train_epochs 1
 
 Every option of TrainingArguments is one of this script, as are the warmup's. Rows have a column with the text and
 one with the label, a word or a whole number. Leaves LoRA's adapter (with --lora_r 0 the model), the tokenizer, a

@@ -2,7 +2,7 @@
 
     accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/finetune_sft.py \\
         --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --output_dir runs/sft \\
-        --learning_rate 2e-4 --warmup_steps 100 --max_steps 1000
+        --learning_rate 2e-4 --max_steps 1000
 
 Every option of trl's SFTConfig is one of this script, as are the warmup's. Rows have a column `text` (or what
 dataset_text_field says), `prompt` and `completion`, or `messages`. Leaves the adapter (with --lora_r 0 the model),

@@ -16,7 +16,7 @@ from hf_warmup.trainer import warmup_report
 from hf_warmup.trainer.report import number, target_words
 
 from arguments import Parser, as_dataclasses, one_line
-from running import carry_out
+from running import carry_out, leave, warmup_rows
 from texts import LeftOut, json_rows
 
 _KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -80,8 +80,7 @@ class FinetuneArguments:
 
 def parse(argv: Sequence[str], config: type[TrainingArguments]) -> tuple[Any, FinetuneArguments]:
     """Read the options of a trainer's configuration, which mixes in WarmupArguments, and of what to train."""
-    parser = Parser([config, FinetuneArguments], allow_abbrev=False)
-    return as_dataclasses(parser, argv)
+    return as_dataclasses(Parser([config, FinetuneArguments]), argv)
 
 
 def from_pretrained(cls: Any, name: str, **options: Any) -> Any:
@@ -197,15 +196,13 @@ def finish(trainer: Trainer, what: FinetuneArguments) -> None:
     """Evaluate, save, and say what happened."""
     if trainer.eval_dataset is not None:
         trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
     card: dict[str, Any] = {"model_name": Path(trainer.args.output_dir).name, "tags": ["hf-warmup"]}
     data = what.dataset or ", ".join(Path(file).name for file in what.files)
     if type(trainer) is Trainer:  # trl's card has other options, and names a base model by itself
         card["dataset"] = data
     elif what.dataset:
         card["dataset_name"] = data
-    trainer.create_model_card(**card)  # after `save_model`, for which peft writes its own
+    leave(trainer, card)
     if trainer.is_world_process_zero():
         print(summary(trainer))
 
@@ -219,7 +216,7 @@ def summary(trainer: Trainer) -> str:
         ("optimizer", report["optimizer"]),
         ("initial learning rate η_init", number(report["init_lr"]) + " (capped)" * report["capped"]),
         ("target learning rate η_trgt", target_words(report)),
-        ("forward passes for the search", str(report["forward_passes"])),
+        *warmup_rows(report),
         *(
             (f"{name} before / after", f"{evaluations[0][key]:.3f} / {evaluations[-1][key]:.3f}")
             for name, key in (("validation loss", "eval_loss"), ("accuracy", "eval_accuracy"))

@@ -10,11 +10,22 @@ from hf_warmup.trainer import WarmupTrainingArguments
 from hf_warmup.warmup import GuidedWarmup
 
 from arguments import RecipeArguments, make_config, one_line
+from running import PEAK_TFLOPS, flops_per_token
 
 SINGLE, HALF = 4, 2  # bytes of a number
 ADAM_STATES = 2  # numbers that Adam keeps per parameter
 SEARCH_PASSES = 8  # forward passes of a search, at most on most networks
 SEARCH_COPIES = 1.1  # most that a search holds, in copies of the parameters
+REACHED = 0.4  # part of a GPU's peak that a run reaches
+GROWN = 2  # times as large a batch is another one
+# About how many tokens a data set and its configuration have: FineWeb-Edu's by its card, in tokens of GPT-2; of
+# Wikipedia its words, of which each is a token at least.
+DATASET_TOKENS = {
+    ("HuggingFaceFW/fineweb-edu", "sample-10BT"): 10e9,
+    ("HuggingFaceFW/fineweb-edu", "sample-100BT"): 100e9,
+    ("HuggingFaceFW/fineweb-edu", "sample-350BT"): 350e9,
+    ("wikimedia/wikipedia", "20231101.en"): 3.3e9,
+}
 
 
 def search_cost(args: WarmupTrainingArguments) -> str:
@@ -76,8 +87,33 @@ def memory_per_process(parameters: int, processes: int, low: int, search: bool) 
     return [["memory per process", *ways], *rows]
 
 
+def days(operations: float, processes: int) -> str:
+    """How long so many operations take on GPUs, one a process."""
+    needs = {kind: operations / (REACHED * PEAK_TFLOPS[kind] * 1e12 * processes) / 86400 for kind in ("A100", "H100")}
+    return ", ".join(f"{time:.2g} on {processes} {kind}" for kind, time in needs.items())
+
+
+def warnings(args: WarmupTrainingArguments, recipe: RecipeArguments, tokens: int) -> list[str]:
+    """What is wrong with so many tokens per step, each a line."""
+    lines, in_all = [], tokens * max(args.max_steps, 0)
+    known = DATASET_TOKENS.get((recipe.dataset, recipe.dataset_config))
+    if known is not None and in_all > known:
+        lines.append(
+            f"warning: {recipe.dataset} {recipe.dataset_config} has about {known / 1e9:g}B tokens, and the run takes "
+            f"{in_all / known:.3g} times as many: it meets the same text again"
+        )
+    chosen = recipe.lr_chosen_for
+    if chosen and not args.auto_lr and tokens >= GROWN * chosen:
+        lines.append(
+            f"warning: the recipe's learning_rate was chosen for {chosen:,} tokens per step, and {tokens:,} are "
+            f"{tokens / chosen:.3g} times as many: lower gradient_accumulation_steps or per_device_train_batch_size, "
+            "or choose it anew"
+        )
+    return lines
+
+
 def plan(args: WarmupTrainingArguments, recipe: RecipeArguments) -> str:
-    """Two tables; nothing is trained, tokenized or written."""
+    """Two tables, and what is wrong with them; nothing is trained, tokenized or written."""
     cls = AutoModelForMaskedLM if recipe.objective == "mlm" else AutoModelForCausalLM
     config = make_config(recipe, recipe.vocab_size)
     with torch.device("meta"), one_line("model must be a configuration that a model can be made of", recipe.model):
@@ -86,6 +122,7 @@ def plan(args: WarmupTrainingArguments, recipe: RecipeArguments) -> str:
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * recipe.plan
     steps = f"{args.max_steps:,}" if args.max_steps > 0 else f"those of {args.num_train_epochs:g} epochs"
     tokens = sequences * recipe.context
+    operations = tokens * args.max_steps * flops_per_token(model, recipe.context)
     rows = [
         ("processes", f"{recipe.plan}"),
         ("parameters", f"{parameters:,}"),
@@ -93,6 +130,14 @@ def plan(args: WarmupTrainingArguments, recipe: RecipeArguments) -> str:
         ("tokens per step", f"{tokens:,}"),
         ("steps", steps),
         ("tokens in all", f"{tokens * args.max_steps:,}" if args.max_steps > 0 else "by the text"),
+        *(
+            [
+                ("operations in all", f"{operations:.3g}, 6 for a parameter and a token, and attention's"),
+                (f"days at {REACHED:.0%} of the peak", days(operations, recipe.plan)),
+            ]
+            if args.max_steps > 0
+            else []
+        ),
         ("warmup", warmup_words(args)),
         ("search", search_cost(args)),
     ]
@@ -102,4 +147,5 @@ def plan(args: WarmupTrainingArguments, recipe: RecipeArguments) -> str:
     memory = memory_per_process(parameters, recipe.plan, low, searches)
     notes = ["Activations come on top, and the layer that is gathered where weights are sharded."]
     table = functools.partial(tabulate, tablefmt="rounded_outline", disable_numparse=True)
+    notes += warnings(args, recipe, tokens)
     return "\n".join([table(rows), table(memory, headers="firstrow"), *notes])

@@ -4,7 +4,7 @@
 
 Any option of the recipe can be changed behind it: `--learning_rate 1e-3 --warmup none`. Leaves the model,
 its tokenizer, a model card with a plot, and `warmup.json` in the output folder. `--plan 64` only says what the
-run would be on 64 processes.
+run would be on 64 processes, and `--smoke` makes three small steps; both anywhere, without a GPU or the hub.
 """
 
 import json
@@ -22,15 +22,26 @@ from transformers import (
 )
 
 from hf_warmup.trainer import SharpnessCallback, WarmupCallback, WarmupTrainingArguments, warmup_report
-from hf_warmup.trainer.report import number, peak_words, target_words
+from hf_warmup.trainer.report import critical_words, number, target_words
 
-from arguments import RecipeArguments, make_config, one_line, parse
+from arguments import RecipeArguments, make_config, one_line, parse, read_recipe
 from collator import Collator, Numbered
 from data import bytes_per_token, load_text, load_tokenizer, mask_once, pack, unigram_entropy
 from framing import Framing
 from metrics import LanguageModelMetrics
 from plan import plan
-from running import Epochs, Progress, RecipeTrainer, Samples, carry_out, flops_per_token, main, peak_flops
+from running import (
+    Epochs,
+    Progress,
+    RecipeTrainer,
+    Samples,
+    carry_out,
+    flops_per_token,
+    leave,
+    main,
+    peak_flops,
+    warmup_rows,
+)
 from stream import PackedStream
 
 
@@ -114,32 +125,13 @@ def make_trainer(args: WarmupTrainingArguments, recipe: RecipeArguments) -> tupl
     return trainer, unigram_entropy(held_out, tokenizer)
 
 
-def warmup_rows(report: dict) -> list[tuple[str, str]]:
-    """What warmup took, asked for in steps or left to find its own end."""
-    taken = "not finished" if report["warmup_steps_taken"] is None else report["warmup_steps_taken"]
-    if report["warmup"] == "linear":
-        return [
-            ("warmup steps taken / asked for", f"{taken} / {report['warmup_steps']}"),
-            ("steps saved (net of the search)", f"{report['steps_saved']:.1f}"),
-        ]
-    return [
-        ("warmup", report["warmup"]),
-        ("highest learning rate", peak_words(report)),
-        ("warmup steps taken", str(taken)),
-        ("forward passes for the search", str(report["forward_passes"])),
-    ]
-
-
 def summary(trainer: Trainer, entropy: float) -> str:
     """One table of what happened."""
     report = warmup_report(trainer)
     evaluations = [e for e in trainer.state.log_history if "eval_loss" in e]
     before, after = evaluations[0], evaluations[-1]
-    critical = "not searched for" if report["critical_lr"] is None else f"{report['critical_lr']:.3g}"
-    if report["search_status"] == "above_target":
-        critical = f"above {critical}"
     rows = [
-        ("critical learning rate η_c", critical),
+        ("critical learning rate η_c", critical_words(report)),
         ("initial learning rate η_init", number(report["init_lr"]) + " (capped)" * report["capped"]),
         ("target learning rate η_trgt", target_words(report)),
         *warmup_rows(report),
@@ -196,21 +188,21 @@ def run(argv: list[str]) -> int:
         make_trainer=make,
         finish=lambda trainer: finish(trainer, recipe, entropy),
         go_on=go_on,
+        recipe=read_recipe(argv[0]),
     )
 
 
 def finish(trainer: Trainer, recipe: RecipeArguments, entropy: float) -> None:
     """Evaluate, save the model and its card, and print what happened."""
     trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
-    trainer.create_model_card(
-        model_name=Path(trainer.args.output_dir).name,
-        tags=["hf-warmup"],
-        dataset=[recipe.dataset] if recipe.dataset else [Path(file).name for file in recipe.text],
-        dataset_tags=[recipe.dataset] if recipe.dataset else None,
-        tasks="text-generation" if recipe.objective == "clm" else "fill-mask",
-    )
+    card = {
+        "model_name": Path(trainer.args.output_dir).name,
+        "tags": ["hf-warmup"],
+        "dataset": [recipe.dataset] if recipe.dataset else [Path(file).name for file in recipe.text],
+        "dataset_tags": [recipe.dataset] if recipe.dataset else None,
+        "tasks": "text-generation" if recipe.objective == "clm" else "fill-mask",
+    }
+    leave(trainer, card)
     if trainer.is_world_process_zero():
         print(summary(trainer, entropy))
 

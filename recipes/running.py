@@ -16,18 +16,29 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils.logging import disable_progress_bar
 
+from hf_warmup.trainer.report import peak_words
 from hf_warmup.trainer.secrets import hide_known, hide_secrets
 
 from collator import Numbered
 
 # Dense bf16 operations per second, in 10^12, as their data sheets say.
-_PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0, "4090": 165.0}
+PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0, "4090": 165.0}
+_ANY_RUN = ("output_dir", "overwrite", "resume_from_checkpoint")  # options that say nothing of the training
 _WHOLE = "whole"  # the file that marks a checkpoint
 # What a run writes into its folder, beside run.json: files, and files of folders. README.md is not among them: the
 # card is written anew at the end of a run, and keeps what its author says.
@@ -49,6 +60,21 @@ class Progress(ProgressCallback):
             self.training_bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()})
 
 
+class Lines(PrinterCallback):
+    """A line for each log entry, in place of the Trainer's dictionary, for output that goes to a file."""
+
+    shapes = {"tokens_per_second": "{:,.0f} tokens/s", "data_wait": "data wait {:.1%}", "mfu": "MFU {:.1%}"}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            numbers = {k: v for k, v in logs.items() if k not in ("epoch", "total_flos")}
+            shown = [
+                self.shapes.get(k, f"{k} {{:.4g}}").format(v) if isinstance(v, int | float) else f"{k} {v}"
+                for k, v in numbers.items()
+            ]
+            print(f"{state.global_step}/{state.max_steps} steps: {', '.join(shown)}", flush=True)
+
+
 def flops_per_token(model: PreTrainedModel, context: int) -> float:
     """Operations of a training step per token, 6 N + 12 layers x width x context (arXiv:2204.02311, appendix B)."""
     config = model.config
@@ -58,7 +84,7 @@ def flops_per_token(model: PreTrainedModel, context: int) -> float:
 def peak_flops(args: Any, given_tflops: float) -> float | None:
     """What the devices of the run do at most in a second, all together; None if unknown."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() and not args.use_cpu else ""
-    known = next((tflops for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
+    known = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
     tflops = given_tflops or known
     return tflops and tflops * 1e12 * args.world_size
 
@@ -210,11 +236,12 @@ class RunFolder(TrainerCallback):
     Args:
         folder: The output folder.
         command: The arguments of the recipe's command; kept without its secrets.
+        recipe: The options that the recipe's file has, as if typed before those of the command.
     """
 
-    def __init__(self, folder: Path, command: Sequence[str]) -> None:
+    def __init__(self, folder: Path, command: Sequence[str], recipe: Sequence[str] = ()) -> None:
         self.folder, self.path = folder, folder / "run.json"
-        self.command = hide_secrets(command)
+        self.command, self.recipe = hide_secrets(command), hide_secrets(recipe)
 
     def begin(self) -> None:
         self._write(ended=False)
@@ -230,7 +257,8 @@ class RunFolder(TrainerCallback):
     def _write(self, *, ended: bool) -> None:
         # Beside it, then in its place: a kill must not leave a half of it.
         beside = self.path.with_name(f"run.json.{os.getpid()}")
-        beside.write_text(json.dumps({"command": self.command, "ended": ended}) + "\n", encoding="utf-8")
+        run = {"command": self.command, "recipe": self.recipe, "ended": ended}
+        beside.write_text(json.dumps(run) + "\n", encoding="utf-8")
         beside.replace(self.path)
 
     def check(self) -> None:
@@ -270,12 +298,31 @@ class RunFolder(TrainerCallback):
         """What run.json says."""
         try:
             run = json.loads(self.path.read_text(encoding="utf-8"))
-            return {"command": hide_secrets(run["command"]), "ended": bool(run["ended"])}
-        except (ValueError, TypeError, KeyError) as error:
+            command, recipe = hide_secrets(run["command"]), hide_secrets(run.get("recipe", self.recipe))
+            return {"options": _options(command, recipe), "ended": bool(run["ended"])}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"output_dir must hold a run.json that can be read, got {self.path}: {error}; pass "
                 "--resume_from_checkpoint latest or --overwrite, or choose another folder"
             ) from error
+
+    def _differences(self, run: dict[str, Any]) -> list[str]:
+        """The options that are not those of the run, with both values."""
+        was, now = run["options"], _options(self.command, self.recipe)
+        names = [n for n in {**was, **now} if n not in _ANY_RUN and was.get(n) != now.get(n)]
+        values = {name: (was.get(name, "not set"), now.get(name, "not set")) for name in names}
+        return [name + (f" (was {a}, now {b})" if len(a + b) < 80 else "") for name, (a, b) in values.items()]
+
+    def finished(self) -> str | None:
+        """What there is to say of a run with the same options that has ended; None if there is none."""
+        try:
+            state = json.loads((self.folder / "trainer_state.json").read_text(encoding="utf-8"))
+            steps = f"{state['global_step']} of {state['max_steps']} steps"
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        if not self.path.exists() or not (run := self._run())["ended"] or self._differences(run):
+            return None
+        return f"finished: {steps}, output in {self.folder}; --overwrite trains anew"
 
     def checkpoint(self, asked: str | None, overwrite: bool) -> str | None:
         """The checkpoint to go on from.
@@ -303,12 +350,14 @@ class RunFolder(TrainerCallback):
         is_run = self.path.exists() or (self.folder / "warmup.json").exists() or last is not None
         if overwrite and is_run:
             return None
+        others: list[str] = []
         if self.path.exists():
-            run = self._run()
-            if run == {"command": self.command, "ended": False} and (last is not None or not self._has_models()):
+            others = self._differences(run := self._run())
+            if not others and not run["ended"] and (last is not None or not self._has_models()):
                 return last
+        what = f"it holds a run with other options, {_first(others)}: " if others else ""
         way = "pass --resume_from_checkpoint latest or --overwrite" if is_run else "it holds no earlier run"
-        raise ValueError(f"output_dir must be empty, got {self.folder}: {way}, or choose another")
+        raise ValueError(f"output_dir must be empty, got {self.folder}: {what}{way}, or choose another")
 
     def _last(self) -> str | None:
         marks = self.folder.glob(f"checkpoint-*/{_WHOLE}")
@@ -317,6 +366,27 @@ class RunFolder(TrainerCallback):
 
     def _has_models(self) -> bool:
         return any(self.folder.glob("*.safetensors"))
+
+
+def _options(command: Sequence[str], recipe: Sequence[str]) -> dict[str, str]:
+    """The options of a command by name, with those of its recipe, the file that may come first."""
+    found: dict[str, list[str]] = {}
+    name = "recipe"
+    for word in [*command[:1], *recipe, *command[1:]]:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            found[name] = [value] if equals else []
+        else:
+            found.setdefault(name, []).append(word)
+    # A flag alone is true, and true is spelled in two ways.
+    spelled = {"True": "true", "False": "false"}
+    return {name: spelled.get(value := " ".join(values or ["true"]), value) for name, values in found.items()}
+
+
+def _first(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _delete(folder: Path) -> None:
@@ -376,6 +446,7 @@ def carry_out(
     make_trainer: Callable[[], Trainer],
     finish: Callable[[Trainer], None],
     go_on: Callable[[Trainer, str], None] | None = None,
+    recipe: Sequence[str] = (),
 ) -> int:
     """Train from the start, or on from where the same command was stopped, and finish.
 
@@ -386,27 +457,36 @@ def carry_out(
         make_trainer: Called once it is known that the run may begin.
         finish: Called when training has come to its end.
         go_on: Called before a run goes on, with the checkpoint.
+        recipe: The options that the recipe's file has.
 
     Returns:
-        0, or 128 and the number of the signal that stopped it.
+        0, also where the same command has ended before; or 128 and the number of the signal that stopped it.
     """
     if args.hub_token:
         # Where the hub looks for it too: the Trainer saves its arguments as they are, and uploads them.
         os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
     with _room_on_disk(str(args.output_dir)):
-        return _carry_out(argv, args, overwrite, make_trainer, finish, go_on)
+        folder = RunFolder(Path(args.output_dir), argv, recipe)
+        return _carry_out(folder, args, overwrite, make_trainer, finish, go_on)
 
 
 def _carry_out(
-    argv: Sequence[str],
+    folder: RunFolder,
     args: TrainingArguments,
     overwrite: bool,
     make_trainer: Callable[[], Trainer],
     finish: Callable[[Trainer], None],
     go_on: Callable[[Trainer, str], None] | None,
 ) -> int:
-    folder = RunFolder(Path(args.output_dir), argv)
     folder.check()
+    if not (overwrite or args.resume_from_checkpoint) and (words := folder.finished()) is not None:
+        if args.process_index == 0:
+            print(hide_known(words))
+        PartialState().destroy_process_group()
+        return 0
+    if args.disable_tqdm:
+        datasets.disable_progress_bars()
+        disable_progress_bar()
     checkpoint = folder.checkpoint(args.resume_from_checkpoint, overwrite)
     trainer = make_trainer()
     # The evaluation before the first step is half of the summary.
@@ -415,6 +495,8 @@ def _carry_out(
         folder.begin()
         if overwrite and checkpoint is None:
             folder.clear()  # not before everything else has been checked
+    if trainer.pop_callback(PrinterCallback) is not None:
+        trainer.add_callback(Lines)
     trainer.add_callback(stop := StopOnSignal(trainer))
     trainer.add_callback(folder)
     if checkpoint is not None and not _end_here(trainer, checkpoint) and go_on is not None:
@@ -432,6 +514,38 @@ def _carry_out(
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return 0 if stop.received is None else 128 + stop.received
+
+
+def warmup_rows(report: dict) -> list[tuple[str, str]]:
+    """What warmup took, asked for in steps or left to find its own end."""
+    taken = "not finished" if report["warmup_steps_taken"] is None else report["warmup_steps_taken"]
+    if report["warmup"] == "linear":
+        return [
+            ("warmup steps taken / asked for", f"{taken} / {report['warmup_steps']}"),
+            ("steps saved (net of the search)", f"{report['steps_saved']:.1f}"),
+        ]
+    return [
+        ("warmup", report["warmup"]),
+        ("highest learning rate", peak_words(report)),
+        ("warmup steps taken", str(taken)),
+        ("forward passes for the search", str(report["forward_passes"])),
+    ]
+
+
+def leave(trainer: Trainer, card: dict[str, Any]) -> None:
+    """Save the model, the trainer's state and the card, and only then send all of them, where that is asked for.
+
+    Args:
+        trainer: Which has trained.
+        card: Options of its `create_model_card`.
+    """
+    if trainer.args.push_to_hub:  # which saves the model and writes the card first
+        trainer.save_state()
+        trainer.push_to_hub(**card)
+        return
+    trainer.save_model()
+    trainer.save_state()
+    trainer.create_model_card(**card)  # after `save_model`, for which peft writes its own
 
 
 def main(run: Callable[[list[str]], int]) -> NoReturn:

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 import hf_warmup
+from hf_warmup import CriticalLR
+from hf_warmup.trainer import LearningRate
+from hf_warmup.trainer.plots import runs_figure
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "hf_warmup").rglob("*.py"))
@@ -73,6 +76,33 @@ def test_the_import_loads_nothing_heavy_beyond_torch():
     ).split()
     assert "hf_warmup.search.probe" in loaded
     assert [name for name in loaded if any(f"{name}.".startswith(f"{heavy}.") for heavy in HEAVY)] == []
+
+
+@pytest.mark.parametrize("missing", ["accelerate", "tabulate", "transformers", "yaml"])
+def test_the_trainers_side_says_which_extra_it_needs(missing):
+    refused = "try:\n    import hf_warmup.trainer\nexcept ImportError as error:\n    print(error)"
+    said = run(f"import sys; sys.modules['{missing}'] = None\n{refused}")
+    assert "hf_warmup.trainer needs more than torch (" in said  # behind what others say to it
+    assert "pip install 'hf-warmup[trainer]'" in said
+
+
+def test_the_trainers_side_needs_nothing_of_the_other_extras():
+    others = ("datasets", "evaluate", "matplotlib", "peft", "tensorboard", "trl")
+    run(f"import sys; sys.modules.update(dict.fromkeys({others})); import hf_warmup.trainer")
+
+
+PLOTS = [
+    lambda: CriticalLR(0.1, 0.1, 0.2, ((0.0, 1.0),), "found").plot(),
+    lambda: LearningRate(2e-2, 4e-3, 1, [(1e-3, 5.0)]).plot(),
+    lambda: runs_figure({}),
+]
+
+
+@pytest.mark.parametrize("plot", PLOTS, ids=["CriticalLR", "LearningRate", "compare_runs"])
+def test_a_plot_without_matplotlib_says_which_extra_it_needs(plot, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"a plot needs matplotlib: pip install matplotlib, or 'hf-warmup\[plots\]'"):
+        plot()
 
 
 def test_version_is_the_packages():

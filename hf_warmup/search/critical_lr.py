@@ -125,9 +125,15 @@ class CriticalLR:
 
         Returns:
             The axes.
+
+        Raises:
+            ImportError: If they are to be made and matplotlib is not installed.
         """
         if ax is None:
-            from matplotlib.figure import Figure  # noqa: TID251  Only who plots needs it.
+            try:
+                from matplotlib.figure import Figure  # noqa: TID251  Only who plots needs it.
+            except ImportError as error:
+                raise ImportError("a plot needs matplotlib: pip install matplotlib, or 'hf-warmup[plots]'") from error
 
             ax = Figure(layout="constrained").subplots()
         tried = sorted((lr, loss) for lr, loss in self.evals if lr > 0 and math.isfinite(loss))

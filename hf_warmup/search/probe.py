@@ -296,6 +296,15 @@ def along_step(
     and nothing else. It is `loss_after_step` up to rounding where u does not depend on η, as for SGD, Adam and
     AdamW, and holds two copies of the parameters where that holds one. Leaves no trace.
 
+    Example:
+        >>> import torch
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> loss_fn = lambda: (w**2).sum() / 2
+        >>> loss_fn().backward()
+        >>> with along_step(torch.optim.SGD([w], lr=1.0), loss_fn, 0.1) as (loss_at, slope):
+        ...     round(loss_at(1.0), 6), round(slope, 6)
+        (0.0, 2.0)
+
     Args:
         optimizer: As for `loss_after_step`; with parameter groups of several learning rates the largest is meant.
         loss_fn: As for `loss_after_step`, of one batch.

@@ -104,6 +104,11 @@ def sharpness(
     Leaves no trace: parameters, gradients, random numbers and, of `module`, buffers and train/eval mode are what
     they were.
 
+    Example:
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> round(sharpness(lambda: (w * w * torch.tensor([1.0, 3.0])).sum() / 2, [w]).values[0], 3)
+        3.0
+
     Args:
         loss_fn: Returns the loss of a fixed batch, a 0-d tensor with its graph. Or a sequence of such, one per
             micro-batch, whose losses **add up** to the loss of the batch: memory is then that of one micro-batch.
@@ -184,6 +189,12 @@ def sharpness_of(
 def adam_preconditioner(optimizer: Optimizer) -> dict[Tensor, Tensor]:
     """P_t of the step that Adam, AdamW or GIAdamW would make now, so that it subtracts η m_t / P_t.
 
+    Example:
+        >>> w = torch.ones(1, requires_grad=True)
+        >>> (2 * w).sum().backward()
+        >>> round(next(iter(adam_preconditioner(torch.optim.Adam([w])).values())).item(), 6)  # (1-β1) |g| in step 1
+        0.2
+
     Args:
         optimizer: Holds the gradients as `step()` would see them: accumulated, unscaled, clipped. May not have made
             a step; of GIAdamW's v_0 this counts what its first step would set.
@@ -223,6 +234,10 @@ def adam_preconditioner(optimizer: Optimizer) -> dict[Tensor, Tensor]:
 
 def stability_threshold(optimizer: Optimizer, *, first_step: bool | None = None) -> float:
     """The curvature above which the optimizer's iterates grow at its present learning rate.
+
+    Example:
+        >>> stability_threshold(torch.optim.SGD([torch.ones(1)], lr=0.5))  # 2 / η
+        4.0
 
     Args:
         optimizer: SGD, for λ^H; Adam, AdamW or GIAdamW, for λ^(P⁻¹H). Adam's own, coupled weight decay is left out:
@@ -274,7 +289,9 @@ def critical_sharpness(
 ) -> CriticalSharpness:
     """λ_c = 2 / η_c by forward passes alone. Not the sharpness: it knows one direction.
 
-        critical_sharpness(lambda lr: loss_after_step(optimizer, loss_fn, lr, module=model), previous=last.value)
+    Example:
+        >>> round(critical_sharpness(lambda lr: (1 - 20 * lr) ** 2, previous=20.0).value)  # η_c is 0.1
+        20
 
     Args:
         loss_at: As for `find_critical_lr`.

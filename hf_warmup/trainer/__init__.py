@@ -1,12 +1,17 @@
 """Warmup for the Hugging Face Trainer: flags, optimizer, callback and model card."""
 
-from hf_warmup.trainer.arguments import WarmupArguments, WarmupTrainingArguments
-from hf_warmup.trainer.callback import WarmupCallback
-from hf_warmup.trainer.compare import Comparison, compare_runs
-from hf_warmup.trainer.optimizers import GIAdamWFactory
-from hf_warmup.trainer.report import warmup_report
-from hf_warmup.trainer.sharpness import SharpnessCallback
-from hf_warmup.trainer.suggest import LearningRate, suggest_lr
+try:
+    from hf_warmup.trainer.arguments import WarmupArguments, WarmupTrainingArguments
+    from hf_warmup.trainer.callback import WarmupCallback
+    from hf_warmup.trainer.compare import Comparison, compare_runs
+    from hf_warmup.trainer.optimizers import GIAdamWFactory
+    from hf_warmup.trainer.report import warmup_report
+    from hf_warmup.trainer.sharpness import SharpnessCallback
+    from hf_warmup.trainer.suggest import LearningRate, suggest_lr
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"hf_warmup.trainer needs more than torch ({error}): pip install 'hf-warmup[trainer]', or -e '.[trainer]'"
+    ) from error
 
 __all__ = [
     "Comparison",

@@ -12,6 +12,7 @@ asks leaves no trace: training that asks and ignores the answer ends with the sa
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -21,10 +22,12 @@ from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.trainer.arguments import WarmupArguments, check_names
 from hf_warmup.trainer.checks import check_kind, check_optimizer, check_same_options, check_setup
+from hf_warmup.trainer.console import begins, ends, gi_adam_warning
 from hf_warmup.trainer.deepspeed import prepare_optimizer
-from hf_warmup.trainer.logs import log
+from hf_warmup.trainer.logs import log, say
 from hf_warmup.trainer.model_card import RunCard
 from hf_warmup.trainer.optimizers import use_gi_adam
+from hf_warmup.trainer.report import FAR_BELOW, has_trained, warmup_report
 from hf_warmup.trainer.sharpness import SharpnessCallback
 from hf_warmup.trainer.step import NotMeasurable, TrainerStep
 from hf_warmup.trainer.wrapping import wrap
@@ -37,7 +40,7 @@ _COPY = (
     "the trainer must be the one that WarmupCallback was attached to, got a copy, or another that was given its "
     "callbacks: attach to the one that trains, or copy with copy.deepcopy"
 )
-_FAR_BELOW = 3  # times less than training would bear: where learning_rate is worth a word
+_MOST_LRS = 400  # learning rates that are noted for the plot
 _RULES = {rule.kind: rule for rule in (LinearWarmup, GuidedWarmup, PersistentCatapult)}
 
 
@@ -61,6 +64,8 @@ class WarmupCallback(TrainerCallback):
         self._step: TrainerStep | None = None
         self._stop: Callable[[], None] | None = None
         self._noticed = False
+        self._lrs: list[tuple[int, float]] = []  # of every so many steps of warmup
+        self._stride = 1
 
     @classmethod
     def attach(cls, trainer: Trainer, arguments: WarmupArguments | None = None, **options: Any) -> "WarmupCallback":
@@ -75,7 +80,7 @@ class WarmupCallback(TrainerCallback):
             trainer: The trainer; it keeps its class. With `gi_adam` on its optimizer must not have been made yet,
                 unless it is a GIAdamW already.
             arguments: The flags. Those of `trainer.args` if it mixes in `WarmupArguments`, else the defaults.
-            options: Flags by name, in place of `arguments`.
+            options: Flags by name, in place of those of `arguments`.
 
         Returns:
             The callback, already added to the trainer.
@@ -87,11 +92,12 @@ class WarmupCallback(TrainerCallback):
         """
         check_names(options)
         if arguments is None:
-            own = isinstance(trainer.args, WarmupArguments) and not options
-            arguments = trainer.args if own else WarmupArguments(**options)  # type: ignore[assignment]
-        elif options or not isinstance(arguments, WarmupArguments):
-            raise ValueError(f"arguments must be a WarmupArguments, or options by name, got {arguments!r} {options}")
-        assert arguments is not None
+            arguments = trainer.args if isinstance(trainer.args, WarmupArguments) else WarmupArguments()
+        if not isinstance(arguments, WarmupArguments):
+            raise ValueError(f"arguments must be a WarmupArguments, or options by name, got {arguments!r}")
+        if options:
+            given = {option.name: getattr(arguments, option.name) for option in fields(WarmupArguments)}
+            arguments = WarmupArguments(**{**given, **options})
         arguments.check()
         if any(isinstance(callback, WarmupCallback) for callback in trainer.callback_handler.callbacks):
             raise ValueError("WarmupCallback is attached to this trainer already")
@@ -99,6 +105,11 @@ class WarmupCallback(TrainerCallback):
         callback = cls(trainer, arguments)
         if arguments.gi_adam:
             use_gi_adam(trainer)
+        if arguments.auto_lr and (origin := _pretrained(trainer)) is not None:
+            logger.warning(
+                f"auto_lr is for training from scratch, and this model comes from {origin}: the learning rate that it "
+                "finds may undo what the model has learned; leave auto_lr out, and learning_rate is the most"
+            )
         # Methods and no closures: a deep copy of the trainer then has its own callback.
         wrap(trainer, "create_scheduler", callback._scheduled)
         callback._card = RunCard(trainer) if arguments.warmup_card else None
@@ -155,6 +166,8 @@ class WarmupCallback(TrainerCallback):
                 "have it make a GIAdamW, or leave gi_adam out to keep that optimizer"
             )
         prepare_optimizer(self.trainer)
+        if (warning := gi_adam_warning(self.trainer)) is not None:
+            logger.warning(warning)
         check_same_options(self.trainer, self.arguments)
         self._check_checkpoint()
         schedule = self._schedule
@@ -183,7 +196,9 @@ class WarmupCallback(TrainerCallback):
         if schedule.started:
             self._check_auto_lr(schedule.state)
             rule.load_state_dict(schedule.state)
+        self._lrs, self._stride = [], 1
         self._step, self._stop = TrainerStep.watch(self.trainer, lambda: rule.will_probe, self._before_step)
+        say(self.trainer, *begins(self.trainer, self.arguments, rule))
 
     def _make_rule(self, schedule: WarmupSchedule) -> Warmup:
         # Those that waited for a gradient are in it.
@@ -278,12 +293,20 @@ class WarmupCallback(TrainerCallback):
         step.replay.answered()
         if lr is None:
             return
+        self._note_lr(lr)
         logs, record = self._notes(rule, lr, schedule.target, first=before == 0)
         if logs:
             log(self.trainer, logs, {"warmup/mode": rule.kind, **record})
         if rule.ended_by is not None:
             self._stop_watching()
-            self._say_if_bound(rule)
+
+    def _note_lr(self, lr: float) -> None:
+        """For the plot: the trainer's own log lines may be too far apart."""
+        step = self.trainer.state.global_step
+        if step % self._stride == 0:
+            self._lrs.append((step, lr))
+        if len(self._lrs) >= _MOST_LRS:
+            self._lrs, self._stride = self._lrs[::2], 2 * self._stride
 
     def _notes(self, rule: Warmup, lr: float, target: float, *, first: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the decision is worth: numbers for the trackers, and what else the report is to know."""
@@ -292,6 +315,7 @@ class WarmupCallback(TrainerCallback):
             news = {"init_lr": lr, "target_lr": target, **news}
         if rule.ended_by is not None:
             news |= {"peak_lr": lr, "ended_by": rule.ended_by, "steps_taken": rule.num_steps}
+            news["lrs"] = [*self._lrs, (self.trainer.state.global_step, lr)]
         logs = {f"warmup/{name}": value for name, value in news.items() if isinstance(value, float)}
         record = {f"warmup/{name}": value for name, value in news.items() if not isinstance(value, float)}
         if first:
@@ -317,7 +341,7 @@ class WarmupCallback(TrainerCallback):
     def _say_if_bound(self, rule: Warmup) -> None:
         """Say that learning_rate has ended guided warmup long before the run would have."""
         times = rule.news.get("expected_peak_lr", 0.0) / rule.lr
-        if rule.ended_by == "learning_rate" and times >= _FAR_BELOW:
+        if rule.ended_by == "learning_rate" and times >= FAR_BELOW:
             logger.warning(
                 f"learning_rate={rule.lr:.3g} has ended warmup after {rule.num_steps} steps: by its loss and its "
                 f"slope the model would have borne about {times:.2g} times as much. From scratch it trains faster "
@@ -327,10 +351,21 @@ class WarmupCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the card."""
+        """Say what warmup did, and write it down."""
         self._stop_watching()
-        if self._card is not None:
+        if self._schedule is not None and self._schedule.started and has_trained(self.trainer):
+            if self.rule is not None and self.rule.ended_by is None:
+                log(self.trainer, {}, {"warmup/mode": self.rule.kind, "warmup/lrs": self._lrs})
+            self._report()
+        elif self._card is not None:
             self._card.write()
+
+    def _report(self) -> None:
+        written = None if self._card is None else self._card.write()
+        try:
+            say(self.trainer, *ends(self.trainer, warmup_report(self.trainer), written))
+        except Exception as error:  # nothing of ours ends a training
+            logger.warning(f"hf-warmup could not say what warmup did: {type(error).__name__}, {error}")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -343,6 +378,14 @@ class WarmupCallback(TrainerCallback):
         if self._stop is not None:
             self._stop()
         self._step = self._stop = None
+
+
+def _pretrained(trainer: Trainer) -> str | None:
+    """Where a model that is not trained from scratch comes from, as far as it says so."""
+    model: Any = trainer.model
+    if hasattr(model, "peft_config"):
+        return "PEFT"
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "") or None
 
 
 def _is_decoder(trainer: Trainer) -> bool:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from hf_warmup.trainer.plots import runs_figure
-from hf_warmup.trainer.report import critical_words, number, peak_words, target_words
+from hf_warmup.trainer.plots import History, runs_figure
+from hf_warmup.trainer.report import mode_words, number, peak_words, target_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,15 +17,14 @@ if TYPE_CHECKING:
 _HEADERS = (
     "run",
     "optimizer",
+    "β2",
+    "batch",
+    "seed",
     "warmup",
-    "η_init",
-    "η_c",
-    "η_trgt",
+    "learning_rate",
     "highest",
     "warmup steps",
-    "steps saved",
-    "forward passes",
-    "train steps",
+    "steps",
     "final loss",
 )
 
@@ -60,39 +59,43 @@ class Comparison:
 
 
 def compare_runs(dirs: Sequence[Path | str]) -> Comparison:
-    """What warmup did in several runs, as a table and a plot.
+    """What warmup did in several runs, as a table and a plot; runs of a plain Trainer too.
+
+    Example:
+        compare_runs(["runs/plain", "runs/guided"]).save("runs/compared")
 
     Args:
-        dirs: Output folders, with the `warmup.json` that every run leaves and the `trainer_state.json` of
-            `trainer.save_state()`, or of the newest checkpoint where that was not called.
+        dirs: Output folders, each with the `warmup.json` that every run of ours leaves, or with the
+            `trainer_state.json` of `trainer.save_state()` or of a checkpoint.
 
     Returns:
-        Table and figure. Runs are named by their folders, as far as these differ.
+        Table and figure. Runs are named by their folders, as far as these differ. What a plain run does not say of
+        itself stays empty.
 
     Raises:
-        ValueError: If there is no folder, or one has not both files.
+        ValueError: If there is no folder, or one has neither file.
     """
     folders = [Path(folder) for folder in dirs]
     if not folders:
         raise ValueError("dirs must name at least one run's folder, got none")
-    reports = [json.loads(_find(folder, "warmup.json").read_text(encoding="utf-8")) for folder in folders]
-    states = [json.loads(_find(folder, "trainer_state.json").read_text(encoding="utf-8")) for folder in folders]
-    names = _names(folders)
-    rows = [(name, *_row(report)) for name, report in zip(names, reports, strict=True)]
+    names, runs = _names(folders), [_read(folder) for folder in folders]
+    rows = [(name, *_row(report, history)) for name, (report, history) in zip(names, runs, strict=True)]
     table = tabulate(rows, headers=_HEADERS, tablefmt="github", disable_numparse=True)
-    histories = {name: state["log_history"] for name, state in zip(names, states, strict=True)}
-    return Comparison(table, runs_figure(histories))
+    return Comparison(table, runs_figure({name: history for name, (_, history) in zip(names, runs, strict=True)}))
 
 
-def _find(folder: Path, name: str) -> Path:
-    path = folder / name
-    if path.is_file():
-        return path
-    # Checkpoints have the state of their step.
-    older = sorted(folder.glob(f"checkpoint-*/{name}"), key=lambda path: int(path.parent.name.split("-")[1]))
+def _read(folder: Path) -> tuple[dict[str, Any] | None, History]:
+    """A run's report, if it is one of ours, and its log history."""
+    report = json.loads(path.read_text(encoding="utf-8")) if (path := folder / "warmup.json").is_file() else None
+    # The newest of what there is: `save_state`, the report, the last checkpoint.
+    if (path := folder / "trainer_state.json").is_file():
+        return report, json.loads(path.read_text(encoding="utf-8"))["log_history"]
+    if report is not None and "log_history" in report:
+        return report, report["log_history"]
+    older = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
     if not older:
-        raise ValueError(f"dirs must be folders of runs with hf-warmup, got {folder}: it has no {name}")
-    return older[-1]
+        raise ValueError(f"dirs must be folders of runs, got {folder}: it has no warmup.json or trainer_state.json")
+    return report, json.loads(older[-1].read_text(encoding="utf-8"))["log_history"]
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -105,19 +108,22 @@ def _distinct(paths: list[tuple[str, ...]], length: int) -> bool:
     return len({path[-length:] for path in paths}) == len(paths)
 
 
-def _row(report: dict[str, Any]) -> tuple[str, ...]:
-    tells = report["critical_lr"] is not None or report["search_status"] is not None
-    loss, saved, taken = report["final_eval_loss"], report["steps_saved"], report["warmup_steps_taken"]
+def _row(report: dict[str, Any] | None, history: History) -> tuple[str, ...]:
+    rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
+    if report is None:
+        losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        known = (number(max(rates)) if rates else "", "", str(max((e["step"] for e in history), default="")))
+        return ("", "", "", "", "the Trainer's own", "", *known, f"{losses[-1]:.4f}" if losses else "")
+    loss, taken, betas = report["final_eval_loss"], report["warmup_steps_taken"], report["betas"]
     return (
         report["optimizer"],
-        report["warmup"],
-        number(report["init_lr"]),
-        critical_words(report).split(":")[0] if tells else "",
+        f"{betas[1]:g}" if betas else "",
+        str(report["sequences_per_step"]),
+        str(report["seed"]),
+        mode_words(report).split(":")[0],
         target_words(report),
         peak_words(report).split(" (")[0],
         "not finished" if taken is None else str(taken),
-        "" if saved is None else f"{saved:.1f}",
-        str(report["forward_passes"]),
         str(report["train_steps"]),
         "" if loss is None else f"{loss:.4f}",
     )

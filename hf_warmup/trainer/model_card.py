@@ -1,19 +1,22 @@
 """The model card: what was trained, how, and what warmup did in it.
 
-A run leaves `warmup.json`, `warmup.png` and a part of `README.md` between two marks. Whatever else a card says is
-its author's, or the Trainer's draft, of which three things are set right: the optimizer (it names that of `--optim`,
-whatever runs), what it is fine-tuned from, and the empty headings. The evaluation goes into the metadata.
+A run leaves `warmup.json`. Where the Trainer makes a card (`create_model_card`, `push_to_hub`), or there is one, it
+has `warmup.png` and a part of `README.md` between two marks. Whatever else a card says is its author's, or the
+Trainer's draft, of which three things are set right: the optimizer (it names that of `--optim`, whatever runs), what
+it is fine-tuned from, and the empty headings. The evaluation goes into the metadata.
 """
 
 import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,6 @@ from transformers import Trainer
 
 from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.shards import unwrap_optimizer
-from hf_warmup.trainer.markdown import plain
 from hf_warmup.trainer.plots import run_figure
 from hf_warmup.trainer.report import group_values, has_trained, warmup_report
 from hf_warmup.trainer.secrets import hide_known
@@ -43,7 +45,7 @@ _HELD_OUT = "held out"  # the split that tells our results in the metadata from 
 
 
 class RunCard:
-    """What a run leaves in its output folder: `warmup.json`, `warmup.png` and a part of `README.md`.
+    """What a run leaves in its output folder: `warmup.json`; with a card, a part of that and its plot.
 
     The run is worth more than its card: what cannot be read or written is a warning, and stays as it is. Only the
     first process writes, and the others do not wait for it.
@@ -52,24 +54,26 @@ class RunCard:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.written = False
+        self._said_no_plot = False
         self._dataset: str | Sequence[str] | None = None
-        self._drafting = False
 
     @property
     def _folder(self) -> Path:
         return Path(str(self.trainer.args.output_dir))
 
-    def write(self, *, new: bool = False) -> None:
-        """Write all three, of a trainer that has trained.
-
-        A card that is not there is made by the Trainer first; of one that is, only our part is replaced.
+    def write(self, *, new: bool = False) -> Path | None:
+        """Write `warmup.json` and, where there is a card, our part of it and its plot, once there was training.
 
         Args:
             new: Whether the card that is there was made just now, and nobody has written in it.
+
+        Returns:
+            What was written that is worth reading; None if nothing was.
         """
         if not (self.trainer.is_world_process_zero() and has_trained(self.trainer)):
-            return
+            return None
         failed: dict[str, str] = {}
+        card = (self._folder / "README.md").exists()
 
         def tried(name: str, make: Callable[[], bytes]) -> None:
             try:
@@ -82,12 +86,20 @@ class RunCard:
         except Exception as error:
             failed["warmup.json, warmup.png and README.md"] = _reason(error)
         else:
-            tried("warmup.json", lambda: (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
-            tried("warmup.png", self._plot)
-            tried("README.md", lambda: self._card(report, new, failed))
+            tried("warmup.json", lambda: self._json(report))
+            if card:
+                tried("warmup.png", self._plot)
+                tried("README.md", lambda: self._card(report, new, failed))
+        if "warmup.png" in failed and find_spec("matplotlib") is None:  # left out, which is no failure
+            reason = failed.pop("warmup.png")
+            if not self._said_no_plot:
+                logger.warning(f"the card in {self._folder} is without a plot ({reason})")
+            self._said_no_plot = True
         self.written = not failed
         if failed:
             self._warn(failed)
+            return None
+        return self._folder / ("README.md" if card else "warmup.json")
 
     def create(self, create_model_card: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around the Trainer's method of this name: a card that somebody wrote outlives it, and ours follows.
@@ -100,7 +112,7 @@ class RunCard:
         Returns:
             What it returns.
         """
-        if self._drafting or not self.trainer.is_world_process_zero():
+        if not self.trainer.is_world_process_zero():
             return create_model_card(*args, **kwargs)
         # The Trainer's words for it, and trl's.
         self._dataset = kwargs.get("dataset") or kwargs.get("dataset_name") or self._dataset
@@ -150,24 +162,23 @@ class RunCard:
         except OSError:
             return False
 
+    def _json(self, report: dict[str, Any]) -> bytes:
+        # With the history, which is nowhere else where nothing was saved.
+        history = [
+            {k: v for k, v in entry.items() if not (isinstance(v, float) and not math.isfinite(v))}
+            for entry in self.trainer.state.log_history
+        ]
+        return (json.dumps(report | {"log_history": history}, indent=2, allow_nan=False, default=str) + "\n").encode()
+
     def _plot(self) -> bytes:
-        run_figure(self.trainer.state.log_history).savefig(file := io.BytesIO(), dpi=120, format="png")
+        run_figure(self.trainer.state.log_history, self._folder.name).savefig(
+            file := io.BytesIO(), dpi=120, format="png"
+        )
         return file.getvalue()
 
     def _card(self, report: dict[str, Any], new: bool, failed: dict[str, str]) -> bytes:
         """The card with our part; into `failed` goes what else of it cannot be."""
         trainer, path = self.trainer, self._folder / "README.md"
-        if not path.exists():
-            new = True
-            if hasattr(trainer.model, "config"):
-                self._drafting = True
-                try:
-                    trainer.create_model_card()
-                finally:
-                    self._drafting = False
-            else:  # the Trainer cannot describe a plain module
-                draft = "---\nlibrary_name: transformers\ntags:\n- generated_from_trainer\n---\n\n# "
-                _put(path, f"{draft}{plain(path.parent.name)}\n".encode())
         _check_file(path)
         text = path.read_bytes().decode("utf-8-sig")
         opening, block, closing, body = _split(text)

@@ -11,11 +11,12 @@ if TYPE_CHECKING:
 History = Sequence[Mapping[str, Any]]
 
 
-def run_figure(history: History) -> "Figure":
-    """Learning rate and loss of one run; with the critical learning rates, or the search, that were.
+def run_figure(history: History, title: str = "") -> "Figure":
+    """Learning rate and loss of one run, with what warmup found marked; and the search for η_c, if there was one.
 
     Args:
         history: The trainer's log history.
+        title: Of the figure.
 
     Returns:
         The figure.
@@ -25,21 +26,19 @@ def run_figure(history: History) -> "Figure":
     kind = next((k for k in get_args(SharpnessKind) if any(f"sharpness/{k}" in e for e in history)), None)
     rows = 2 + (kind is not None)
     heights = [2.5 * rows] + [2.0] * (len(search) > 1)
-    figure = _new_figure(sum(heights))
+    figure = new_figure(sum(heights))
+    if title:
+        figure.suptitle(_literal(title))
     runs: Any = figure
     if len(search) > 1:
         runs, below = cast(Any, figure.subfigures(2, height_ratios=heights))
         _draw_search(below.subplots(), search, evals[0][1])
     upper, lower, *others = runs.subplots(rows, sharex=True)
-    _curve(upper, history, "learning_rate", "-", label="learning rate")
-    if sum("warmup/critical_lr" in e for e in history) > 1:
-        _curve(upper, history, "warmup/critical_lr", ".", label="critical learning rate")
-        upper.set_yscale("log")
-        upper.legend()
+    _draw_lrs(upper, history)
+    _mark(upper, history)
     _curve(lower, history, "loss", "-", label="training")
     for key in dict.fromkeys(f"{prefix}_loss" for e in history if (prefix := evaluation_prefix(e)) is not None):
-        # `$` would begin a formula.
-        label = "validation" if key == "eval_loss" else key.removeprefix("eval_").replace("$", r"\$")
+        label = "validation" if key == "eval_loss" else _literal(key.removeprefix("eval_"))
         _curve(lower, history, key, "o", label=label)
     _name(upper, lower)
     for axes in others:
@@ -56,11 +55,63 @@ def run_figure(history: History) -> "Figure":
     return figure
 
 
-def _new_figure(height: float) -> "Figure":
-    # A tenth of the time that a process takes to start, and of many processes one draws.
-    from matplotlib.figure import Figure
+def _literal(text: str) -> str:
+    """`$` would begin a formula."""
+    return text.replace("$", r"\$")
 
-    return Figure(figsize=(7, height), layout="constrained")
+
+def _lrs(history: History) -> list[tuple[int, float]]:
+    """Step and learning rate: those of warmup as the rule decided them, the others as they were logged."""
+    noted = [(int(step), float(lr)) for e in history for step, lr in e.get("warmup/lrs", ())]
+    last = max((step for step, _ in noted), default=-1)
+    # Logged is the learning rate of the step that comes next.
+    return noted + [(e["step"], e["learning_rate"]) for e in history if "learning_rate" in e and e["step"] > last]
+
+
+def _draw_lrs(axes: Any, history: History, **options: Any) -> None:
+    if lrs := _lrs(history):
+        axes.plot(*zip(*lrs, strict=True), **options)
+
+
+def _mark(axes: Any, history: History) -> None:
+    """What warmup found: where it started, η_c, the overshoot, its end."""
+    starts = [e for e in history if "warmup/init_lr" in e]
+    if not starts:
+        return
+    start, later = starts[-1], history[history.index(starts[-1]) :]
+    axes.plot(start["step"], start["warmup/init_lr"], "o", color="gray", markersize=4, label="start (η_init)")
+    rates = [lr for _, lr in _lrs(history)] or [0.0]
+    critical = [(e["step"], e["warmup/critical_lr"]) for e in later if "warmup/critical_lr" in e]
+    if len(critical) > 1:
+        axes.plot(*zip(*critical, strict=True), "k.", label="critical learning rate (η_c)")
+    elif critical and critical[0][1] <= 2 * max(rates):
+        axes.axhline(critical[0][1], color="black", linestyle=":", label="critical learning rate (η_c) of step 1")
+    for key, style, label in (("overshoot_lr", "v", "overshoot"), ("peak_lr", "s", "end of warmup")):
+        at = [(e["step"], e[f"warmup/{key}"]) for e in later if f"warmup/{key}" in e]
+        if at:
+            axes.plot(*zip(*at[-1:], strict=True), style, color="C1", markersize=6, label=label)
+    axes.legend()
+
+
+def new_figure(height: float, width: float = 7.0) -> "Figure":
+    """A figure to draw on.
+
+    Args:
+        height: In inches.
+        width: In inches.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    # A tenth of the time that a process takes to start, and of many processes one draws.
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("a plot needs matplotlib: pip install matplotlib, or 'hf-warmup[plots]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _draw_search(axes: Any, search: list[tuple[float, float]], before: float) -> None:
@@ -82,14 +133,21 @@ def runs_figure(histories: Mapping[str, History]) -> "Figure":
     Returns:
         The figure.
     """
-    figure = _new_figure(6.0)
+    figure = new_figure(6.0)
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 3))
+    highest = []
     for i, (name, history) in enumerate(histories.items()):
-        color = f"C{i}"
-        _curve(upper, history, "learning_rate", "-", label=name, color=color)
-        _curve(lower, history, "loss", "-", color=color, linewidth=0.6, alpha=0.6)
-        _curve(lower, history, "eval_loss", "o-", label=f"{name}, validation", color=color)
+        # Dashes, so that a run that lies upon another does not hide it.
+        color, style = f"C{i}", ("-", "--", "-.", ":")[i % 4]
+        _draw_lrs(upper, history, label=_literal(name), color=color, linestyle=style)
+        highest += [max(lr for _, lr in lrs)] if (lrs := _lrs(history)) else []
+        _curve(lower, history, "loss", style, color=color, linewidth=0.6, alpha=0.6)
+        _curve(lower, history, "eval_loss", f"o{style}", color=color)
+    if min(highest, default=0.0) > 0 and max(highest) > 10 * min(highest):
+        upper.set_yscale("log")
+        upper.set_ylim(bottom=min(highest) / 10)
     _name(upper, lower)
+    lower.set_ylabel("loss (dots: validation)")
     if upper.lines:
         upper.legend()
     return figure

@@ -18,6 +18,7 @@ from hf_warmup.sharpness.diagnosis import explain, regime_of
 SharpnessKind = Literal["critical", "hessian", "preconditioned"]
 SHARPNESS_NAMES = {"critical": "λ_c = 2/η_c", "hessian": "λ^H", "preconditioned": "λ^(P⁻¹H)"}
 _COMPARED = {**SHARPNESS_NAMES, "preconditioned": "λ^(P⁻¹H) without P's factor 1-β1^t"}
+FAR_BELOW = 3  # times less than training would bear: where learning_rate is worth a word
 EARLY = 5  # measurements that say where training starts
 
 
@@ -53,6 +54,10 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         warmup_steps, steps_taken = None, last.get("warmup/steps_taken")
     if mode in ("linear", "none") and steps_taken is not None and steps_taken > trainer.state.global_step:
         steps_taken = None  # what it would have been
+    if mode in ("guided", "persistent"):
+        peak_lr = last.get("warmup/peak_lr")
+    else:
+        peak_lr = None if steps_taken is None else target
     losses = [e for e in history if "eval_loss" in e]
     model_step = step_of_model(trainer)
     evaluated, evaluation_step = evaluation(trainer)
@@ -79,11 +84,8 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         "target_lr": target,
         "smallest_target_lr": min(_numbers(group_values(optimizer, "initial_lr")), default=None),
         "auto_lr": start.get("warmup/auto_lr", False),
-        "peak_lr": last.get("warmup/peak_lr")
-        if mode not in ("linear", "none")
-        else None
-        if steps_taken is None
-        else target,
+        "peak_lr": peak_lr,
+        "bearable": bearable / peak_lr if (bearable := last.get("warmup/expected_peak_lr")) and peak_lr else None,
         "warmup_steps": warmup_steps,
         "warmup_steps_taken": steps_taken,
         "forward_passes": last.get("warmup/forward_passes", 0),
@@ -424,6 +426,19 @@ def critical_words(report: dict[str, Any]) -> str:
         "budget_spent": f"above {report['critical_lr'] or 0:.3g}, where the search ran out of its budget",
         None: "not searched for",
     }[report["search_status"]]
+
+
+def passes_words(report: dict[str, Any]) -> str:
+    """What the search cost.
+
+    Args:
+        report: From `warmup_report`.
+
+    Returns:
+        Words.
+    """
+    count = round(report["forward_passes"])
+    return f"{count} forward pass{'es' * (count != 1)}" if count else "no forward passes"
 
 
 def init_words(report: dict[str, Any]) -> str:

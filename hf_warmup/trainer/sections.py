@@ -18,6 +18,7 @@ from hf_warmup.trainer.report import (
     mode_words,
     number,
     optimizer_words,
+    passes_words,
     peak_words,
     sharpness_words,
     target_words,
@@ -64,9 +65,9 @@ def sections(trainer: Trainer, report: dict[str, Any], datasets: list[str], *, p
     Yields:
         Markdown of one section each.
     """
-    yield warmup_section(report, plotted=plotted)
     if (usage := _usage(trainer)) is not None:
         yield f"## How to use\n\n{fence(usage, 'python')}"
+    yield warmup_section(report, plotted=plotted)
     yield f"## This run\n\n{table(('What', 'This run'), _run_rows(trainer, report, datasets))}"
     if (again := _again(trainer)) is not None:
         yield f"## The same run again\n\n{again}"
@@ -100,12 +101,12 @@ def warmup_section(report: dict[str, Any], *, plotted: bool = True) -> str:
     rows.append(("Target learning rate η_trgt", target_words(report)))
     steps = "not finished" if report["warmup_steps_taken"] is None else str(report["warmup_steps_taken"])
     taken = ("Warmup steps taken", steps)
-    passes = f"{report['forward_passes']} forward passes"
+    passes = passes_words(report)
     if report["warmup"] == "linear":
         if report["warmup_steps"]:
             rows += [("Warmup steps asked for (T_wrm)", str(report["warmup_steps"])), taken]
         if report["asked_init_lr"] != "none":
-            rows.append(("Steps saved (T_save)", f"{report['steps_saved']:.1f}, after {passes}"))
+            rows.append(("Steps saved (T_save)", f"{report['steps_saved']:.1f}, for {passes}"))
     else:
         rows += [("Learning rate at its end, before decay", peak_words(report)), taken]
         if report["warmup"] == "persistent":
@@ -168,7 +169,8 @@ def _run_rows(trainer: Trainer, report: dict[str, Any], datasets: list[str]) -> 
 
 def _usage(trainer: Trainer) -> str | None:
     """Lines that load the saved model and use it; None for a model that transformers cannot load."""
-    where = trainer.hub_model_id or str(trainer.args.output_dir)
+    # Without a name on the hub it is the folder that the card lies in; its path is of this machine alone.
+    where = trainer.hub_model_id or "."
     model, task = trainer.accelerator.unwrap_model(trainer.model), task_of(trainer)
     cls = type(model).__name__
     tuned = hasattr(model, "peft_config")

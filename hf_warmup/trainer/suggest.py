@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hf_warmup.search.restore import Snapshot, is_library
 from hf_warmup.search.shards import params_of, unwrap_optimizer
 from hf_warmup.trainer.callback import WarmupCallback
+from hf_warmup.trainer.plots import new_figure
 from hf_warmup.warmup import GuidedWarmup
 
 if TYPE_CHECKING:
@@ -47,9 +48,7 @@ class LearningRate:
         Returns:
             The figure.
         """
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        figure = new_figure(3.5, width=6.0)
         axes = figure.subplots()
         axes.plot(*zip(*self.history, strict=True), ".-", label="training loss of the step")
         axes.axvline(self.overshoot_lr, color="gray", linestyle=":", label="overshoot of the momentum")
@@ -107,7 +106,7 @@ def _quiet(args: TrainingArguments, folder: str) -> TrainingArguments:
     made = copy.copy(args)
     made.output_dir = folder  # of the card
     made.push_to_hub = made.load_best_model_at_end = made.eval_on_start = False
-    made.disable_tqdm, made.warmup_steps = True, 0
+    made.disable_tqdm, made.warmup_steps, made.log_level = True, 0, "error"  # a run that says nothing
     return made
 
 

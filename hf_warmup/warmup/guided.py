@@ -41,7 +41,7 @@ from statistics import fmean
 from typing import Any
 
 from hf_warmup.numeric import boolean, number, positive, shown, whole
-from hf_warmup.warmup.rule import Step, check_names, check_options
+from hf_warmup.warmup.rule import Saved, Step
 
 ENDS = ("learning_rate", "peak", "half of the run")
 _OPTIONS = ("num_training_steps", "learning_rate", "ramp_steps", "wait")
@@ -50,7 +50,7 @@ _VALLEY = ("overshoot_step", "overshoot_lr", "overshoot_path", "valley_loss", "c
 _SAVED = _OPTIONS + _DESCENT + _VALLEY
 
 
-class GuidedWarmup:
+class GuidedWarmup(Saved):
     """The learning rate of a run whose warmup nobody chooses.
 
     For training from scratch without a learning rate, and for any training with one that may be too high.
@@ -97,6 +97,7 @@ class GuidedWarmup:
     STEEPEST = 3  # of the climb, in slopes of the line before it
 
     kind, will_probe, overrun = "guided", False, 0.0
+    options, saved = _OPTIONS, _SAVED
 
     def __init__(
         self,
@@ -260,23 +261,10 @@ class GuidedWarmup:
                     "can learn from its data"
                 )
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state, in plain numbers and lists of them, with the options it was made with."""
-        return {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in _SAVED}
-
     @classmethod
-    def check_state(cls, state: dict[str, Any]) -> None:
-        """Refuse a state that no rule of this class has left.
-
-        Args:
-            state: As of `state_dict`.
-
-        Raises:
-            ValueError: With the number's name, or if it was made by another rule.
-        """
-        check_names(state, "GuidedWarmup", _SAVED)
-        whole("num_training_steps", state["num_training_steps"], 1)
-        num_steps = whole("num_steps", state["num_steps"], 0)
+    def check_values(cls, state: dict[str, Any]) -> None:
+        """Refuse values that no run has left."""
+        num_steps = state["num_steps"]
         boolean("wait", state["wait"])
         for name in ("learning_rate",) * (state["learning_rate"] is not None) + ("ramp_steps",):
             positive(name, state[name])
@@ -299,17 +287,3 @@ class GuidedWarmup:
             whole("climb_step", state["climb_step"], state["overshoot_step"] or 0)
         if state["ended_by"] not in (None, *ENDS):
             raise ValueError(f"ended_by must be {' or '.join(ENDS)}, got {shown(state['ended_by'])}")
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken.
-
-        Args:
-            state: Made by a rule with the same options.
-
-        Raises:
-            ValueError: If it was made with others, or holds what no run leaves; nothing is loaded then.
-        """
-        self.check_state(state)
-        check_options(state, self, _OPTIONS)
-        for name in _SAVED:
-            setattr(self, name, list(state[name]) if isinstance(state[name], list) else state[name])

@@ -21,7 +21,7 @@ from typing import Any
 
 from hf_warmup.numeric import number, positive, shown, whole
 from hf_warmup.search.critical_lr import CriticalLR, find_critical_lr
-from hf_warmup.warmup.rule import Step, check_names, check_options
+from hf_warmup.warmup.rule import Saved, Step
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _OPTIONS = ("num_training_steps", "learning_rate", "warmup_steps", "asked_init_l
 _SAVED = (*_OPTIONS, "num_steps", "lr", "init_lr", "ended_by")
 
 
-class LinearWarmup:
+class LinearWarmup(Saved):
     """Linear warmup that begins at a learning rate which the first step is measured to bear.
 
     For a training whose warmup has a length already, and which is to save the part of it below η_c.
@@ -67,6 +67,7 @@ class LinearWarmup:
     """
 
     kind = "linear"
+    options, saved = _OPTIONS, _SAVED
 
     def __init__(
         self, num_training_steps: int, learning_rate: float, warmup_steps: int, *, init_lr: float | str = "auto"
@@ -158,25 +159,12 @@ class LinearWarmup:
         )
         return least
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state, in plain numbers and words, with the options it was made with."""
-        return {name: getattr(self, name) for name in _SAVED}
-
-    @staticmethod
-    def check_state(state: dict[str, Any]) -> None:
-        """Refuse a state that no rule of this class has left.
-
-        Args:
-            state: As of `state_dict`.
-
-        Raises:
-            ValueError: With the number's name, or if it was made by another rule.
-        """
-        check_names(state, "LinearWarmup", _SAVED)
-        for name in ("num_training_steps", "warmup_steps"):
-            whole(name, state[name], 1)
+    @classmethod
+    def check_values(cls, state: dict[str, Any]) -> None:
+        """Refuse values that no run has left."""
+        whole("warmup_steps", state["warmup_steps"], 1)
         positive("learning_rate", state["learning_rate"])
-        if whole("num_steps", state["num_steps"], 0) > 0:
+        if state["num_steps"] > 0:
             positive("init_lr", state["init_lr"])
         elif state["init_lr"] is not None:
             raise ValueError(f"init_lr must be None before the first step, got {shown(state['init_lr'])}")
@@ -184,17 +172,3 @@ class LinearWarmup:
             raise ValueError(f"lr must be at least 0 and finite, got {state['lr']}")
         if state["ended_by"] not in (None, "learning_rate"):
             raise ValueError(f"ended_by must be learning_rate, got {shown(state['ended_by'])}")
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken.
-
-        Args:
-            state: Made by a rule with the same options.
-
-        Raises:
-            ValueError: If it was made with others, or holds what no run leaves; nothing is loaded then.
-        """
-        self.check_state(state)
-        check_options(state, self, _OPTIONS)
-        for name in _SAVED:
-            setattr(self, name, state[name])

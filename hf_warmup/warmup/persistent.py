@@ -9,14 +9,14 @@ from typing import Any
 
 from hf_warmup.numeric import number, positive, shown, whole
 from hf_warmup.search.critical_lr import find_critical_lr
-from hf_warmup.warmup.rule import Step, check_names, check_options
+from hf_warmup.warmup.rule import Saved, Step
 
 _LATEST = 0.5  # of the run
 _OPTIONS = ("num_training_steps", "learning_rate", "init_lr", "delta")
 _SAVED = (*_OPTIONS, "num_steps", "num_trials", "num_searches", "lr", "loss", "critical_lr", "ended_by")
 
 
-class PersistentCatapult:
+class PersistentCatapult(Saved):
     """One catapult after another, until the target learning rate: the paper's persistent catapult.
 
     At θ* the search of Algorithms 1 and 2 gives η = η_c, the upper end of its bracket; training goes on at η until
@@ -55,6 +55,7 @@ class PersistentCatapult:
     """
 
     kind, overrun = "persistent", 0.0
+    options, saved = _OPTIONS, _SAVED
 
     def __init__(
         self, num_training_steps: int, learning_rate: float, *, init_lr: float = 1e-4, delta: float = 0.1
@@ -121,23 +122,10 @@ class PersistentCatapult:
                 "warmup_steps, and init_lr to a number"
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state, in plain numbers, with the options it was made with."""
-        return {name: getattr(self, name) for name in _SAVED}
-
-    @staticmethod
-    def check_state(state: dict[str, Any]) -> None:
-        """Refuse a state that no rule of this class has left.
-
-        Args:
-            state: As of `state_dict`.
-
-        Raises:
-            ValueError: With the number's name, or if it was made by another rule.
-        """
-        check_names(state, "PersistentCatapult", _SAVED)
-        whole("num_training_steps", state["num_training_steps"], 1)
-        num_steps = whole("num_steps", state["num_steps"], 0)
+    @classmethod
+    def check_values(cls, state: dict[str, Any]) -> None:
+        """Refuse values that no run has left."""
+        num_steps = state["num_steps"]
         for name in ("num_trials", "num_searches"):
             whole(name, state[name], 0)
         for name in ("learning_rate", "init_lr", "delta", "lr"):
@@ -148,17 +136,3 @@ class PersistentCatapult:
             raise ValueError(f"critical_lr must be at least 0, got {state['critical_lr']}")
         if state["ended_by"] not in (None, "learning_rate", "half of the run"):
             raise ValueError(f"ended_by must be learning_rate or half of the run, got {shown(state['ended_by'])}")
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken.
-
-        Args:
-            state: Made by a rule with the same options.
-
-        Raises:
-            ValueError: If it was made with others, or holds what no run leaves; nothing is loaded then.
-        """
-        self.check_state(state)
-        check_options(state, self, _OPTIONS)
-        for name in _SAVED:
-            setattr(self, name, state[name])

@@ -12,10 +12,9 @@ A rule is asked once per step, when the gradients are there and the optimizer ha
 It is arithmetic on numbers: it holds no tensors, and decides the same on every process that sees the same numbers.
 """
 
-from collections.abc import Collection
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-from hf_warmup.numeric import shown
+from hf_warmup.numeric import shown, whole
 
 
 class Step(Protocol):
@@ -73,24 +72,62 @@ class Warmup(Protocol):
         """Go on exactly where `state_dict` was taken."""
 
 
-def check_names(state: Any, kind: str, names: Collection[str]) -> None:
-    """Refuse a state that is not of a rule of that kind.
+class Saved:
+    """The state of a rule: plain attributes, and among them the options that it was made with.
 
-    Raises:
-        ValueError: With what it has in place of `names`.
+    A rule names them, and says in `check_values` which values no run has left.
     """
-    if not isinstance(state, dict) or state.keys() != set(names):
-        got = ", ".join(map(str, state)) if isinstance(state, dict) else shown(state)
-        raise ValueError(f"the state must be of a {kind}, with {', '.join(names)}, got {got}")
 
+    options: ClassVar[tuple[str, ...]]
+    saved: ClassVar[tuple[str, ...]]  # options too
+    ended_by: str | None
 
-def check_options(state: dict[str, Any], rule: Any, names: Collection[str]) -> None:
-    """Refuse a state of a rule with other options, unless its warmup has ended.
+    def state_dict(self) -> dict[str, Any]:
+        """The state, in plain numbers, words and lists of them, with the options it was made with."""
+        return {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in self.saved}
 
-    Raises:
-        ValueError: With the first option that differs.
-    """
-    for name in names:
-        if state["ended_by"] is None and state[name] != getattr(rule, name):
-            given = name.removeprefix("asked_")  # init_lr, of which an attribute is what was found
-            raise ValueError(f"{given} must be {state[name]} as in the checkpoint, got {getattr(rule, name)}")
+    @classmethod
+    def check_state(cls, state: Any) -> None:
+        """Refuse a state that no rule of this class has left.
+
+        Args:
+            state: As of `state_dict`.
+
+        Raises:
+            ValueError: With the number's name, or if it was made by another rule.
+        """
+        if not isinstance(state, dict) or state.keys() != set(cls.saved):
+            got = ", ".join(map(str, state)) if isinstance(state, dict) else shown(state)
+            raise ValueError(f"the state must be of a {cls.__name__}, with {', '.join(cls.saved)}, got {got}")
+        whole("num_training_steps", state["num_training_steps"], 1)
+        whole("num_steps", state["num_steps"], 0)
+        cls.check_values(state)
+
+    @classmethod
+    def check_values(cls, state: dict[str, Any]) -> None:
+        """Refuse values that no run has left.
+
+        Args:
+            state: With the right names.
+
+        Raises:
+            ValueError: With the number's name.
+        """
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken.
+
+        Args:
+            state: Made by a rule with the same options.
+
+        Raises:
+            ValueError: If it was made with others and warmup has not ended, or holds what no run leaves; nothing is
+                loaded then.
+        """
+        self.check_state(state)
+        for name in self.options:
+            if state["ended_by"] is None and state[name] != getattr(self, name):
+                given = name.removeprefix("asked_")  # init_lr, of which an attribute is what was found
+                raise ValueError(f"{given} must be {state[name]} as in the checkpoint, got {getattr(self, name)}")
+        for name in self.saved:
+            setattr(self, name, list(state[name]) if isinstance(state[name], list) else state[name])

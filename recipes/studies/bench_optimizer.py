@@ -1,6 +1,6 @@
 """What a step of GIAdamW takes beside torch's AdamW and RAdam, on the parameters of GPT-2 124M, without a model.
 
-    pip install 'hf-warmup[bench]'    # for pytorch_optimizer's RAdam and ADOPT, if they are to be there
+    pip install -e '.[bench]'    # for pytorch_optimizer's RAdam and ADOPT, if they are to be there
     python recipes/studies/bench_optimizer.py
     python recipes/studies/bench_optimizer.py --device cuda
 

@@ -1,6 +1,6 @@
 """What learning-rate finders cost and what they leave behind: this package's search and three others, side by side.
 
-    pip install 'hf-warmup[bench]'
+    pip install -e '.[bench]'
     python recipes/studies/bench_search.py
 
 One GPT on one text, from a fresh initialization with Adam. Every tool runs as its own documentation shows, with its
@@ -446,7 +446,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     missing = [PEERS[t][0] for t in args.tools if t in PEERS and not _is_there(PEERS[t][1])]
     if missing:
-        sys.exit(f"not installed: {', '.join(missing)}; run: pip install 'hf-warmup[bench]'")
+        sys.exit(f"not installed: {', '.join(missing)}; run: pip install -e '.[bench]'")
     os.environ["MPLBACKEND"] = "Agg"
     commit = current_commit()
     with torch_threads(1):

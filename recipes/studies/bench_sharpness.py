@@ -1,6 +1,6 @@
 """What the largest Hessian eigenvalue costs: this package's `sharpness` and two others', side by side.
 
-    pip install 'hf-warmup[bench]'
+    pip install -e '.[bench]'
     python recipes/studies/bench_sharpness.py
 
 One small GPT on one batch of text, at initialization and after some steps of AdamW. Every tool is run with tighter
@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
     missing = [PEERS[t][0] for t in args.tools if t in PEERS and not importlib.util.find_spec(PEERS[t][1])]
     missing += [] if importlib.util.find_spec("scipy") else ["scipy"]
     if missing:
-        sys.exit(f"not installed: {', '.join(missing)}; run: pip install 'hf-warmup[bench]'")
+        sys.exit(f"not installed: {', '.join(missing)}; run: pip install -e '.[bench]'")
     commit = current_commit()
     with torch_threads(1):
         made = rows(args)

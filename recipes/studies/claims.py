@@ -2,6 +2,7 @@
 
     python recipes/studies/claims.py             # prints the table
     python recipes/studies/claims.py --write     # puts it into the README of this folder, between its markers
+    python recipes/studies/claims.py --unclear   # also those that the seeds do not decide
     python recipes/studies/claims.py --smoke     # of the runs of `make studies-smoke`
     python recipes/studies/claims.py --all       # behind it every table of results/, those of costs too
 
@@ -26,15 +27,17 @@ README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- python recipes/studies/claims.py --write -->\n", "<!-- end of claims -->"
 
 
-def text(folder: Path) -> str:
-    """The table."""
+def text(folder: Path, unclear: bool = False) -> str:
+    """The table, with the claims that the seeds do not decide or the number of these."""
     runs = {study: complete(load(study.NAME, folder == SMOKE), folder) for study in STUDIES}
     made = [claim for study, rows in runs.items() if rows for claim in study.claims(rows)]
     if folder != SMOKE:
         made += warmup_study.claims()
         if rows := sharpness_study.finished(folder):
             made += sharpness_study.claims(rows)
-    return claims_table(made)
+    decided = [claim for claim in made if unclear or claim.verdict != "unclear"]
+    left = len(made) - len(decided)
+    return claims_table(decided) + f"\n\nThe seeds do not decide {left} more (`--unclear`)." * (left > 0)
 
 
 def tables(folder: Path) -> str:
@@ -53,11 +56,12 @@ def put(page: str, made: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="into README.md")
+    parser.add_argument("--unclear", action="store_true", help="also the claims that the seeds do not decide")
     parser.add_argument("--smoke", action="store_true", help="from runs/studies-smoke")
     parser.add_argument("--all", action="store_true", help="and the tables of every study and benchmark")
     args = parser.parse_args()
     folder = SMOKE if args.smoke else reporting.RESULTS
-    made = text(folder)
+    made = text(folder, args.unclear)
     print(made)
     if args.all:
         print(f"\n{tables(folder)}")

@@ -41,14 +41,14 @@ def text_batches(seed: int) -> Iterator[Tensor]:
         yield torch.stack([text[s : s + CONTEXT] for s in starts])
 
 
-def image_batches(generator: torch.Generator, size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
+def image_batches(generator: torch.Generator, size: int = 64, noise: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
     """Noisy gratings of 16 × 16 pixels in ten orientations and random phases."""
     y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     while True:
         labels = torch.randint(10, (size,), generator=generator)
         angles, phases = labels * torch.pi / 10, 2 * torch.pi * torch.rand(size, generator=generator)
         waves = torch.sin(angles.cos()[:, None, None] * x + angles.sin()[:, None, None] * y + phases[:, None, None])
-        yield (waves + torch.randn(size, 16, 16, generator=generator))[:, None], labels
+        yield (waves + noise * torch.randn(size, 16, 16, generator=generator))[:, None], labels
 
 
 def gpt(seed: int) -> tuple[nn.Module, Iterator[Callable[[], Tensor]]]:

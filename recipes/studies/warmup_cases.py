@@ -20,6 +20,8 @@ from transformers import (
     LlamaForCausalLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from hf_warmup import GIAdamW, loss_after_step
@@ -29,6 +31,7 @@ from peer_optimizers import make_peer
 from search_cases import TEXT, image_batches
 
 MASK, EVAL_BATCHES = 0, 8
+IMAGES = ("cnn", "vit")
 STREAMS = Path(__file__).parents[2] / "runs" / "streams"
 
 
@@ -37,7 +40,7 @@ class Setting:
     """What is trained, on what, with which optimizer options."""
 
     name: str
-    family: str = "gpt"  # gpt, bert, modernbert, llama, llama-gqa or cnn
+    family: str = "gpt"  # gpt, bert, modernbert, llama, llama-gqa, qwen3, cnn or vit
     tokens: str = "bytes"  # or "bpe": 512 pieces; "bpe8192": so many
     text: str = "shakespeare"  # or "code": Python's own standard library; "packages": torch and transformers
     width: int = 64
@@ -52,6 +55,7 @@ class Setting:
     init_scale: float = 1.0
     norm: bool = False  # of the CNN: a LayerNorm over channels and pixels behind every convolution
     head: int = 16  # width of an attention head
+    noise: float = 1.0  # of images, in amplitudes of what is to be seen
     device: str = "cpu"  # or "cuda": with bf16 autocast
 
     @property
@@ -172,6 +176,22 @@ def make_model(setting: Setting) -> nn.Module:
             pad_token_id=0,
         )
         model = LlamaForCausalLM(config)
+    elif s.family == "qwen3":
+        config = Qwen3Config(
+            vocab_size=s.vocab,
+            hidden_size=s.width,
+            intermediate_size=3 * s.width,
+            num_hidden_layers=s.depth,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
+            head_dim=s.head,
+            tie_word_embeddings=True,
+            max_position_embeddings=s.context,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+        model = Qwen3ForCausalLM(config)
     elif s.family == "bert":
         config = BertConfig(
             vocab_size=s.vocab,
@@ -203,6 +223,8 @@ def make_model(setting: Setting) -> nn.Module:
             sep_token_id=MASK,
         )
         model = ModernBertForMaskedLM(config)
+    elif s.family == "vit":
+        model = ViT(s.width, s.depth, heads)
     else:
         layers: list[nn.Module] = []
         channels = 1
@@ -221,11 +243,27 @@ def make_model(setting: Setting) -> nn.Module:
     return model
 
 
+class ViT(nn.Module):
+    """A pre-LN Transformer on patches of 4 x 4 pixels."""
+
+    def __init__(self, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(16, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(16, width))
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = x.unfold(2, 4, 4).unfold(3, 4, 4).reshape(len(x), 16, 16)
+        return self.head(self.encoder(self.embed(patches) + self.positions).mean(dim=1))
+
+
 def losses(setting: Setting, model: nn.Module, held_out: bool, seed: int) -> Iterator[Callable[[], Tensor]]:
     """A loss function per batch."""
     generator = torch.Generator().manual_seed(seed)
-    if setting.family == "cnn":
-        for x, y in image_batches(generator, setting.batch):
+    if setting.family in IMAGES:
+        for x, y in image_batches(generator, setting.batch, setting.noise):
             yield lambda x=x, y=y: nn.functional.cross_entropy(model(x), y)
     for ids in windows(setting, held_out, generator):
         if setting.family in ("bert", "modernbert"):
@@ -245,7 +283,7 @@ def _loss(setting: Setting, model: nn.Module, inputs: Tensor, labels: Tensor) ->
 @functools.cache
 def unigram_entropy(setting: Setting) -> float:
     """What a model without context reaches, in nats a token; for images, a guess among the ten."""
-    if setting.family == "cnn":
+    if setting.family in IMAGES:
         return math.log(10)
     frequencies = torch.bincount(stream(replace(setting, name=""))[1], minlength=setting.vocab).double()
     frequencies = frequencies[frequencies > 0] / frequencies.sum()

@@ -100,7 +100,7 @@ class Ruled:
 
 def guided(setting: Setting, optimizer: str, target: float, auto_lr: bool = False) -> Rule:
     """Ours."""
-    wait = setting.family not in ("gpt", "llama", "llama-gqa")  # as the Trainer has it
+    wait = setting.family not in ("gpt", "llama", "llama-gqa", "qwen3")  # as the Trainer has it
     return Ruled(setting, GuidedWarmup(setting.steps, None if auto_lr else target, wait=wait))
 
 

@@ -10,10 +10,10 @@ warmup has nothing to choose: it is reported with `auto_lr`, which finds the lea
 it, which is the best of tuned linear warmup or 8 times that.
 
 A run that is in results/warmup_<part>.csv is not repeated. Parts: `gpt` and `gi` (AdamW and GI-Adam on a GPT),
-`llama` (a Llama with grouped queries and tied embeddings, on word pieces), `bert` and `modernbert`, `long` and, on
-word pieces, `bpe_long` (5 times the steps), `modernbert_long` (4 times), `longest` (20 times the steps, two seeds
-that choose), `random` (200 random settings: which runs fail), and on a GPU `gpu` (a GPT of 14M parameters, on which
-seed 0 chooses).
+`llama` (a Llama with grouped queries and tied embeddings, on word pieces), `qwen3`, `cnn` and `vit`, `bert` and
+`modernbert`, `long` and, on word pieces, `bpe_long` (5 times the steps), `modernbert_long` (4 times), `longest` (20
+times the steps, two seeds that choose), `random` (200 random settings: which runs fail), and on a GPU `gpu` (a GPT
+of 14M parameters, on which seed 0 chooses).
 """
 
 import argparse
@@ -72,6 +72,11 @@ LLAMA = Setting(
     weight_decay=0.1,
     clip=1.0,
 )
+# The same with a norm on queries and keys, and as many heads as the width has of 16.
+QWEN = replace(LLAMA, name="qwen3", family="qwen3", width=64, depth=3)
+# Noisy gratings in ten orientations; the CNN of the other studies, and a ViT.
+CNN = Setting("cnn", family="cnn", width=48, depth=3, batch=64, steps=200, weight_decay=0.01, noise=1.5)
+VIT = Setting("vit", family="vit", width=48, depth=3, batch=64, steps=300, weight_decay=0.05, clip=1.0)
 # 14M parameters, 8,192 tokens a step.
 GPU = Setting(
     "gpu",
@@ -96,6 +101,9 @@ TITLES = {
     "longest": "GPT, 20 times the steps",
     "bpe_long": "GPT on word pieces, 5 times the steps",
     "llama": "Llama on word pieces, AdamW (β2 = .95)",
+    "qwen3": "Qwen3 on word pieces, AdamW (β2 = .95)",
+    "cnn": "CNN, AdamW (β2 = .999)",
+    "vit": "ViT, AdamW (β2 = .999)",
     "bert": "BERT, AdamW (β2 = .98)",
     "modernbert": "ModernBERT, AdamW (β2 = .98)",
     "modernbert_long": "ModernBERT, 4 times the steps",
@@ -235,6 +243,14 @@ def jobs(part: str) -> Iterator[Job]:
         yield from guided(LLAMA, "AdamW", [*lrs[1:], *(TIMES * lr for lr in lrs[1:])])
         yield from grid(LLAMA, "AdamW", lengths(0.1, 0.3, 0.5), lrs)
         yield from grid(LLAMA, "AdamW", lengths(0.1, 0.3, 0.5), [TIMES * lrs[1]], SEEDS)
+    if part == "qwen3":
+        lrs = targets(3e-3, 3)
+        yield from guided(QWEN, "AdamW", [*lrs[1:], *(TIMES * lr for lr in lrs[1:])])
+        yield from grid(QWEN, "AdamW", lengths(0.1, 0.3, 0.5), lrs, (*TUNING[:2], *SEEDS))
+    if part in ("cnn", "vit"):
+        setting, lrs = (CNN, targets(2.5e-3, 4)) if part == "cnn" else (VIT, targets(1e-3, 4))
+        yield from guided(setting, "AdamW", [*lrs[1:], *(TIMES * lr for lr in lrs[1:3])])
+        yield from grid(setting, "AdamW", lengths(0.0, 0.1, 0.3, 0.5), lrs, (*TUNING[:2], *SEEDS))
     if part == "gpu":
         lrs = targets(5e-4, 5)
         yield from guided(GPU, "AdamW", [lrs[2], TIMES * lrs[2]])
@@ -272,7 +288,15 @@ def random_jobs() -> Iterator[Job]:
 def run(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     rule = RULES[job.rule](job.setting, job.optimizer, job.target, **job.options)
-    made = train(job.setting, job.optimizer, rule, job.seed)
+    try:
+        made = train(job.setting, job.optimizer, rule, job.seed)
+    except (
+        RuntimeError
+    ) as error:  # guided warmup has found nothing that bounds it: counted as a run that learned nothing
+        if "nothing bounds" not in str(error):
+            raise
+        start = unigram_entropy(job.setting)
+        made = {"loss": start, "first": start, "peak": 0.0, "probes": 0}
     numbers = {k: f"{v:.6g}" for k, v in made.items()}
     return dict(zip(KEYS, job.key(), strict=True)) | numbers | {"entropy": f"{unigram_entropy(job.setting):.6g}"}
 

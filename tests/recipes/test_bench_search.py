@@ -36,5 +36,5 @@ def test_what_a_training_step_leaves_changed_is_seen(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("ignite") is not None, reason="ignite is installed")
 def test_a_missing_package_is_named_with_the_way_to_install_it():
-    with pytest.raises(SystemExit, match=re.escape("pytorch-ignite; run: pip install 'hf-warmup[bench]'")):
+    with pytest.raises(SystemExit, match=re.escape("pytorch-ignite; run: pip install -e '.[bench]'")):
         bench_search.main([*TINY, "--tools", "ours", "ignite"])

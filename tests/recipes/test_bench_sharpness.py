@@ -20,5 +20,5 @@ def test_our_eigenvalues_are_right_and_the_cost_is_written_down(tmp_path, capsys
 
 @pytest.mark.skipif(importlib.util.find_spec("scipy") is not None, reason="scipy is installed")
 def test_a_missing_package_is_named_with_the_way_to_install_it():
-    with pytest.raises(SystemExit, match=r"not installed: scipy; run: pip install 'hf-warmup\[bench\]'"):
+    with pytest.raises(SystemExit, match=r"not installed: scipy; run: pip install -e '.\[bench\]'"):
         bench_sharpness.main(TINY)

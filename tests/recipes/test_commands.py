@@ -30,7 +30,7 @@ LOCAL = [line for line in SCRIPTS if "recipes/tiny/" in line and "srun" not in l
 
 def words(line):
     inner = re.search(r"bash -c '(.*)'", line)
-    return shlex.split(inner[1] if inner else line, comments=True)
+    return shlex.split(re.sub(r"\$\w+", "1", inner[1]) if inner else line, comments=True)
 
 
 def split(line):

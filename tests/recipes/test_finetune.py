@@ -258,8 +258,10 @@ def test_the_same_command_goes_on_where_a_fine_tuning_was_stopped(sft, folder, g
 
 
 @pytest.mark.parametrize("kind", ["texts", "chats"])
-def test_sft_trains_all_weights_on_texts_and_on_chats_with_guided_warmup(kind, folder, gpt, tmp_path):
-    more = {"files": folder / f"{kind}.jsonl", "lora_r": 0, "warmup": "guided", "warmup_steps": 0, "max_steps": 10}
+def test_sft_trains_all_weights_on_texts_and_on_chats_with_guided_warmup_where_no_length_is_given(
+    kind, folder, gpt, tmp_path
+):
+    more = {"files": folder / f"{kind}.jsonl", "lora_r": 0, "warmup_steps": 0, "max_steps": 10}
     if kind == "chats":
         more["chat_template_path"] = folder / "chat.jinja"
     run = tmp_path / "run"

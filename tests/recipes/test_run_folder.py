@@ -37,6 +37,12 @@ def command(tmp_path):
     return command
 
 
+def report_of(folder):
+    report = json.loads((folder / "warmup.json").read_text())
+    del report["log_history"]  # with how long it all took
+    return report
+
+
 def tree(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
 
@@ -63,7 +69,7 @@ def test_a_run_killed_behind_its_last_checkpoint_ends_with_the_same_weights(how,
     options = [*schedule, "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2", *how]
     assert pretrain.run(command(folder, *options)) == 0
     weights, state = load_file(folder / "model.safetensors"), json.loads((folder / "trainer_state.json").read_text())
-    report = json.loads((folder / "warmup.json").read_text())
+    report = report_of(folder)
     for _ in range(2):
         as_if_killed_before_the_end(folder)
         assert pretrain.run(command(folder, *options)) == 0
@@ -72,7 +78,7 @@ def test_a_run_killed_behind_its_last_checkpoint_ends_with_the_same_weights(how,
     assert again["max_steps"] == state["max_steps"]
     after = load_file(folder / "model.safetensors")
     assert all(weights[name].equal(after[name]) for name in weights)
-    assert json.loads((folder / "warmup.json").read_text()) == report
+    assert report_of(folder) == report
     assert json.loads((folder / "run.json").read_text())["ended"] is True
 
 
@@ -157,7 +163,9 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
 
-    args = SimpleNamespace(output_dir=str(tmp_path / "run"), resume_from_checkpoint=None, hub_token=None)
+    args = SimpleNamespace(
+        output_dir=str(tmp_path / "run"), resume_from_checkpoint=None, hub_token=None, disable_tqdm=True
+    )
     monkeypatch.setattr("sys.argv", ["pretrain.py"])
     with pytest.raises(SystemExit) as end:
         main(lambda argv: carry_out(argv, args, overwrite=False, make_trainer=full, finish=print))
@@ -208,6 +216,10 @@ def test_nothing_that_is_pushed_to_the_hub_holds_the_token(command, tmp_path, mo
         path for path in (tmp_path / "run").rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()
     ]
     assert "--hub_token ... --hub_model_id me/model --run_name x-..." in (tmp_path / "run" / "README.md").read_text()
+    # The last that is sent is what is left here, the final card with it.
+    for name in ("README.md", "warmup.json", "trainer_state.json", "model.safetensors"):
+        assert (hub.folder / str(hub.uploads) / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    assert "on the part.txt dataset" in (hub.folder / str(hub.uploads) / "README.md").read_text()
     # It is still used.
     assert os.environ["HF_TOKEN"] == TOKEN
     assert set(hub.tokens) == {None}

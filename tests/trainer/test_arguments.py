@@ -100,7 +100,7 @@ NOT_OPTIONS = [
     ("ramp", "got ramp"),
     ("line_steps", "got line_steps; did you mean ramp_steps?"),
     ("learning_rate", "the options are warmup, auto_lr, init_lr, ramp_steps, gi_adam, warmup_card, got learning_rate"),
-    *((name, f"{name} is no option any more: use {advice}") for name, advice in GONE.items()),
+    *((name, f"{name} is no option any more: {advice}") for name, advice in GONE.items()),
 ]
 
 

@@ -7,7 +7,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from hf_warmup import GIAdamW
 from hf_warmup.trainer import GIAdamWFactory, WarmupArguments, WarmupCallback, warmup_report
 
-from tiny import make_model, start_of
+from tiny import CHECKPOINTING, make_model, start_of
 
 
 def weights(trainer):
@@ -63,7 +63,7 @@ def test_warmup_is_linear_with_warmup_steps_and_guided_without(make_trainer, war
         {"bf16": True},
         {"max_grad_norm": 0.1},
         {"gradient_accumulation_steps": 1},
-        {"activation_checkpointing": True},
+        {CHECKPOINTING: True},
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ from hf_warmup import GIAdamW, loss_after_step
 from hf_warmup.trainer import WarmupCallback
 from hf_warmup.trainer.replay import StepReplay
 
-from tiny import OPTIONS, make_dataset, start_of
+from tiny import CHECKPOINTING, OPTIONS, make_dataset, start_of
 
 pytestmark = pytest.mark.slow
 
@@ -153,12 +153,12 @@ def test_the_search_leaves_no_trace(options, case):
 
 
 def test_the_search_leaves_no_trace_with_checkpointed_activations(options):
-    options |= {"activation_checkpointing": True}
+    options |= {CHECKPOINTING: True}
     data = make_dataset(vocab=VOCAB, length=LENGTH)
     trainer, _ = assert_search_leaves_no_trace(
         lambda: Trainer(make_model(), TrainingArguments(**options), train_dataset=data)
     )
-    assert trainer.model.is_activation_checkpointing
+    assert getattr(trainer.model, f"is_{CHECKPOINTING}")
 
 
 def test_the_search_leaves_no_trace_in_a_compiled_model(options):
@@ -349,7 +349,7 @@ def make_texts(**columns):
 
 
 # trl's default is bf16, and its own name for checkpointing is deprecated in transformers 5.24.
-TRL_OPTIONS = {"bf16": False, "activation_checkpointing": True}
+TRL_OPTIONS = {"bf16": False, CHECKPOINTING: True}
 
 
 def make_sft(options, **more):

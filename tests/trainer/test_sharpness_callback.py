@@ -16,7 +16,7 @@ from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.sharpness import adam_preconditioner, sharpness, stability_threshold
 from hf_warmup.trainer import SharpnessCallback, WarmupCallback, measuring
 
-from tiny import make_dataset, make_model
+from tiny import CHECKPOINTING, make_dataset, make_model
 
 KINDS = ["critical", "hessian", "preconditioned"]
 
@@ -298,7 +298,7 @@ def test_checkpointed_activations_and_streams_are_measured(kind, make_trainer):
             return iter(make_dataset(64))
 
     values = []
-    for options in ({}, {"activation_checkpointing": True}):
+    for options in ({}, {CHECKPOINTING: True}):
         trainer = make_trainer(model=quiet_model(), max_steps=2, warmup_steps=1, **options)
         trainer.train_dataset = Stream()
         watch(trainer, kind=kind)

@@ -3,7 +3,7 @@
 import os
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 VOCAB, LENGTH = 50, 16
 
@@ -20,6 +20,10 @@ OPTIONS = {
     "use_cpu": DEVICE == "cpu",
     "disable_tqdm": True,
 }
+
+# transformers 5.23 renamed it.
+RENAMED = hasattr(TrainingArguments, "activation_checkpointing")
+CHECKPOINTING = "activation_checkpointing" if RENAMED else "gradient_checkpointing"
 
 
 def make_model(seed=0, dropout=0.1):
