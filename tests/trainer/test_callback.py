@@ -45,6 +45,16 @@ def test_two_lines_give_a_search_and_warmup_and_leave_the_optimizer_as_it_is(mak
     assert max(lrs) == pytest.approx(3e-3, rel=0.1)  # T_reach is 5.4 steps
 
 
+@pytest.mark.parametrize(("warmup_steps", "kind"), [(6, "linear"), (0.25, "linear"), (0, "guided")])
+def test_warmup_is_linear_with_warmup_steps_and_guided_without(make_trainer, warmup_steps, kind):
+    trainer = make_trainer(args_cls=TrainingArguments, warmup_steps=warmup_steps, learning_rate=10.0, vocab=5)
+    callback = WarmupCallback.attach(trainer)
+    assert callback.rule is None
+    trainer.train()
+    assert start_of(trainer)["warmup/mode"] == callback.rule.kind == kind
+    assert learning_rates(trainer)[0] == pytest.approx(start_of(trainer)["warmup/init_lr"])
+
+
 @pytest.mark.parametrize(
     "options",
     [

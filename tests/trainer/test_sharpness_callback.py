@@ -201,10 +201,11 @@ def attach_in_order(trainer, order, kind):
 
 
 def gained(trainer, train):
-    """The attributes that the trainer and its accelerator have after training and did not have before."""
-    before = [set(vars(owner)) for owner in (trainer, trainer.accelerator)]
+    """The attributes that the trainer and what belongs to it have after training and did not have before."""
+    owners = (trainer, trainer.accelerator, trainer.callback_handler, trainer.model)
+    before = [set(vars(owner)) for owner in owners]
     train()
-    return [set(vars(owner)) - had for owner, had in zip((trainer, trainer.accelerator), before, strict=True)]
+    return [set(vars(owner)) - had for owner, had in zip(owners, before, strict=True)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
