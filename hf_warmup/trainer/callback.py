@@ -27,7 +27,7 @@ from hf_warmup.trainer.deepspeed import prepare_optimizer
 from hf_warmup.trainer.logs import log, say
 from hf_warmup.trainer.model_card import RunCard
 from hf_warmup.trainer.optimizers import use_gi_adam
-from hf_warmup.trainer.report import FAR_BELOW, has_trained, warmup_report
+from hf_warmup.trainer.report import has_trained, warmup_report
 from hf_warmup.trainer.sharpness import SharpnessCallback
 from hf_warmup.trainer.step import NotMeasurable, TrainerStep
 from hf_warmup.trainer.wrapping import wrap
@@ -315,7 +315,7 @@ class WarmupCallback(TrainerCallback):
             news = {"init_lr": lr, "target_lr": target, **news}
         if rule.ended_by is not None:
             news |= {"peak_lr": lr, "ended_by": rule.ended_by, "steps_taken": rule.num_steps}
-            news["lrs"] = [*self._lrs, (self.trainer.state.global_step, lr)]
+            news["lrs"] = list(dict([*self._lrs, (self.trainer.state.global_step, lr)]).items())
         logs = {f"warmup/{name}": value for name, value in news.items() if isinstance(value, float)}
         record = {f"warmup/{name}": value for name, value in news.items() if not isinstance(value, float)}
         if first:
@@ -337,16 +337,6 @@ class WarmupCallback(TrainerCallback):
                     "learning rates, leave the warmup out, or set warmup=none"
                 )
                 return
-
-    def _say_if_bound(self, rule: Warmup) -> None:
-        """Say that learning_rate has ended guided warmup long before the run would have."""
-        times = rule.news.get("expected_peak_lr", 0.0) / rule.lr
-        if rule.ended_by == "learning_rate" and times >= FAR_BELOW:
-            logger.warning(
-                f"learning_rate={rule.lr:.3g} has ended warmup after {rule.num_steps} steps: by its loss and its "
-                f"slope the model would have borne about {times:.2g} times as much. From scratch it trains faster "
-                "with more, or with auto_lr, which needs none; to fine-tune this says little"
-            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -94,7 +94,10 @@ def _read(folder: Path) -> tuple[dict[str, Any] | None, History]:
         return report, report["log_history"]
     older = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
     if not older:
-        raise ValueError(f"dirs must be folders of runs, got {folder}: it has no warmup.json or trainer_state.json")
+        raise ValueError(
+            f"dirs must be folders of runs, got {folder}: it has no log history, in warmup.json, trainer_state.json "
+            "or a checkpoint"
+        )
     return report, json.loads(older[-1].read_text(encoding="utf-8"))["log_history"]
 
 

@@ -12,12 +12,11 @@ from hf_warmup.trainer.arguments import WarmupArguments
 from hf_warmup.trainer.report import (
     FAR_BELOW,
     critical_words,
-    mode_words,
+    gi_adam_ramp,
     number,
     optimizer_words,
     passes_words,
     peak_words,
-    target_words,
 )
 from hf_warmup.warmup import Warmup
 
@@ -81,45 +80,48 @@ def ends(trainer: Trainer, report: dict[str, Any], card: Path | None) -> Block:
     """
     rows = [("optimizer", optimizer_words(report))]
     if report["search_status"] is not None:
-        rows.append(("η_c, step 1", critical_words(report)))
+        rows.append(("critical lr", _plainly(critical_words(report))))
     if report["init_lr"] is not None:
         rows.append(("started at", number(report["init_lr"])))
     if report["overshoot_lr"] is not None:
         rows.append(("overshoot", f"at {number(report['overshoot_lr'])}, where the first descent was over"))
-    taken = report["warmup_steps_taken"]
-    if report["warmup"] == "linear":
-        peak = target_words(report)
+    taken, steps = report["warmup_steps_taken"], report["max_steps"]
+    if taken is None:
+        ended = f"not before the run, which stopped after {report['train_steps']} of {steps} steps"
     else:
-        peak = peak_words(report)
-    ended = (
-        "not over when the run ended" if taken is None else f"after {taken} of {report['max_steps']} steps, at {peak}"
-    )
+        ended = f"after {taken} of {steps} steps, at {_plainly(peak_words(report))}"
     rows += [("warmup ended", ended), ("cost", _cost(report)), ("next time", _next_time(report))]
     if card is not None:
         rows.append(("written to", str(card)))
-    return f"{mode_words(report).split(':')[0]} warmup is done", rows
+    return f"what {report['warmup']} warmup did", rows
+
+
+def _plainly(words: str) -> str:
+    return words.replace("η_trgt", "learning_rate")
 
 
 def _cost(report: dict[str, Any]) -> str:
     if report["warmup"] == "guided":
-        return "no forward passes; in each step until the overshoot an optimizer step on copies"
+        until = "warmup" if report["overshoot_lr"] is None else "the way to the overshoot"
+        return f"no forward passes; one more optimizer step, on copies, in each step of {until}"
     return passes_words(report)
 
 
 def _next_time(report: dict[str, Any]) -> str:
     target, peak, times = report["target_lr"], report["peak_lr"], report["bearable"]
+    if peak is None:
+        return "the same, to its end"
+    if report["search_status"] == "above_target":
+        return "the same, or without warmup_steps, where the run finds how long warmup takes"
     if report["warmup"] == "guided":
-        if peak is None:
+        if report["ended_by"] == "half of the run":
             return "more steps: half of the run was not enough for its warmup"
         if report["auto_lr"]:
             return f"the same; or learning_rate={peak:.2g}, which is what this run found"
         if times is not None and times >= FAR_BELOW:
             return f"from scratch a learning_rate up to {times:.2g} times as large, or auto_lr; to fine-tune, the same"
-        if target is not None and peak < 0.999 * target:
-            return f"the same: a learning_rate above {peak:.2g} changes nothing"
-        return "the same"
-    if report["search_status"] == "above_target":
-        return "the same, or without warmup_steps, where the run finds how long warmup takes"
+    if target is not None and peak < 0.999 * target:
+        return f"the same: a learning_rate above {peak:.2g} changes nothing"
     return "the same"
 
 
@@ -136,7 +138,7 @@ def gi_adam_warning(trainer: Trainer) -> str | None:
     if not isinstance(optimizer, GIAdamW) or steps <= 0:
         return None
     beta2 = max(float(group["betas"][1]) for group in optimizer.param_groups)
-    ramp = math.ceil(math.log(1 - 0.9**2) / math.log(beta2)) if 0 < beta2 < 1 else 1
+    ramp = gi_adam_ramp(beta2)
     if ramp <= steps:
         return None
     if steps < _FEW:

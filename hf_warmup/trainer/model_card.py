@@ -1,9 +1,10 @@
 """The model card: what was trained, how, and what warmup did in it.
 
-A run leaves `warmup.json`. Where the Trainer makes a card (`create_model_card`, `push_to_hub`), or there is one, it
-has `warmup.png` and a part of `README.md` between two marks. Whatever else a card says is its author's, or the
-Trainer's draft, of which three things are set right: the optimizer (it names that of `--optim`, whatever runs), what
-it is fine-tuned from, and the empty headings. The evaluation goes into the metadata.
+A run leaves `warmup.json`. Where the Trainer makes a card (`create_model_card`, `push_to_hub`, with peft also
+`save_model`), or there is one, it has `warmup.png` and a part of `README.md` between two marks. Whatever else a card
+says is its author's, or the Trainer's draft, of which three things are set right: the optimizer (it names that of
+`--optim`, whatever runs) and its learning rate, what it is fine-tuned from, and the empty headings. The evaluation
+goes into the metadata.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ from transformers import Trainer
 from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.trainer.plots import run_figure
-from hf_warmup.trainer.report import group_values, has_trained, warmup_report
+from hf_warmup.trainer.report import group_values, has_trained, target_words, warmup_report
 from hf_warmup.trainer.secrets import hide_known
 from hf_warmup.trainer.sections import sections, task_of
 
@@ -76,8 +77,11 @@ class RunCard:
         card = (self._folder / "README.md").exists()
 
         def tried(name: str, make: Callable[[], bytes]) -> None:
+            path = self._folder / name
             try:
-                _put(self._folder / name, make())
+                if path.exists() and not path.is_file():
+                    raise OSError(f"{name} is not a file")
+                _put(path, make())
             except Exception as error:
                 failed[name] = _reason(error)
 
@@ -140,7 +144,7 @@ class RunCard:
         return made
 
     def save(self, save_model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around the Trainer's `save_model`, as that of sentence-transformers makes a new card.
+        """Around the Trainer's `save_model`: that of sentence-transformers makes a card, as do models of peft.
 
         Args:
             save_model: The Trainer's.
@@ -150,17 +154,19 @@ class RunCard:
         Returns:
             What it returns.
         """
-        had_part = self.written and self._has_part()
+        before = self._read()
         saved = save_model(*args, **kwargs)
-        if had_part and not self._has_part():
-            self.write(new=True)
+        after = self._read()
+        if self.written and after != before and (not before or _BEGIN.encode() in before):
+            # peft's goes on from the card that is there.
+            self.write(new=not before or _BEGIN.encode() not in after or _is_draft(before))
         return saved
 
-    def _has_part(self) -> bool:
+    def _read(self) -> bytes:
         try:
-            return _BEGIN.encode() in (self._folder / "README.md").read_bytes()
+            return (self._folder / "README.md").read_bytes()
         except OSError:
-            return False
+            return b""
 
     def _json(self, report: dict[str, Any]) -> bytes:
         # With the history, which is nowhere else where nothing was saved.
@@ -179,7 +185,6 @@ class RunCard:
     def _card(self, report: dict[str, Any], new: bool, failed: dict[str, str]) -> bytes:
         """The card with our part; into `failed` goes what else of it cannot be."""
         trainer, path = self.trainer, self._folder / "README.md"
-        _check_file(path)
         text = path.read_bytes().decode("utf-8-sig")
         opening, block, closing, body = _split(text)
         data = _mapping(block)
@@ -211,15 +216,9 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}, {' '.join(str(error).split())[:200]}"
 
 
-def _check_file(path: Path) -> None:
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path.name} is not a file")
-
-
 def _put(path: Path, content: bytes) -> None:
     """Write a file beside its place first: a disk that is full, or a process that ends, leaves what was there."""
     path = path.resolve()
-    _check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.new")
     try:
@@ -406,12 +405,12 @@ def _corrected(text: str, trainer: Trainer, report: dict[str, Any]) -> str:
     achieved = "".join(f"- {_one_line(k).capitalize()}: {v:.4f}\n" for k, v in report["evaluation"].items())
     results = r"^(It achieves the following results on the evaluation set:\n)(?:- [^\n]*\n)+"
     text = re.sub(results, lambda found: found[1] + achieved if achieved else "", text, flags=re.MULTILINE)
-    for name, value in _hyperparameters(trainer).items():
+    for name, value in _hyperparameters(trainer, report).items():
         text = re.sub(rf"^- {name}: .*$", f"- {name}: {value}".replace("\\", r"\\"), text, flags=re.MULTILINE)
     return text
 
 
-def _hyperparameters(trainer: Trainer) -> dict[str, str]:
+def _hyperparameters(trainer: Trainer, report: dict[str, Any]) -> dict[str, str]:
     """What the Trainer takes from its arguments, as it is in the optimizer and the batches that were used."""
     optimizer = unwrap_optimizer(trainer.optimizer)
     options = {name: group_values(optimizer, name) for name in ("betas", "eps", "momentum", "weight_decay")}
@@ -419,7 +418,8 @@ def _hyperparameters(trainer: Trainer) -> dict[str, str]:
         options["v0"] = [optimizer.v0]
     # Groups may differ; a value for each of many says nothing.
     words = ", ".join(f"{name}={_either(values)}" for name, values in options.items() if 0 < len(values) < 5)
-    rates = group_values(optimizer, "initial_lr")
+    # With auto_lr that of the optimizer was no bound.
+    rates = [target_words(report)] if report["auto_lr"] else group_values(optimizer, "initial_lr")
     batch, total = trainer.state.train_batch_size, trainer.get_total_train_batch_size(trainer.args)
     return {
         "optimizer": f"{type(optimizer).__name__}{' with ' * bool(words)}{words}",

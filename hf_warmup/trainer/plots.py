@@ -1,5 +1,6 @@
 """Plots of runs: learning rate and loss against the optimizer step, and the search for η_c."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -63,14 +64,16 @@ def _literal(text: str) -> str:
 def _lrs(history: History) -> list[tuple[int, float]]:
     """Step and learning rate: those of warmup as the rule decided them, the others as they were logged."""
     noted = [(int(step), float(lr)) for e in history for step, lr in e.get("warmup/lrs", ())]
-    last = max((step for step, _ in noted), default=-1)
-    # Logged is the learning rate of the step that comes next.
-    return noted + [(e["step"], e["learning_rate"]) for e in history if "learning_rate" in e and e["step"] > last]
+    steps = range(noted[0][0], noted[-1][0] + 1) if noted else ()
+    # Logged is the learning rate of the step that comes next. A run that was resumed noted its second part.
+    return sorted(
+        noted + [(e["step"], e["learning_rate"]) for e in history if "learning_rate" in e and e["step"] not in steps]
+    )
 
 
 def _draw_lrs(axes: Any, history: History, **options: Any) -> None:
     if lrs := _lrs(history):
-        axes.plot(*zip(*lrs, strict=True), **options)
+        axes.plot(*zip(*lrs, strict=True), marker="." if len(lrs) == 1 else "", **options)
 
 
 def _mark(axes: Any, history: History) -> None:
@@ -79,17 +82,20 @@ def _mark(axes: Any, history: History) -> None:
     if not starts:
         return
     start, later = starts[-1], history[history.index(starts[-1]) :]
-    axes.plot(start["step"], start["warmup/init_lr"], "o", color="gray", markersize=4, label="start (η_init)")
+    axes.plot(
+        start["step"], start["warmup/init_lr"], "o", color="black", markerfacecolor="none", label="start (η_init)"
+    )
     rates = [lr for _, lr in _lrs(history)] or [0.0]
     critical = [(e["step"], e["warmup/critical_lr"]) for e in later if "warmup/critical_lr" in e]
     if len(critical) > 1:
         axes.plot(*zip(*critical, strict=True), "k.", label="critical learning rate (η_c)")
     elif critical and critical[0][1] <= 2 * max(rates):
         axes.axhline(critical[0][1], color="black", linestyle=":", label="critical learning rate (η_c) of step 1")
-    for key, style, label in (("overshoot_lr", "v", "overshoot"), ("peak_lr", "s", "end of warmup")):
+    # The overshoot may be the end.
+    for key, style, size, label in (("overshoot_lr", "C3v", 10, "overshoot"), ("peak_lr", "C1s", 5, "end of warmup")):
         at = [(e["step"], e[f"warmup/{key}"]) for e in later if f"warmup/{key}" in e]
         if at:
-            axes.plot(*zip(*at[-1:], strict=True), style, color="C1", markersize=6, label=label)
+            axes.plot(*zip(*at[-1:], strict=True), style, markersize=size, label=label)
     axes.legend()
 
 
@@ -143,14 +149,22 @@ def runs_figure(histories: Mapping[str, History]) -> "Figure":
         highest += [max(lr for _, lr in lrs)] if (lrs := _lrs(history)) else []
         _curve(lower, history, "loss", style, color=color, linewidth=0.6, alpha=0.6)
         _curve(lower, history, "eval_loss", f"o{style}", color=color)
-    if min(highest, default=0.0) > 0 and max(highest) > 10 * min(highest):
-        upper.set_yscale("log")
-        upper.set_ylim(bottom=min(highest) / 10)
+    if _are_apart(highest, 10):
+        upper.set(yscale="log", ylim=(min(highest) / 10, None))
+    if _are_apart([loss for line in lower.lines for loss in line.get_ydata()], 100):  # one has diverged
+        lower.set_yscale("log")
     _name(upper, lower)
     lower.set_ylabel("loss (dots: validation)")
     if upper.lines:
-        upper.legend()
+        # Above, as many in a row as the names leave room for: inside it would hide the curves.
+        columns = max(1, 88 // (max(map(len, histories)) + 7))
+        figure.legend(*upper.get_legend_handles_labels(), loc="outside upper left", ncols=columns)
     return figure
+
+
+def _are_apart(values: Sequence[float], times: float) -> bool:
+    finite = [value for value in values if math.isfinite(value)]
+    return min(finite, default=0.0) > 0 and max(finite) > times * min(finite)
 
 
 def _curve(axes: Any, history: History, key: str, style: str, **options: Any) -> None:

@@ -68,7 +68,7 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         "optimizer": type(optimizer).__name__,
         "v0": optimizer.v0 if isinstance(optimizer, GIAdamW) else None,
         "betas": betas,
-        "gi_adam_ramp_steps": _ramp_steps(betas[1]) if isinstance(optimizer, GIAdamW) and betas else None,
+        "gi_adam_ramp_steps": gi_adam_ramp(betas[1]) if isinstance(optimizer, GIAdamW) and betas else None,
         "warmup": mode,
         "asked_init_lr": start.get("warmup/asked", "none"),
         "critical_lr": start.get("warmup/critical_lr"),
@@ -460,8 +460,10 @@ def init_words(report: dict[str, Any]) -> str:
         return "chosen by hand"
     if report["capped"]:
         return "a tenth of η_trgt, η_c being larger"
+    if report["search_status"] == "above_target":
+        return "η_trgt, as η_c is above it"
     if report["search_status"] == "not_descent":
-        return "η_trgt / T_wrm, for want of an η_c"
+        return "η_trgt / T_wrm or less, for want of an η_c"
     return "η_c"
 
 
@@ -478,10 +480,10 @@ def verdict(report: dict[str, Any]) -> str:
     if report["warmup"] in ("guided", "persistent"):
         return _verdict_of_a_ramp(report)
     if report["search_status"] == "above_target":
-        return (
-            "Judged by its first step alone, η_trgt needed no warmup. One step does not see what Adam's next ones "
-            "do, so warmup still started below it."
-        )
+        alone = "Judged by its first step alone, η_trgt needed no warmup"
+        if report["asked_init_lr"] == "catapult":
+            return f"{alone}, and there was none."
+        return f"{alone}. One step does not see what the next ones do, so warmup still started below it."
     if report["search_status"] == "found" and critical is not None:
         return (
             f"η_trgt is {target / critical:.3g} times the critical learning rate of the first step: warmup was "
@@ -495,8 +497,15 @@ def _whole_size(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _ramp_steps(beta2: float) -> int:
-    """Steps until GI-Adam's step √(1-β2^t) reaches 0.9 of its length, on a constant gradient."""
+def gi_adam_ramp(beta2: float) -> int:
+    """Steps until GI-Adam's step √(1-β2^t) reaches 0.9 of its length, on a constant gradient.
+
+    Args:
+        beta2: β2.
+
+    Returns:
+        Their number.
+    """
     return math.ceil(math.log(1 - 0.9**2) / math.log(beta2)) if 0 < beta2 < 1 else 1
 
 

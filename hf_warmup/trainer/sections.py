@@ -74,10 +74,9 @@ def sections(trainer: Trainer, report: dict[str, Any], datasets: list[str], *, p
     yield f"## Limits\n\n{_limits(report)}"
     yield f"## Citation\n\n{_CITATION}"
     if HF_HUB_OFFLINE:
-        upload = fence(f"hf upload NAME {shlex.quote(str(trainer.args.output_dir))}", "bash")
         yield (
-            "*Written offline (`HF_HUB_OFFLINE=1`): neither checked against the hub nor sent to it. This sends it:*"
-            f"\n\n{upload}"
+            "*Written offline (`HF_HUB_OFFLINE=1`): neither checked against the hub nor sent to it. In this folder, "
+            f"this sends it:*\n\n{fence('hf upload NAME .', 'bash')}"
         )
 
 
@@ -106,14 +105,15 @@ def warmup_section(report: dict[str, Any], *, plotted: bool = True) -> str:
         if report["warmup_steps"]:
             rows += [("Warmup steps asked for (T_wrm)", str(report["warmup_steps"])), taken]
         if report["asked_init_lr"] != "none":
-            rows.append(("Steps saved (T_save)", f"{report['steps_saved']:.1f}, for {passes}"))
+            saved = f"{report['steps_saved']:.1f}" + f", net of {passes}" * bool(report["forward_passes"])
+            rows.append(("Steps saved (T_save)", saved))
     else:
         rows += [("Learning rate at its end, before decay", peak_words(report)), taken]
         if report["warmup"] == "persistent":
             rows.append(("Cost of the search", passes))
     if report["final_eval_loss"] is not None:
         rows.append(("Final validation loss", f"{report['final_eval_loss']:.4f}"))
-    parts = ["## Learning-rate warmup", table(("Warmup", "This run"), rows), verdict(report)]
+    parts = ["## Learning-rate warmup", table(("What", "This run"), rows), verdict(report)]
     if report["sharpness"] is not None:
         parts.append(sharpness_words(report["sharpness"]))
     if report["search_evals"]:
@@ -126,7 +126,9 @@ def warmup_section(report: dict[str, Any], *, plotted: bool = True) -> str:
     if plotted:
         shown = "Learning rate above, training and validation loss below, against the optimizer step"
         if report["sharpness"] is not None:
-            shown = shown.replace(", against", ", then the sharpness and the threshold of stability, against")
+            known = report["sharpness"]["highest_stability_ratio"] is not None
+            sharpness = "the sharpness" + " and the threshold of stability" * known
+            shown = shown.replace(", against", f", then {sharpness}, against")
         if sum(lr > 0 for lr, _ in report["search_evals"] or ()) > 1:
             shown += "; at the bottom the loss after the first step against its learning rate"
         parts.append(f"![{shown}](warmup.png)")
@@ -204,11 +206,12 @@ def _again(trainer: Trainer) -> str | None:
 
 
 def _limits(report: dict[str, Any]) -> str:
-    limits = [
-        "One run with one seed: nothing here says how much another seed would differ.",
-        "η_c belongs to this model, this batch size and these data. It does not carry over to others, nor from one "
-        "optimizer to another.",
-    ]
+    limits = ["One run with one seed: nothing here says how much another seed would differ."]
+    if report["warmup"] != "linear" or report["search_status"] is not None:
+        limits.append(
+            "What warmup measured belongs to this model, this batch size and these data. It does not carry over to "
+            "others, nor from one optimizer to another."
+        )
     if report["evaluation_step"] is None:
         limits.append("The model was not evaluated.")
     elif not report["evaluation"]:

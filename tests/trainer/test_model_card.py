@@ -12,11 +12,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 from huggingface_hub import EvalResult, ModelCard, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from markdown_it import MarkdownIt
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 import __main__
-from hf_warmup.trainer import WarmupCallback, compare_runs, warmup_report
+from hf_warmup.trainer import WarmupCallback, warmup_report
 from hf_warmup.trainer.report import peak_words, target_words, verdict
 
 from tiny import make_dataset, make_model
@@ -28,13 +29,51 @@ def train(trainer):
     return trainer
 
 
+def train_and_describe(trainer):
+    train(trainer).create_model_card()
+    return trainer
+
+
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "run"
 
 
-def test_training_leaves_a_card_with_the_optimizer_that_ran(make_trainer, folder):
-    trainer = train(make_trainer(gi_adam=True, adam_beta2=0.95, weight_decay=0.1))
+def test_training_leaves_a_report_with_its_history_and_no_card(make_trainer, folder):
+    trainer = train(make_trainer())
+    assert {path.name for path in folder.iterdir()} == {"warmup.json"}
+    left = json.loads((folder / "warmup.json").read_text())
+    assert left.pop("log_history") == json.loads(json.dumps(trainer.state.log_history))
+    assert left == json.loads(json.dumps(warmup_report(trainer)))
+
+
+def test_a_history_that_is_not_finite_is_written_without_what_json_has_no_word_for(make_trainer, folder):
+    class NotFinite(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            state.log_history.append({"step": 1, "loss": 2.0, "grad_norm": float("nan"), "more": float("inf")})
+
+    trainer = make_trainer(max_steps=1, warmup_steps=1)
+    trainer.add_callback(NotFinite())
+    train(trainer)
+    history = json.loads((folder / "warmup.json").read_text(), parse_constant=pytest.fail)["log_history"]
+    assert {"step": 1, "loss": 2.0} in history
+
+
+def test_without_warmup_card_nothing_of_ours_is_written(make_trainer, folder):
+    trainer = train_and_describe(make_trainer(warmup_card=False))
+    trainer.evaluate()
+    trainer.save_model()
+    assert {path.name for path in folder.iterdir() if path.suffix in (".md", ".json", ".png")} == {
+        *("README.md", "config.json", "generation_config.json")
+    }
+    draft = (folder / "README.md").read_bytes()
+    assert b"hf-warmup" not in draft
+    train(make_trainer(warmup_card=False))
+    assert (folder / "README.md").read_bytes() == draft
+
+
+def test_a_card_names_the_optimizer_that_ran(make_trainer, folder):
+    train_and_describe(make_trainer(gi_adam=True, adam_beta2=0.95, weight_decay=0.1))
     text = (folder / "README.md").read_text()
     # Biases and norms do not decay.
     assert "- optimizer: GIAdamW with betas=(0.9, 0.95), eps=1e-08, weight_decay=0.1 and 0.0, v0=gradient" in text
@@ -42,11 +81,11 @@ def test_training_leaves_a_card_with_the_optimizer_that_ran(make_trainer, folder
     assert "fine-tuned version of" not in text
     assert "0.0003 (a tenth of η_trgt, η_c being larger)" in text
     assert "above 0.003: the loss does not rise up to η_trgt" in text
+    assert cells(text)["Steps saved (T_save)"] == "0.1, net of 1 forward pass"  # 6 steps / 10 - 1 pass / 2
     assert "over 33 steps at β2 = 0.95" in text  # √(1 - .95^33) = .903, √(1 - .95^32) = .898
     assert "Final validation loss" not in text
     with Image.open(folder / "warmup.png") as plot:
         assert plot.size == (840, 600)
-    assert json.loads((folder / "warmup.json").read_text()) == json.loads(json.dumps(warmup_report(trainer)))
 
 
 def test_a_card_made_again_has_the_newest_numbers_once(make_trainer, folder):
@@ -72,9 +111,16 @@ def test_a_run_that_stops_in_its_warmup_says_so(make_trainer, folder):
 
     trainer = make_trainer()
     trainer.add_callback(Stop())
-    report = warmup_report(train(trainer))
+    report = warmup_report(train_and_describe(trainer))
     assert (report["warmup_steps_taken"], report["peak_lr"]) == (None, None)
     assert re.search(r"\| Warmup steps taken +\| not finished", (folder / "README.md").read_text())
+
+
+def test_the_learning_rate_that_bounds_nothing_is_not_on_the_card(make_trainer, folder):
+    train_and_describe(make_trainer(warmup="guided", warmup_steps=0, auto_lr=True, vocab=5, learning_rate=7.0))
+    text = (folder / "README.md").read_text()
+    assert "- learning_rate: found by the run (auto_lr)\n" in text
+    assert "7.0" not in text
 
 
 def test_what_others_wrote_in_a_card_stays(make_trainer, folder):
@@ -82,6 +128,7 @@ def test_what_others_wrote_in_a_card_stays(make_trainer, folder):
     (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n\nMy words.\n")
     for _ in range(2):
         train(make_trainer())
+    assert {path.name for path in folder.iterdir()} == {"README.md", "warmup.json", "warmup.png"}
     card = ModelCard.load(folder / "README.md")
     assert card.data.license == "mit"
     assert "My words." in card.text
@@ -89,30 +136,41 @@ def test_what_others_wrote_in_a_card_stays(make_trainer, folder):
 
 
 def test_a_search_that_decided_and_a_fixed_start_are_told_apart(make_trainer, folder):
-    train(make_trainer(learning_rate=1e3, optim="sgd", gi_adam=False, init_lr="catapult", max_steps=8))
+    train_and_describe(make_trainer(learning_rate=1e3, optim="sgd", init_lr="catapult", max_steps=8))
     report = json.loads((folder / "warmup.json").read_text())
     text = (folder / "README.md").read_text()
     assert report["search_status"] == "found"
     assert report["init_lr"] == report["critical_lr"]
+    assert report["asked_init_lr"] == "catapult"
     assert f"{report['init_lr']:.3g} (η_c)" in text
     assert "- optimizer: SGD with momentum=0, weight_decay=0.0" in text
 
-    train(make_trainer(init_lr="1e-5"))
-    assert "1e-05 (chosen by hand)" in (folder / "README.md").read_text()
+    train_and_describe(make_trainer(init_lr="catapult"))
+    text = (folder / "README.md").read_text()
+    assert "0.003 (η_trgt, as η_c is above it)" in text
+    assert "η_trgt needed no warmup, and there was none." in text
+
+    train_and_describe(make_trainer(init_lr="1e-5"))
+    text = (folder / "README.md").read_text()
+    assert "1e-05 (chosen by hand)" in text
+    assert cells(text)["Steps saved (T_save)"] == "0.0"
     assert json.loads((folder / "warmup.json").read_text())["critical_lr"] is None
 
-    train(make_trainer(warmup="none", gi_adam=False))
+    train_and_describe(make_trainer(warmup="none"))
+    assert json.loads((folder / "warmup.json").read_text())["asked_init_lr"] == "none"
     text = (folder / "README.md").read_text()
     assert "0 (the Trainer's own schedule)" in text
+    assert "What warmup measured" not in text
     assert "- optimizer: AdamW with" in text
 
 
 def test_a_run_without_a_learning_rate_gets_its_card(make_trainer, folder):
-    train(make_trainer(learning_rate=0.0, warmup="none"))
+    train_and_describe(make_trainer(learning_rate=0.0, warmup="none"))
+    assert cells((folder / "README.md").read_text())["Target learning rate η_trgt"] == "0"
     assert json.loads((folder / "warmup.json").read_text())["warmup_steps_taken"] == 6
 
 
-def test_a_plain_module_gets_a_card_too(make_trainer, folder):
+def test_a_plain_module_has_a_report_and_our_part_in_a_card_of_its_author(make_trainer, folder):
     class Plain(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -121,6 +179,9 @@ def test_a_plain_module_gets_a_card_too(make_trainer, folder):
         def forward(self, input_ids, labels=None):
             return {"loss": ((self.weight - input_ids.float().mean()) ** 2).sum()}
 
+    train(make_trainer(model=Plain()))  # of which the Trainer makes no card
+    assert {path.name for path in folder.iterdir()} == {"warmup.json"}
+    (folder / "README.md").write_text("# Mine\n")
     train(make_trainer(model=Plain()))
     assert "## Learning-rate warmup" in ModelCard.load(folder / "README.md").text
 
@@ -138,8 +199,8 @@ def cells(text):
 
 
 def test_every_number_of_the_card_is_one_of_trainer_state(make_trainer, folder):
-    options = {"learning_rate": 1e3, "optim": "sgd", "gi_adam": False, "init_lr": "catapult"}
-    trainer = train(make_trainer(**options, eval_strategy="steps", eval_steps=6))
+    options = {"learning_rate": 1e3, "optim": "sgd", "init_lr": "catapult"}
+    trainer = train_and_describe(make_trainer(**options, eval_strategy="steps", eval_steps=6))
     metadata, text, state = numbers_of(trainer, folder)
     history = state["log_history"]
     (start,) = [e for e in history if "warmup/init_lr" in e]
@@ -157,7 +218,7 @@ def test_every_number_of_the_card_is_one_of_trainer_state(make_trainer, folder):
     assert shown["Target learning rate η_trgt"] == f"{start['warmup/target_lr']:.3g}"
     assert shown["Steps"] == f"{state['global_step']} of 8 sequences"
     assert shown["Steps saved (T_save)"] == (
-        f"{start['warmup/steps_saved']:.1f}, after {start['warmup/forward_passes']} forward passes"
+        f"{start['warmup/steps_saved']:.1f}, net of {start['warmup/forward_passes']:.0f} forward passes"
     )
     assert start["warmup/forward_passes"] > 2
     for lr, loss in start["warmup/evals"]:
@@ -173,7 +234,7 @@ def eval_results(metadata):
 
 
 def test_metadata_are_valid_and_results_of_other_evaluations_stay(make_trainer, folder):
-    trainer = train(make_trainer(eval_strategy="steps", eval_steps=12))
+    trainer = train_and_describe(make_trainer(eval_strategy="steps", eval_steps=12))
     card = ModelCard.load(folder / "README.md")
     card.text = card.text.replace("This model card has been generated automatically", "Proofread")
     card.data.eval_results.append(EvalResult("text-generation", "other", "Other", "accuracy", 0.5))
@@ -188,7 +249,7 @@ def test_metadata_are_valid_and_results_of_other_evaluations_stay(make_trainer, 
 
 
 def test_the_words_of_an_author_survive_the_trainers_own_card(make_trainer, folder):
-    trainer = train(make_trainer())
+    trainer = train_and_describe(make_trainer())
     draft = (folder / "README.md").read_text()
     assert "More information needed" not in draft
     trainer.create_model_card(tags="mine")
@@ -217,16 +278,18 @@ def test_a_subclass_with_a_card_of_its_own_keeps_it(make_trainer, folder):
 
 
 def test_the_draft_says_what_the_model_was_made_from(make_trainer, folder, tmp_path):
-    train(make_trainer())
+    train_and_describe(make_trainer())
     assert "This model was trained from scratch on" in (folder / "README.md").read_text()
     make_model().save_pretrained(tmp_path / "base")
-    train(make_trainer(model=LlamaForCausalLM.from_pretrained(tmp_path / "base"))).create_model_card()
+    train_and_describe(make_trainer(model=LlamaForCausalLM.from_pretrained(tmp_path / "base")))
     assert "This model is a fine-tuned version of `base` on" in (folder / "README.md").read_text()
 
 
-def test_the_snippet_of_the_card_runs(make_trainer, folder, capsys):
+def test_the_snippet_of_the_card_runs_in_its_folder(make_trainer, folder, monkeypatch):
     trainer = train(make_trainer())
     trainer.save_model()
+    trainer.create_model_card()
+    monkeypatch.chdir(folder)
     (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     names = {}
     exec(snippet, names)
@@ -237,7 +300,7 @@ def test_the_command_of_the_card_has_no_secrets(make_trainer, folder, monkeypatc
     words = ["train.py", "--hub_token", "abc", "--api_key=abc", "--tokenizer", "gpt2", "--max_steps", "3"]
     monkeypatch.setattr("sys.argv", words)
     monkeypatch.setattr(__main__, "__file__", "train.py", raising=False)  # as where a script runs
-    train(make_trainer())
+    train_and_describe(make_trainer())
     text = (folder / "README.md").read_text()
     command = "accelerate launch --config_file accelerate.yaml train.py --hub_token ... --api_key=... --tokenizer gpt2"
     assert f"{command} --max_steps 3" in text
@@ -249,11 +312,13 @@ def test_the_command_of_the_card_has_no_secrets(make_trainer, folder, monkeypatc
 
 def test_offline_a_card_says_so(make_trainer, folder, monkeypatch):
     monkeypatch.setattr("hf_warmup.trainer.sections.HF_HUB_OFFLINE", False)
-    train(make_trainer())
+    train_and_describe(make_trainer())
     assert "Written offline" not in (folder / "README.md").read_text()
     monkeypatch.setattr("hf_warmup.trainer.sections.HF_HUB_OFFLINE", True)
-    train(make_trainer())
-    assert "Written offline (`HF_HUB_OFFLINE=1`)" in (folder / "README.md").read_text()
+    train_and_describe(make_trainer())
+    text = (folder / "README.md").read_text()
+    assert "Written offline (`HF_HUB_OFFLINE=1`)" in text
+    assert str(folder) not in text
 
 
 def test_what_is_pushed_to_the_hub_has_the_card(make_trainer, folder, monkeypatch):
@@ -316,6 +381,8 @@ def test_a_card_that_cannot_be_read_stays_and_training_ends_as_ever(make_trainer
 @pytest.mark.parametrize("name", ["README.md", "warmup.json", "warmup.png"])
 def test_a_folder_in_the_place_of_a_file_is_a_warning(make_trainer, folder, caplog, name):
     (folder / name).mkdir(parents=True)
+    if name != "README.md":
+        (folder / "README.md").write_text("# Mine\n")
     trainer = train(make_trainer(max_steps=2, warmup_steps=1))
     (warning,) = warnings_of(caplog)
     assert f"{name}: OSError, {name} is not a file" in warning
@@ -367,33 +434,26 @@ def test_a_file_in_the_place_of_the_output_folder_is_a_warning(make_trainer, fol
 def test_without_matplotlib_the_card_has_no_plot(make_trainer, folder, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
-    train(make_trainer(max_steps=2, warmup_steps=1)).create_model_card()
+    train_and_describe(make_trainer(max_steps=2, warmup_steps=1))
     (warning,) = warnings_of(caplog)
     assert "without a plot (ImportError, a plot needs matplotlib: pip install matplotlib" in warning
     assert "warmup.png" not in part_of(folder)
     assert {p.name for p in folder.iterdir()} == {"README.md", "warmup.json"}
 
 
-class NoCard(Trainer):
-    error = RuntimeError("no card today")
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_authors_card_outlives_a_trainer_that_cannot_make_its_own(make_trainer, folder, error):
+    class NoCard(Trainer):
+        def create_model_card(self, *args, **kwargs):
+            (folder / "README.md").write_text("half a ca")
+            raise error("no card today")
 
-    def create_model_card(self, *args, **kwargs):
-        (Path(self.args.output_dir) / "README.md").write_text("half a ca")
-        raise self.error
-
-
-def test_a_trainer_that_cannot_make_its_card_trains_and_ctrl_c_gets_through(make_trainer, folder, caplog):
     trainer = train(make_trainer(NoCard, max_steps=2, warmup_steps=1))
-    assert "README.md: RuntimeError, no card today" in warnings_of(caplog)[0]
     (folder / "README.md").write_text("# Mine\n")
-    with pytest.raises(RuntimeError, match="no card today"):  # the trainer's own, as without us
+    with pytest.raises(error, match="no card today"):  # the trainer's own, as without us
         trainer.create_model_card()
-    assert {p.name for p in folder.iterdir()} == {"README.md", "warmup.json", "warmup.png"}
+    assert {p.name for p in folder.iterdir()} == {"README.md", "warmup.json"}
     assert (folder / "README.md").read_text() == "# Mine\n"
-    (folder / "README.md").unlink()
-    NoCard.error = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
-        train(make_trainer(NoCard, max_steps=2, warmup_steps=1))
 
 
 def test_only_the_first_process_writes(make_trainer, folder):
@@ -441,6 +501,43 @@ def test_a_card_that_a_trainer_makes_anew_has_our_part_again(make_trainer, folde
     (folder / "README.md").write_text(text.replace("# me/tiny", "# me/tiny\n\nMy words."))
     trainer.create_model_card(model_name="other")
     assert "# me/tiny\n\nMy words." in (folder / "README.md").read_text()
+
+
+def test_a_card_that_a_trainer_makes_when_it_saves_has_our_part(make_trainer, folder):
+    trainer = train(make_trainer(Overwriting, max_steps=2, warmup_steps=1))
+    trainer.save_model()
+    assert "## Learning-rate warmup" in part_of(folder)
+    trainer.create_model_card(model_name="me/tiny")  # what it saved was a draft
+    assert "# me/tiny\n" in (folder / "README.md").read_text()
+
+
+# transformers 5.24 renamed what peft 0.21 calls.
+@pytest.mark.filterwarnings(r"ignore:`(is_)?gradient_checkpointing\w*` is deprecated:FutureWarning")
+def test_the_empty_form_that_peft_saves_gives_way_to_the_trainers_card_and_an_authors_words_do_not(
+    make_trainer, folder
+):
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = train(make_trainer(model=get_peft_model(make_model(), adapter), max_steps=2, warmup_steps=1))
+    for _ in range(2):
+        trainer.save_model()
+        assert "[More Information Needed]" in (folder / "README.md").read_text()
+        assert "## Learning-rate warmup" in part_of(folder)
+    trainer.create_model_card()
+    for _ in range(2):
+        card = ModelCard.load(folder / "README.md")
+        assert "[More Information Needed]" not in card.text
+        assert "- total_train_batch_size: 8\n" in card.text
+        assert {"lora", "hf-warmup"} <= set(card.data.tags)
+        trainer.save_model()
+    trainer.create_model_card()
+    text = (folder / "README.md").read_text()
+    text = re.sub("<!-- This model card.*?-->", "", text, flags=re.DOTALL)  # as it asks for
+    (folder / "README.md").write_text(text.replace("## Training procedure", "My words."))
+    for _ in range(2):
+        trainer.save_model()
+        assert "hf-warmup" in ModelCard.load(folder / "README.md").data.tags
+        trainer.create_model_card()
+        assert "My words." in (folder / "README.md").read_text()
 
 
 def test_a_card_that_cannot_be_read_outlives_a_trainer_that_overwrites_it(make_trainer, folder):
@@ -539,7 +636,7 @@ def test_names_and_commands_break_neither_marks_nor_fences_nor_metadata(make_tra
     after = list(zip(tokens, tokens[1:], strict=False))
     assert [t.content for t in tokens if t.type == "html_block"] == re.findall(r"<!-- a draft .*-->", part)
     assert not any(t.type == "hr" for t in tokens)
-    titles = ["Learning-rate warmup", "How to use", "This run", "The same run again", "Limits", "Citation"]
+    titles = ["How to use", "Learning-rate warmup", "This run", "The same run again", "Limits", "Citation"]
     assert [text.content for t, text in after if t.type == "heading_open"] == titles
     found = [text.children for t, text in after if t.type == "td_open"]
     assert {child.type for cell in found for child in cell} == {"text"}
@@ -563,9 +660,9 @@ def test_a_mark_in_a_sentence_is_none(make_trainer, folder):
 
 
 def test_the_evaluation_of_a_card_is_that_of_the_model_that_is_left(make_trainer, folder):
-    options = {"learning_rate": 3.0, "init_lr": "0.003", "gi_adam": False, "max_steps": 8, "warmup_steps": 6}
+    options = {"learning_rate": 3.0, "init_lr": "0.003", "max_steps": 8, "warmup_steps": 6}
     every = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    trainer = train(make_trainer(**options, **every, load_best_model_at_end=True))
+    trainer = train_and_describe(make_trainer(**options, **every, load_best_model_at_end=True))
     losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
     best = min(losses, key=losses.get)
     assert best != 8
@@ -585,12 +682,12 @@ def test_an_evaluation_of_an_earlier_step_is_said_to_be_one(make_trainer, folder
 
     trainer = make_trainer(eval_strategy="steps", eval_steps=6)
     trainer.add_callback(Stop())
-    train(trainer)
+    train_and_describe(trainer)
     assert "It is of step 6, the model of step 8." in (folder / "README.md").read_text()
 
 
 def test_an_evaluation_after_training_gets_into_the_card(make_trainer, folder):
-    trainer = train(make_trainer())
+    trainer = train_and_describe(make_trainer())
     assert "The model was not evaluated." in (folder / "README.md").read_text()
     loss = trainer.evaluate()["eval_loss"]
     assert "The model was not evaluated." not in (folder / "README.md").read_text()
@@ -605,7 +702,7 @@ def test_an_evaluation_after_training_gets_into_the_card(make_trainer, folder):
 def test_several_evaluation_sets_are_told_apart(make_trainer, folder):
     trainer = make_trainer(eval_strategy="steps", eval_steps=12)
     trainer.eval_dataset = {"wiki": make_dataset(8), "bo$ok$s": make_dataset(4)}
-    train(trainer)
+    train_and_describe(trainer)
     losses = {k: v for e in trainer.state.log_history for k, v in e.items() if re.fullmatch("eval_.*_loss", k)}
     report, text = json.loads((folder / "warmup.json").read_text()), (folder / "README.md").read_text()
     assert report["evaluation"] == {k.removeprefix("eval_"): v for k, v in losses.items()}
@@ -621,7 +718,7 @@ def test_metrics_without_a_loss_are_an_evaluation(make_trainer, folder):
             output.metrics.update(eval_accuracy=0.25, eval_nan=float("nan"))
             return output
 
-    train(make_trainer(NoLoss, eval_strategy="steps", eval_steps=12))
+    train_and_describe(make_trainer(NoLoss, eval_strategy="steps", eval_steps=12))
     report, text = json.loads((folder / "warmup.json").read_text()), (folder / "README.md").read_text()
     assert (report["evaluation"], report["final_eval_loss"]) == ({"accuracy": 0.25}, None)
     assert cells(text)["Evaluation: accuracy"] == "0.2500"
@@ -651,7 +748,7 @@ def test_an_optimizer_of_ones_own_is_described_by_its_groups(make_trainer, folde
     other = {"lr": 1e-3, "weight_decay": 0.0, "betas": (0.8, 0.9)}
     optimizer = torch.optim.AdamW(groups_of(model, **other), lr=1e-2, weight_decay=0.3, eps=1e-6)
     given = {"optimizers": (optimizer, None)}
-    train(make_trainer(model=model, gi_adam=False, weight_decay=0.1, trainer_kwargs=given))
+    train_and_describe(make_trainer(model=model, weight_decay=0.1, trainer_kwargs=given))
     text = (folder / "README.md").read_text()
     options = "betas=(0.9, 0.999) and (0.8, 0.9), eps=1e-06, weight_decay=0.3 and 0.0"
     assert f"- optimizer: AdamW with {options}\n" in text
@@ -670,7 +767,7 @@ def test_an_optimizer_that_says_nothing_of_itself_gets_a_card(make_trainer, fold
 
     model = make_model()
     given = {"optimizers": (Odd(model.parameters()), None)}
-    train(make_trainer(model=model, warmup="none", gi_adam=False, trainer_kwargs=given))
+    train_and_describe(make_trainer(model=model, warmup="none", trainer_kwargs=given))
     assert not warnings_of(caplog)
     assert cells((folder / "README.md").read_text())["Target learning rate η_trgt"] == "0.1"
 
@@ -682,7 +779,7 @@ def test_the_batch_that_auto_find_batch_size_found_is_the_cards(make_trainer, fo
                 raise RuntimeError("CUDA out of memory.")
             return super().training_step(model, inputs, num_items_in_batch)
 
-    train(make_trainer(Small, auto_find_batch_size=True, gradient_accumulation_steps=1))
+    train_and_describe(make_trainer(Small, auto_find_batch_size=True, gradient_accumulation_steps=1))
     text = (folder / "README.md").read_text()
     assert cells(text)["Steps"] == "12 of 2 sequences"
     assert "- train_batch_size: 2\n" in text
@@ -698,46 +795,12 @@ def test_the_batch_that_auto_find_batch_size_found_is_the_cards(make_trainer, fo
     ],
 )
 def test_a_schedule_that_is_not_ours_is_described_by_itself(make_trainer, folder, caplog, options, shown):
-    train(make_trainer(warmup="none", gi_adam=False, eval_strategy="steps", eval_steps=12, **options))
+    train_and_describe(make_trainer(warmup="none", eval_strategy="steps", eval_steps=12, **options))
     found = cells((folder / "README.md").read_text())
     assert {k: found.get(k) for k in shown} == shown
     assert ("Warmup steps taken" in found) == (found["Warmup"] == "linear")
     assert "Steps saved (T_save)" not in found
     assert not warnings_of(caplog)
-    compare_runs_with(folder)
-
-
-def compare_runs_with(folder):
-    state = {"log_history": [{"step": 1, "loss": 1.0}]}
-    (folder / "trainer_state.json").write_text(json.dumps(state))
-    assert "AdamW" in compare_runs([folder]).table
-
-
-def test_several_runs_are_compared(make_trainer, folder, tmp_path):
-    losses = {}
-    for name, options in {"none": {"warmup": "none"}, "guided": {"warmup": "guided", "warmup_steps": 0}}.items():
-        trainer = train(make_trainer(output_dir=str(tmp_path / name), eval_strategy="steps", eval_steps=12, **options))
-        losses[name] = trainer.state.log_history[-2]["eval_loss"]
-        trainer.save_state()
-    compared = compare_runs([tmp_path / name for name in losses])
-    lines = compared.table.splitlines()
-    header, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:]))
-    shown = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
-    assert {name: row["final loss"] for name, row in shown.items()} == {k: f"{v:.4f}" for k, v in losses.items()}
-    assert shown["none"]["warmup steps"] == "6"
-    assert shown["guided"]["warmup"] == "guided"
-    compared.save(tmp_path / "report")
-    assert compared.table in (tmp_path / "report" / "comparison.md").read_text()
-    with Image.open(tmp_path / "report" / "comparison.png") as plot:
-        assert plot.size == (840, 720)
-    # One that was written before a run could find its learning rate.
-    path = tmp_path / "guided" / "warmup.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "auto_lr"}))
-    assert compare_runs([tmp_path / name for name in losses]).table == compared.table
-    with pytest.raises(ValueError, match="dirs must be folders of runs with hf-warmup, got .*nothing"):
-        compare_runs([tmp_path / "nothing"])
-    with pytest.raises(ValueError, match="dirs must name at least one run's folder"):
-        compare_runs([])
 
 
 OVER = "From 0.02 on the momentum overshot: it pointed uphill on new batches."
