@@ -90,7 +90,10 @@ def suggest_lr(trainer: Trainer) -> LearningRate:
         # None of its callbacks, not even the one that logs, evaluates and saves.
         trainer.callback_handler.callbacks = [finder]
         trainer.args = _quiet(trainer.args, folder)
-        finder.warmup = WarmupCallback.attach(trainer, warmup="guided", auto_lr=True, warmup_card=False)
+        # With the optimizer that the trainer's arguments ask for, whatever the warmup.
+        finder.warmup = WarmupCallback.attach(
+            trainer, warmup="guided", auto_lr=True, init_lr="auto", warmup_card=False
+        )
         vars(trainer)["log"] = lambda *args, **kwargs: None
         trainer.train()
     if finder.found is None:

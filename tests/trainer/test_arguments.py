@@ -115,8 +115,9 @@ def test_an_option_that_there_is_not_is_refused_with_the_one_that_is_meant(make_
 
 def test_what_old_names_advise_is_an_option_or_a_callback():
     options = {f.name for f in dataclasses.fields(WarmupArguments)}
-    words = {re.split(r"[=(: ]", advice)[0] for advice in GONE.values()}
-    assert words <= {*options, "nothing", "SharpnessCallback"}
+    used = {match[1] for advice in GONE.values() if (match := re.match(r"use (\w+)", advice))}
+    assert used == {"auto_lr", "ramp_steps", "warmup", "init_lr", "SharpnessCallback"}
+    assert used - {"SharpnessCallback"} <= options
 
 
 def test_options_may_be_given_by_name_to_attach(make_trainer):
@@ -147,6 +148,10 @@ def test_what_is_no_warmup_arguments_is_refused(make_trainer, given):
         WarmupCallback.attach(make_trainer(), given)
 
 
-def test_options_beside_arguments_are_refused(make_trainer):
-    with pytest.raises(ValueError, match="arguments must be a WarmupArguments, or options by name, got .*auto_lr"):
+def test_options_beside_arguments_take_the_place_of_those_alone(make_trainer):
+    given = WarmupArguments(init_lr="1e-5", warmup_card=False)
+    callback = WarmupCallback.attach(make_trainer(args_cls=TrainingArguments), given, init_lr=2e-5)
+    assert (callback.arguments.init_lr, callback.arguments.warmup_card) == (2e-5, False)
+    assert given.init_lr == "1e-5"
+    with pytest.raises(ValueError, match="auto_lr needs guided warmup, and warmup_steps=6"):
         WarmupCallback.attach(make_trainer(), WarmupArguments(), auto_lr=True)

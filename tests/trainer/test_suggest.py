@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-from hf_warmup.trainer import WarmupArguments, WarmupCallback, suggest_lr
+from hf_warmup import GIAdamW
+from hf_warmup.trainer import WarmupArguments, WarmupCallback, WarmupTrainingArguments, suggest_lr
 from hf_warmup.trainer.suggest import LearningRate
 
 
@@ -38,7 +39,7 @@ class Loud(TrainerCallback):
         self.events += 1
 
 
-def make_trainer(tmp_path, *, dropout=0.1, optimizer=None, **options):
+def make_trainer(tmp_path, *, dropout=0.1, optimizer=None, args_cls=TrainingArguments, **options):
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=32,
@@ -60,7 +61,7 @@ def make_trainer(tmp_path, *, dropout=0.1, optimizer=None, **options):
         "learning_rate": 5e-5,
         "logging_steps": 10,
     } | options
-    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, **options)
+    args = args_cls(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, **options)
     optimizers = (None, None) if optimizer is None else (optimizer(model.parameters()), None)
     return Trainer(model, args, train_dataset=Numbers(), callbacks=[Loud()], optimizers=optimizers)
 
@@ -115,6 +116,23 @@ def test_it_finds_what_guided_warmup_finds_on_its_way(tmp_path):
 def test_it_does_not_depend_on_the_learning_rate_that_the_trainer_has(tmp_path):
     values = [suggest_lr(make_trainer(tmp_path, learning_rate=lr)).value for lr in (1e-7, 1.0)]
     assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"warmup_steps": 6, "init_lr": "1e-5"}, {"warmup": "none"}, {"warmup": "persistent"}], ids=str
+)
+def test_it_does_not_depend_on_the_warmup_that_the_arguments_ask_for(tmp_path, options):
+    trainer = make_trainer(tmp_path, args_cls=WarmupTrainingArguments, **options)
+    assert suggest_lr(trainer).value == suggest_lr(make_trainer(tmp_path)).value
+    assert {name: getattr(trainer.args, name) for name in options} == options
+
+
+def test_it_is_found_for_gi_adam_where_the_arguments_ask_for_it(tmp_path):
+    asked = make_trainer(tmp_path, args_cls=WarmupTrainingArguments, gi_adam=True, adam_beta2=0.95)
+    made = make_trainer(tmp_path, adam_beta2=0.95)
+    made.optimizer_cls_and_kwargs = (GIAdamW, {"lr": 5e-5, "betas": (0.9, 0.95), "fused": True})
+    assert suggest_lr(asked).value == suggest_lr(made).value
+    assert asked.optimizer_cls_and_kwargs is None
 
 
 def test_the_plot_has_the_way_and_both_learning_rates():
