@@ -247,16 +247,19 @@ def test_a_warmup_that_measures_and_is_overridden_leaves_the_same_weights(make_t
     assert losses(measured) == losses(plain)
 
 
-def test_a_bound_below_the_peak_is_gone_to_and_said_to_be_low(make_trainer, caplog):
+def test_a_bound_below_the_peak_is_gone_to_and_said_to_be_low(make_trainer, capsys):
     trainer = make_trainer(**GUIDED | {"learning_rate": 2e-3})
     rates = train(trainer)
+    said = capsys.readouterr().out
     free = train(make_trainer(**AUTO))
     end = [rate < 2e-3 for rate in free].index(False)
     assert rates[:end] == pytest.approx(free[:end], rel=1e-5)
     assert rates[end] == max(rates) == 2e-3
     report = warmup_report(trainer)
     assert (report["ended_by"], report["warmup_steps_taken"], report["peak_lr"]) == ("learning_rate", end + 1, 2e-3)
-    assert f"learning_rate=0.002 has ended warmup after {end + 1} steps" in caplog.text
+    assert f"after {end + 1} of 40 steps, at 0.002 (learning_rate)" in said
+    assert f"from scratch a learning_rate up to {report['bearable']:.2g} times as large, or auto_lr" in said
+    assert report["bearable"] > 3
 
 
 def test_every_group_keeps_its_part_of_the_learning_rate(make_trainer):
@@ -294,6 +297,7 @@ def test_what_guided_warmup_did_is_on_the_card_and_in_the_logs(make_trainer, tmp
     assert report["peak_lr"] == peak_lr == pytest.approx(max(rates))
     assert report["warmup_steps_taken"] == end + 1
     assert report["forward_passes"] == 0
+    trainer.create_model_card()
     text = (folder / "README.md").read_text()
     assert f"{rates[0]:.3g} (from the loss and its slope along the first step)" in text
     assert f"{max(rates):.3g} (from the overshoot of the momentum at {overshoot_lr:.3g})" in text
