@@ -329,6 +329,7 @@ def test_measurements_are_in_trainer_state_in_the_card_and_go_to_reporters(make_
     assert report["first"] == pytest.approx(entries[0]["sharpness/preconditioned"] * 0.1)
     assert report["later"] == pytest.approx(entries[4]["sharpness/preconditioned"] * (1 - 0.9**9))
     assert report["highest_stability_ratio"] == highest["sharpness/stability_ratio"]
+    trainer.create_model_card()
     card = (tmp_path / "run" / "README.md").read_text()
     change = f"goes from {report['first']:.3g} to {report['later']:.3g}, {report['regime']}"
     assert f"λ^(P⁻¹H) without P's factor 1-β1^t {change}" in card
