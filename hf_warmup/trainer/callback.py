@@ -345,7 +345,13 @@ class WarmupCallback(TrainerCallback):
         self._stop_watching()
         if self._schedule is not None and self._schedule.started and has_trained(self.trainer):
             if self.rule is not None and self.rule.ended_by is None:
-                log(self.trainer, {}, {"warmup/mode": self.rule.kind, "warmup/lrs": self._lrs})
+                # Before the Trainer's own last entry, which scripts look for at the end.
+                record: dict[str, Any] = {
+                    "warmup/mode": self.rule.kind,
+                    "warmup/lrs": self._lrs,
+                    "step": state.global_step,
+                }
+                state.log_history.insert(len(state.log_history) - 1, record)
             self._report()
         elif self._card is not None:
             self._card.write()
