@@ -18,7 +18,7 @@ from hf_warmup.search.shards import Shard, Shards, largest_magnitude, unwrap_opt
 from hf_warmup.trainer.processes import Backend
 from hf_warmup.trainer.wrapping import wrap
 
-# What is reached of DeepSpeed's own optimizers, by their class, with the versions it was seen in: 0.19.0 to 0.19.8.
+# What is reached of DeepSpeed's own optimizers, by their class, as it was seen in version 0.19.8.
 _INSIDES = {
     "DeepSpeedZeroOptimizer": (
         "loss_scale",

@@ -50,14 +50,11 @@ def warmup_report(trainer: Trainer) -> dict[str, Any]:
         warmup_steps = start.get("warmup/warmup_steps", warmup_steps)
         saved_fraction = min(1.0, start["warmup/init_lr"] / start["warmup/target_lr"]) if start else 0.0
         steps_taken = None if warmup_steps is None else math.ceil(warmup_steps * (1 - saved_fraction) - 1e-9)
-    else:
-        warmup_steps, steps_taken = None, last.get("warmup/steps_taken")
-    if mode in ("linear", "none") and steps_taken is not None and steps_taken > trainer.state.global_step:
-        steps_taken = None  # what it would have been
-    if mode in ("guided", "persistent"):
-        peak_lr = last.get("warmup/peak_lr")
-    else:
+        if steps_taken is not None and steps_taken > trainer.state.global_step:
+            steps_taken = None  # what it would have been
         peak_lr = None if steps_taken is None else target
+    else:
+        warmup_steps, steps_taken, peak_lr = None, last.get("warmup/steps_taken"), last.get("warmup/peak_lr")
     losses = [e for e in history if "eval_loss" in e]
     model_step = step_of_model(trainer)
     evaluated, evaluation_step = evaluation(trainer)

@@ -124,19 +124,19 @@ class TrainerStep:
                 # Compiled graphs with and without gradients may round differently.
                 self._known[lr] = self.backend.mean_over_ranks(lambda: [self.replay.own_loss()])[0]
             else:
-                self._known[lr] = self._loss_after(shards, lr)
+                self.check()
+                self._known[lr] = self.backend.mean_over_ranks(lambda: [self._replayed(shards, lr)])[0]
         return self._known[lr]
 
     def check(self) -> None:
         """Make sure that the step can be replayed; on all processes at once."""
         shards = self.shards
-        self.replay.check(lambda: loss_after_step(shards.optimizer, self.replay.loss, 0.0, shards=shards))
+        self.replay.check(lambda: self._replayed(shards, 0.0))
 
-    def _loss_after(self, shards: Shards, lr: float) -> float:
-        self.check()
+    def _replayed(self, shards: Shards, lr: float) -> float:
+        """This process's loss after the step at `lr`."""
         # No module: the replay puts back what it changes there.
-        after = functools.partial(loss_after_step, shards.optimizer, self.replay.loss, lr, shards=shards)
-        return self.backend.mean_over_ranks(lambda: [after()])[0]
+        return loss_after_step(shards.optimizer, self.replay.loss, lr, shards=shards)
 
     def slope(self) -> float:
         """gᵀu / max(1, ‖g‖) along the step."""

@@ -189,6 +189,7 @@ class WarmupSchedule:
         now = self.scheduler.last_epoch
         if now == self._factors[0].decided:
             return None
+        # A rule that asks nothing may be given no step, which the protocol does not say of all.
         lr = number("the learning rate of the rule", rule(step))  # type: ignore[arg-type]
         if not 0 <= lr < math.inf:
             raise ValueError(f"the learning rate of the rule must be at least 0 and finite, got {lr}")

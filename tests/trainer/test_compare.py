@@ -12,20 +12,7 @@ from transformers import Trainer, TrainerCallback
 from hf_warmup.trainer import WarmupCallback, WarmupTrainingArguments, compare_runs
 from hf_warmup.trainer.plots import run_figure, runs_figure
 
-from tiny import DEVICE, OPTIONS
-
-# A first descent, an overshoot after some 15 steps, and a bound that is out of reach.
-GUIDED = {"warmup": "guided", "warmup_steps": 0, "max_steps": 40, "vocab": 5, "learning_rate": 10.0}
-
-
-class Rates(TrainerCallback):
-    """The learning rate that each step is really made with."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        self.seen.append(optimizer.param_groups[0]["lr"])
+from tiny import DEVICE, GUIDED, OPTIONS, Rates
 
 
 def train(trainer, **kwargs):

@@ -3,7 +3,7 @@
 import os
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 VOCAB, LENGTH = 50, 16
 
@@ -24,6 +24,19 @@ OPTIONS = {
 # transformers 5.23 renamed it.
 RENAMED = hasattr(TrainingArguments, "activation_checkpointing")
 CHECKPOINTING = "activation_checkpointing" if RENAMED else "gradient_checkpointing"
+
+# A first descent, an overshoot after some 15 steps, and a bound that is out of reach.
+GUIDED = {"warmup": "guided", "warmup_steps": 0, "max_steps": 40, "vocab": 5, "learning_rate": 10.0}
+
+
+class Rates(TrainerCallback):
+    """The learning rate that each step is really made with."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.seen.append(optimizer.param_groups[0]["lr"])
 
 
 def make_model(seed=0, dropout=0.1):
