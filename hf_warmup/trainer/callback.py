@@ -27,7 +27,7 @@ from hf_warmup.trainer.deepspeed import prepare_optimizer
 from hf_warmup.trainer.logs import log, say
 from hf_warmup.trainer.model_card import RunCard
 from hf_warmup.trainer.optimizers import use_gi_adam
-from hf_warmup.trainer.report import has_trained, warmup_report
+from hf_warmup.trainer.report import FAR_BELOW, has_trained, warmup_report
 from hf_warmup.trainer.sharpness import SharpnessCallback
 from hf_warmup.trainer.step import NotMeasurable, TrainerStep
 from hf_warmup.trainer.wrapping import wrap
@@ -63,6 +63,7 @@ class WarmupCallback(TrainerCallback):
         self._schedule: WarmupSchedule | None = None
         self._step: TrainerStep | None = None
         self._stop: Callable[[], None] | None = None
+        self._card = RunCard(trainer) if arguments.warmup_card else None
         self._noticed = False
         self._lrs: list[tuple[int, float]] = []  # of every so many steps of warmup
         self._stride = 1
@@ -112,7 +113,6 @@ class WarmupCallback(TrainerCallback):
             )
         # Methods and no closures: a deep copy of the trainer then has its own callback.
         wrap(trainer, "create_scheduler", callback._scheduled)
-        callback._card = RunCard(trainer) if arguments.warmup_card else None
         if callback._card is not None:
             wrap(trainer, "create_model_card", callback._card.create)
             wrap(trainer, "save_model", callback._card.save)
@@ -120,8 +120,6 @@ class WarmupCallback(TrainerCallback):
         # Behind it, as they measure at the learning rate of the step.
         trainer.callback_handler.callbacks.sort(key=lambda one: isinstance(one, SharpnessCallback))
         return callback
-
-    _card: RunCard | None
 
     @property
     def _kind(self) -> str:
@@ -299,6 +297,17 @@ class WarmupCallback(TrainerCallback):
             log(self.trainer, logs, {"warmup/mode": rule.kind, **record})
         if rule.ended_by is not None:
             self._stop_watching()
+            self._say_if_bound(rule)
+
+    def _say_if_bound(self, rule: Warmup) -> None:
+        """Say at once that learning_rate has ended guided warmup long before the run would have."""
+        times = rule.news.get("expected_peak_lr", 0.0) / rule.lr
+        if times >= FAR_BELOW:
+            logger.warning(
+                f"learning_rate={rule.lr:.3g} has ended warmup after {rule.num_steps} steps: by its loss and its "
+                f"slope the model would have borne about {times:.2g} times as much. From scratch it trains faster "
+                "with more, or with auto_lr, which needs none; to fine-tune this says little"
+            )
 
     def _note_lr(self, lr: float) -> None:
         """For the plot: the trainer's own log lines may be too far apart."""

@@ -10,21 +10,9 @@ from transformers import Trainer, TrainerCallback, set_seed
 from hf_warmup import GuidedWarmup, momentum_slope, update_slope
 from hf_warmup.trainer import WarmupCallback, compare_runs, warmup_report
 
-from tiny import make_model, start_of
+from tiny import GUIDED, Rates, make_model, start_of
 
-# A first descent, an overshoot after some 15 steps, and a bound that is out of reach.
-GUIDED = {"warmup": "guided", "warmup_steps": 0, "max_steps": 40, "vocab": 5, "learning_rate": 10.0}
 AUTO = {**GUIDED, "auto_lr": True}
-
-
-class Rates(TrainerCallback):
-    """The learning rate that each step is really made with."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        self.seen.append(optimizer.param_groups[0]["lr"])
 
 
 def train(trainer, **kwargs):
@@ -247,7 +235,7 @@ def test_a_warmup_that_measures_and_is_overridden_leaves_the_same_weights(make_t
     assert losses(measured) == losses(plain)
 
 
-def test_a_bound_below_the_peak_is_gone_to_and_said_to_be_low(make_trainer, capsys):
+def test_a_bound_below_the_peak_is_gone_to_and_said_to_be_low(make_trainer, capsys, caplog):
     trainer = make_trainer(**GUIDED | {"learning_rate": 2e-3})
     rates = train(trainer)
     said = capsys.readouterr().out
@@ -260,6 +248,7 @@ def test_a_bound_below_the_peak_is_gone_to_and_said_to_be_low(make_trainer, caps
     assert f"after {end + 1} of 40 steps, at 0.002 (learning_rate)" in said
     assert f"from scratch a learning_rate up to {report['bearable']:.2g} times as large, or auto_lr" in said
     assert report["bearable"] > 3
+    assert f"learning_rate=0.002 has ended warmup after {end + 1} steps" in caplog.text
 
 
 def test_every_group_keeps_its_part_of_the_learning_rate(make_trainer):
