@@ -98,10 +98,11 @@ class Ruled:
         return self.lr
 
 
-def guided(setting: Setting, optimizer: str, target: float, auto_lr: bool = False) -> Rule:
-    """Ours."""
+def guided(setting: Setting, optimizer: str, target: float, auto_lr: bool = False, **constants: float) -> Rule:
+    """Ours; with other constants than it has."""
     wait = setting.family not in ("gpt", "llama", "llama-gqa", "qwen3")  # as the Trainer has it
-    return Ruled(setting, GuidedWarmup(setting.steps, None if auto_lr else target, wait=wait))
+    kind = type("GuidedWarmup", (GuidedWarmup,), constants)
+    return Ruled(setting, kind(setting.steps, None if auto_lr else target, wait=wait))
 
 
 def persistent(setting: Setting, optimizer: str, target: float, delta: float = 0.01) -> Rule:

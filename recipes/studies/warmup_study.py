@@ -12,8 +12,8 @@ it, which is the best of tuned linear warmup or 8 times that.
 A run that is in results/warmup_<part>.csv is not repeated. Parts: `gpt` and `gi` (AdamW and GI-Adam on a GPT),
 `llama` (a Llama with grouped queries and tied embeddings, on word pieces), `qwen3`, `cnn` and `vit`, `bert` and
 `modernbert`, `long` and, on word pieces, `bpe_long` (5 times the steps), `modernbert_long` (4 times), `longest` (20
-times the steps, two seeds that choose), `random` (200 random settings: which runs fail), and on a GPU `gpu` (a GPT
-of 14M parameters, on which seed 0 chooses).
+times the steps, two seeds that choose), `random` (200 random settings: which runs fail), `ablation` (every
+constant of guided warmup halved and doubled), and on a GPU `gpu` (a GPT of 14M parameters, on which seed 0 chooses).
 """
 
 import argparse
@@ -35,6 +35,8 @@ from matplotlib.ticker import NullFormatter
 from tabulate import tabulate
 from tqdm import tqdm
 
+from hf_warmup import GuidedWarmup
+
 import evidence
 from evidence import Claim, Seeds
 from warmup_cases import DEVELOPMENT, Setting, make_stream, train, unigram_entropy
@@ -45,6 +47,7 @@ RESULTS = Path(__file__).parent / "results"
 TUNING = (0, 1, 2)
 SEEDS = (10, 11, 12)
 FRESH = {"bert": (20, 21, 22, 30, 31, 32), "long": (30, 31, 32), "longest": (30, 31, 32)}
+ABLATION_SEEDS = (40, 41, 42)
 REPORTED = (*SEEDS, *FRESH["bert"])
 FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
 AUTO = {"auto_lr": True}  # the target bounds nothing
@@ -94,6 +97,8 @@ GPU = Setting(
     device="cuda",
 )
 
+ABLATED_SETTINGS = (GPT, LONG, MODERN)
+
 TITLES = {
     "gpt": "GPT, AdamW (β2 = .95)",
     "gi": "GPT, GI-Adam (β2 = .95)",
@@ -109,7 +114,17 @@ TITLES = {
     "modernbert_long": "ModernBERT, 4 times the steps",
     "gpu": "GPT of 14M parameters on a GPU, 1000 steps",
 }
-PARTS = (*TITLES, "random")
+PARTS = (*TITLES, "random", "ablation")
+ABLATED = {
+    "DISTANCE": (0.15, 0.6),
+    "SHARE": (0.11, 0.44),
+    "MOST_STEPS": (60, 240),
+    "SLOPES": (3, 12),
+    "POWER": (1, 4),
+    "PEAK": (0.075, 0.3),
+    "FALL": (0.05, 0.2),
+    "STEEPEST": (1.5, 6),
+}
 
 
 class Job(NamedTuple):
@@ -174,6 +189,11 @@ def jobs(part: str) -> Iterator[Job]:
     """The runs of a part."""
     if part == "random":
         yield from random_jobs()
+        return
+    if part == "ablation":
+        varied = [AUTO, *(AUTO | {name: value} for name, values in ABLATED.items() for value in values)]
+        for setting in ABLATED_SETTINGS:
+            yield from grid(setting, "AdamW", {"guided": varied}, [1.0], ABLATION_SEEDS)
         return
     every = (*TUNING, *SEEDS, *FRESH.get(part, ()))
     none = {"linear": [{}]}
@@ -521,6 +541,27 @@ def _random_rows() -> dict[str, list[dict[str, str]]]:
     return {name: rows for name, rows in made.items() if rows}
 
 
+def ablation_table() -> str:
+    """The rule with one constant halved or doubled, minus the rule as it is, seed by seed."""
+    losses: dict[tuple[str, str], Seeds] = {}
+    settings: dict[str, str] = {}  # what tells a setting from the others, and its title
+    named = {setting.name: TITLES[setting.name.lower()] for setting in ABLATED_SETTINGS}
+    for row in read("ablation"):
+        name = next(job.setting.name for job in jobs("ablation") if job.key()[0] == row["setting"])
+        settings[row["setting"]] = named[name]
+        end = min(float(row["first"]), float(row["loss"]))
+        losses.setdefault((row["setting"], row["options"]), {})[int(row["seed"])] = end
+    lines = []
+    for constant, values in ABLATED.items():
+        for value in values:
+            line = {"constant": f"`{constant}` {getattr(GuidedWarmup, constant)}", "instead": f"{value:g}"}
+            for setting, title in settings.items():
+                varied = losses.get((setting, json.dumps(AUTO | {constant: value})), {})
+                line[title] = _difference(varied, losses.get((setting, json.dumps(AUTO)), {}))
+            lines.append(line)
+    return _table(lines)
+
+
 def claims() -> list[Claim]:
     """What we say of guided warmup, of the parts that are finished."""
     made = []
@@ -600,6 +641,8 @@ def report() -> str:
     parts = [f"## {TITLES[part]}\n\n{part_table(of)}" for part, of in made.items()]
     if read("random"):
         parts.append(f"## 200 random settings\n\nRuns that fail.\n\n{random_table()}")
+    if read("ablation"):
+        parts.append(f"## The constants of the rule, halved and doubled\n\nWith auto_lr.\n\n{ablation_table()}")
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
     how = f"{versions}; one thread of a CPU per run, the last setting bf16 on one NVIDIA H100 with torch 2.11.0."
     return f"## All settings\n\n{summary_table(made)}\n\n{_notes()}\n\n" + "\n\n".join(
