@@ -102,6 +102,13 @@ class RecipeArguments:
             "training steps' time, and whole weights on every process."
         },
     )
+    optim_factory: Literal["none", "muon"] = field(
+        default="none",
+        metadata={
+            "help": "`muon`: Muon for the matrices inside the model and AdamW for the rest, both at learning_rate, in "
+            "the place of `optim`. Not under DeepSpeed."
+        },
+    )
     smoke: bool = field(
         default=False,
         metadata={
@@ -213,7 +220,7 @@ _GROUPS = {
     "data": ["text_column", "label_column"],
     "model": """objective model init_from dtype lora_r lora_alpha lora_dropout lora_target_modules""".split(),
     "warmup": [*(option.name for option in dataclasses.fields(WarmupArguments)), "warmup_steps"],
-    "Trainer": [],
+    "Trainer": ["optim_factory"],
 }
 
 

@@ -21,7 +21,13 @@ from transformers import (
     set_seed,
 )
 
-from hf_warmup.trainer import SharpnessCallback, WarmupCallback, WarmupTrainingArguments, warmup_report
+from hf_warmup.trainer import (
+    SharpnessCallback,
+    WarmupCallback,
+    WarmupTrainingArguments,
+    muon_cls_and_kwargs,
+    warmup_report,
+)
 from hf_warmup.trainer.report import critical_words, number, target_words
 
 from arguments import RecipeArguments, make_config, one_line, parse, read_recipe
@@ -106,6 +112,7 @@ def make_trainer(args: WarmupTrainingArguments, recipe: RecipeArguments) -> tupl
         preprocess_logits_for_metrics=metrics.reduce,
         flops_per_token=flops_per_token(model, recipe.context),
         peak=peak_flops(args, recipe.peak_tflops),
+        optimizer_cls_and_kwargs=muon_cls_and_kwargs(args) if recipe.optim_factory == "muon" else None,
     )
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(Progress)

@@ -4,7 +4,7 @@ try:
     from hf_warmup.trainer.arguments import WarmupArguments, WarmupTrainingArguments
     from hf_warmup.trainer.callback import WarmupCallback
     from hf_warmup.trainer.compare import Comparison, compare_runs
-    from hf_warmup.trainer.optimizers import GIAdamWFactory
+    from hf_warmup.trainer.optimizers import GIAdamWFactory, MuonFactory, muon_cls_and_kwargs
     from hf_warmup.trainer.report import warmup_report
     from hf_warmup.trainer.sharpness import SharpnessCallback
     from hf_warmup.trainer.suggest import LearningRate, suggest_lr
@@ -17,11 +17,13 @@ __all__ = [
     "Comparison",
     "GIAdamWFactory",
     "LearningRate",
+    "MuonFactory",
     "SharpnessCallback",
     "WarmupArguments",
     "WarmupCallback",
     "WarmupTrainingArguments",
     "compare_runs",
+    "muon_cls_and_kwargs",
     "suggest_lr",
     "warmup_report",
 ]

@@ -12,6 +12,7 @@ from hf_warmup.numeric import number
 from hf_warmup.search.probe import has_momentum, needs_closure
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.trainer.arguments import WarmupArguments
+from hf_warmup.trainer.optimizers import MuonFactory
 from hf_warmup.trainer.replay import unsupported_replay_reason
 
 # Where every process holds the whole model.
@@ -186,6 +187,11 @@ def check_processes(trainer: Trainer) -> None:
                     f"the DeepSpeed configuration has a section {section}, {config[section]}, which takes the place "
                     f"of the Trainer's: leave it out and set {way} instead"
                 )
+        if trainer.optimizer_cls_and_kwargs is not None and trainer.optimizer_cls_and_kwargs[0] is MuonFactory:
+            raise ValueError(
+                "optimizer_cls_and_kwargs asks for Muon, which needs whole matrices, and DeepSpeed's ZeRO cuts them "
+                "into flat pieces: train with DDP or FSDP2, or with AdamW"
+            )
         if trainer.optimizer is not None:
             raise ValueError(
                 f"optimizers has a {type(unwrap_optimizer(trainer.optimizer)).__name__}, which the Trainer drops "

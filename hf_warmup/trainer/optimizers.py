@@ -1,4 +1,4 @@
-"""GIAdamW in the place of the Trainer's AdamW, with the Trainer's own options and decay groups."""
+"""GIAdamW and Muon in the place of the Trainer's AdamW, with the Trainer's own options and decay groups."""
 
 from typing import Any, cast
 
@@ -7,6 +7,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_warmup.optim.gi_adam import GIAdamW
+from hf_warmup.optim.muon import MuonAdamW
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.trainer.wrapping import wrap
 
@@ -32,14 +33,81 @@ class GIAdamWFactory:
         Returns:
             The optimizer, with two parameter groups: decayed and not.
         """
-        # The method does not look at the trainer; asking it keeps the groups the Trainer's own.
-        decayed = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
+        decayed = _decayed(model)
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         groups = [
             {"params": [p for name, p in trainable if name in decayed], "weight_decay": weight_decay},
             {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
         ]
         return GIAdamW(groups, **kwargs)
+
+
+def _decayed(model: nn.Module) -> set[str]:
+    # The method does not look at the trainer; asking it keeps the groups the Trainer's own.
+    return set(Trainer.get_decay_parameter_names(cast(Any, None), model))
+
+
+class MuonFactory:
+    """Makes a `MuonAdamW` for a model, in transformers' optimizer-factory protocol.
+
+    `Trainer(..., optimizer_cls_and_kwargs=(MuonFactory, {"lr": 2e-3, "weight_decay": 0.1}))`, or
+    `optimizer_cls_and_kwargs=muon_cls_and_kwargs(args)` with the options of `args`. Muon has the matrices inside the
+    model. AdamW has embeddings, the head (all outside of `model.base_model`; without one the last matrix), norms,
+    biases, and what is no matrix, as a convolution or a layer's experts in one tensor.
+    """
+
+    def __call__(self, model: nn.Module, *, weight_decay: float = 0.0, **kwargs: Any) -> MuonAdamW:
+        """Make the optimizer, with weight decay on the parameters that the Trainer would decay.
+
+        Args:
+            model: Its parameters that require a gradient are optimized.
+            weight_decay: Decay of all but biases and normalisation weights, which get none.
+            **kwargs: Everything else `MuonAdamW` takes.
+
+        Returns:
+            The optimizer, with three parameter groups at most: Muon's, AdamW's with decay and without.
+
+        Raises:
+            ValueError: If there is no matrix for Muon.
+        """
+        decayed, inside = _decayed(model), _inner_matrices(model)
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                groups.setdefault((id(p) in inside, name in decayed), []).append(p)
+        if not any(is_muon for is_muon, _ in groups):
+            raise ValueError(f"{type(model).__name__} has no matrix inside that is trained: Muon has nothing to do")
+        made = [
+            {"params": params, "muon": is_muon, "weight_decay": weight_decay if decays else 0.0}
+            for (is_muon, decays), params in groups.items()
+        ]
+        return MuonAdamW(made, **kwargs)
+
+
+def _inner_matrices(model: nn.Module) -> set[int]:
+    """The ids of the matrices that are neither an embedding nor the head."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    inside: Any = model
+    while (base := getattr(inside, "base_model", inside)) is not inside:  # of PEFT's model there are three
+        inside = base
+    matrices = [id(p) for p in inside.parameters() if p.ndim == 2 and id(p) not in embeddings]
+    return set(matrices if hasattr(model, "base_model") else matrices[:-1])
+
+
+def muon_cls_and_kwargs(args: TrainingArguments) -> tuple[type[MuonFactory], dict[str, Any]]:
+    """Muon and AdamW with the options that `args` gives to AdamW.
+
+    Args:
+        args: Supplies learning_rate, weight_decay and the adam_* options.
+
+    Returns:
+        What `Trainer.optimizer_cls_and_kwargs` takes.
+    """
+    return MuonFactory, {"weight_decay": args.weight_decay, **_adamw_options(args)}
+
+
+def _adamw_options(args: TrainingArguments) -> dict[str, Any]:
+    return {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 
 
 def gi_adam_cls_and_kwargs(args: TrainingArguments) -> tuple[type[GIAdamW], dict[str, Any]]:
@@ -60,11 +128,7 @@ def gi_adam_cls_and_kwargs(args: TrainingArguments) -> tuple[type[GIAdamW], dict
             f"gi_adam=True needs optim to be {names}, got {getattr(args.optim, 'value', args.optim)}: GI-Adam is "
             "AdamW with another start; leave gi_adam out to keep that optimizer"
         )
-    kwargs: dict[str, Any] = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-    }
+    kwargs = _adamw_options(args)
     if args.optim == OptimizerNames.ADAMW_TORCH_FUSED:
         kwargs["fused"] = True
     return GIAdamW, kwargs

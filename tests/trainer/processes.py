@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from hf_warmup import GIAdamW
 from hf_warmup.search.probe import loss_after_step
 from hf_warmup.search.shards import unwrap_optimizer
-from hf_warmup.trainer import SharpnessCallback, WarmupCallback, WarmupTrainingArguments, step
+from hf_warmup.trainer import SharpnessCallback, WarmupCallback, WarmupTrainingArguments, muon_cls_and_kwargs, step
 
 from tiny import OPTIONS, VOCAB, make_dataset, make_model
 
@@ -192,6 +192,7 @@ def run(
     tokens=VOCAB,
     differ=None,
     sharpness=None,
+    muon=False,
     **options,
 ):
     set_seed(0)
@@ -206,6 +207,8 @@ def run(
     if batch_norm:
         model.model.norm = FeatureNorm(model.config.hidden_size)
     kwargs = {"optimizer_cls_and_kwargs": (GIAdamW, {"lr": args.learning_rate, "v0": v0})} if v0 else {}
+    if muon:
+        kwargs = {"optimizer_cls_and_kwargs": muon_cls_and_kwargs(args)}
     cls = Failing if fails else Little if args.auto_find_batch_size else Trainer
     trainer = cls(model, args, train_dataset=make_dataset(vocab=tokens), **kwargs)
     WarmupCallback.attach(trainer)

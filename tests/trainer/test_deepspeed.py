@@ -191,18 +191,28 @@ def test_the_search_on_partitions_holds_one_copy_of_them(run):
 
 
 REFUSED = [
-    ({"scheduler": {"type": "WarmupLR"}}, "has a section scheduler, {'type': 'WarmupLR'}, which takes the place"),
-    ({"optimizer": {"type": "AdamW"}}, "has a section optimizer"),
-    ({"zero_optimization": {"stage": 0}}, "stage 0 has no partitions to move"),
-    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "that DeepSpeed offloads"),
-    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size=2"),
+    (
+        {"config": {"scheduler": {"type": "WarmupLR"}}},
+        "has a section scheduler, {'type': 'WarmupLR'}, which takes the place",
+    ),
+    ({"config": {"optimizer": {"type": "AdamW"}}}, "has a section optimizer"),
+    ({"config": {"zero_optimization": {"stage": 0}}}, "stage 0 has no partitions to move"),
+    (
+        {"config": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}},
+        "that DeepSpeed offloads",
+    ),
+    (
+        {"config": {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}},
+        "zero_hpz_partition_size=2",
+    ),
+    ({"muon": True, "gi_adam": False}, "asks for Muon, which needs whole matrices"),
 ]
 
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refused")
-    runs = [{"name": f"refused_{i}", "backend": "zero2", "config": config} for i, (config, _) in enumerate(REFUSED)]
+    runs = [{"name": f"refused_{i}", "backend": "zero2", **options} for i, (options, _) in enumerate(REFUSED)]
     launch(folder, 1, *runs, forks=True)
     return {said: Seen(folder, f"refused_{i}").processes[0]["error"] for i, (_, said) in enumerate(REFUSED)}
 

@@ -28,6 +28,7 @@ RUNS = {
     "linear": {**LINEAR, "max_grad_norm": 100.0},  # so that v is the square of a gradient that is not clipped
     "given": {**GIVEN, "max_grad_norm": 100.0},
     "guided": GUIDED,
+    "muon": {**GUIDED, "muon": True, "adam_beta2": 0.95},
     "sgd": {**SGD, **FOUND},
     "adam": {**ADAM, **FOUND},
     "random": {**RANDOM, "max_grad_norm": 100.0},
@@ -58,7 +59,8 @@ def one(tmp_path_factory):
 def ddp(one):
     folder = one.parent / "ddp"
     more = {f"from_{step}": resumed(folder, "linear", step) for step in (4, 12)}
-    more["guided_from_12"] = resumed(folder, "guided", 12)
+    for name in ("guided", "muon"):
+        more[f"{name}_from_12"] = resumed(folder, name, 12)
     more["grown"] = resumed(one, "linear", 4)
     for name in ("linear", "given"):
         # Two steps: what DDP does before the second one depends on the last forward pass, and later steps hide it.
@@ -75,7 +77,8 @@ def ddp(one):
 def fsdp2(one):
     folder = one.parent / "fsdp2"
     more = {f"from_{step}": resumed(folder, "linear", step) for step in (4, 12)}
-    more["guided_from_12"] = resumed(folder, "guided", 12)
+    for name in ("guided", "muon"):
+        more[f"{name}_from_12"] = resumed(folder, name, 12)
     more["linear_full"] = {**RUNS["linear"], "backend": "fsdp2_full"}
     more["full_from_4"] = resumed(folder, "linear_full", 4, backend="fsdp2_full")
     more["refused_hessian"] = HESSIAN
@@ -111,6 +114,14 @@ def test_the_run_is_that_of_one_process_with_the_same_global_batch(name, two, on
 
 def test_guided_warmup_measures_what_one_process_measures(two, one):
     assert_same_rule(Seen(two, "guided"), Seen(one, "guided"))
+
+
+def test_guided_warmup_on_muon_is_that_of_one_process_to_the_precision_of_its_steps(two, one):
+    seen, reference = Seen(two, "muon"), Seen(one, "muon")
+    # The matrices are made orthogonal in bfloat16.
+    assert seen.numbers("loss") == pytest.approx(reference.numbers("loss"), rel=1e-2)
+    assert seen.numbers("learning_rate") == pytest.approx(reference.numbers("learning_rate"), rel=1e-2)
+    assert seen.processes[0]["rule"]["overshoot_step"] == reference.processes[0]["rule"]["overshoot_step"]
 
 
 def test_accumulation_changes_nothing(one):
@@ -184,7 +195,13 @@ def test_a_search_leaves_no_trace_in_buffers_that_ddp_sends_around(ddp):
 
 @pytest.mark.parametrize(
     ("name", "unbroken"),
-    [("from_4", "linear"), ("from_12", "linear"), ("guided_from_12", "guided"), ("full_from_4", "linear_full")],
+    [
+        ("from_4", "linear"),
+        ("from_12", "linear"),
+        ("guided_from_12", "guided"),
+        ("muon_from_12", "muon"),
+        ("full_from_4", "linear_full"),
+    ],
 )
 def test_a_resumed_run_is_bitwise_the_unbroken_one(name, unbroken, two):
     if "full" in name and two.name == "ddp":
