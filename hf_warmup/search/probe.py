@@ -117,14 +117,20 @@ def has_momentum(optimizer: Optimizer) -> bool:
         optimizer: In accelerate's wrapper or not.
 
     Returns:
-        Whether every parameter group has β1 or momentum.
+        Whether every parameter group has β1 or momentum. Not of schedule-free optimizers, which average weights.
     """
-    return all(_momentum(group) for group in unwrap_optimizer(optimizer).param_groups)
+    made = unwrap_optimizer(optimizer)
+    return all(_momentum(made, group) for group in made.param_groups)
 
 
-def _momentum(group: dict[str, Any]) -> Any:
+def _momentum(optimizer: Optimizer, group: dict[str, Any]) -> Any:
     """The β1 or momentum of a group, by whatever name libraries give it; nothing or 0 if it has none."""
-    return group["betas"][0] if group.get("betas") else group.get("beta1") or group.get("momentum")
+    if "weight_lr_power" in group:
+        return None  # schedule-free: its β averages weights, and a step without a gradient moves nothing
+    if betas := group.get("betas"):
+        # bitsandbytes' RMSprop has its α and its momentum there.
+        return betas[1 if type(optimizer).__name__.startswith("RMSprop") else 0]
+    return group.get("beta1") or group.get("momentum")
 
 
 @contextmanager

@@ -95,8 +95,10 @@ class Shards:
 
 def largest_magnitude(tensors: Sequence[Tensor]) -> float:
     """The largest magnitude of all elements, in one device sync; NaN if there is one, 0 if there are none."""
-    norms = torch._foreach_norm([t for t in tensors if t.numel() > 0], ord=math.inf)
-    return float(torch.stack([norm.float().to(norms[0].device) for norm in norms]).max()) if norms else 0.0
+    if not (held := [t for t in tensors if t.numel() > 0]):
+        return 0.0
+    norms = torch._foreach_norm(held, ord=math.inf)
+    return float(torch.stack([norm.float().to(norms[0].device) for norm in norms]).max())
 
 
 def params_of(optimizer: Optimizer) -> list[Any]:

@@ -134,7 +134,7 @@ class WarmupCallback(TrainerCallback):
             raise ValueError(_COPY)
         if kind != "none":
             check_kind(self.arguments, kind, self.trainer.args.warmup_steps)
-            check_optimizer(optimizer, kind)
+            check_optimizer(optimizer, kind, self.arguments.auto_lr)
         made = create_scheduler(num_training_steps, *args, **kwargs)
         # The Trainer takes what its attribute holds, and does not look at what is returned.
         scheduler = unchanged(self.trainer.lr_scheduler if made is None else made)

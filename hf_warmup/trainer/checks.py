@@ -1,5 +1,6 @@
 """What is refused before training, in one place: with the option, its value and what to do instead."""
 
+import logging
 import math
 from dataclasses import fields
 from typing import Any
@@ -15,11 +16,15 @@ from hf_warmup.trainer.arguments import WarmupArguments
 from hf_warmup.trainer.optimizers import MuonFactory
 from hf_warmup.trainer.replay import unsupported_replay_reason
 
+logger = logging.getLogger(__name__)
+
 # Where every process holds the whole model.
 _REPLICATED = tuple(kind for kind in DistributedType if kind is DistributedType.NO or kind.value.startswith("MULTI_"))
 # Schedules that follow the loss. The second came after transformers 5.0.
 _FOLLOW_THE_LOSS = ("reduce_lr_on_plateau", "greedy")
 _KEEP = "warmup=none keeps it as it is"
+# Optimizers whose step is made in the backward pass.
+_IN_BACKWARD = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo")
 
 
 def check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
@@ -33,6 +38,7 @@ def check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
     if trainer.optimizer is not None and trainer.state.global_step > 0:
         raise ValueError("attach the warmup before train(): this trainer has trained, and has its schedule already")
     kind = arguments.kind(args.warmup_steps)
+    _check_schedule_free(args)
     if args.max_steps > 0 and (warmup_steps := args.get_warmup_steps(args.max_steps)) > args.max_steps:
         raise ValueError(f"warmup_steps must be at most max_steps={args.max_steps}, got {warmup_steps}")
     # Python's, as a checkpoint cannot be loaded with another's.
@@ -45,7 +51,7 @@ def check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
     if args.learning_rate == 0:
         raise ValueError("learning_rate must be positive, got 0.0: warmup has no target")
     if trainer.optimizer is not None:
-        check_optimizer(trainer.optimizer, kind)
+        check_optimizer(trainer.optimizer, kind, arguments.auto_lr)
     _check_init_lr(trainer, arguments)
     _check_schedule(trainer, arguments, kind)
     if kind != "linear" or arguments.fixed_init_lr is None:
@@ -118,7 +124,30 @@ def _check_schedule(trainer: Trainer, arguments: WarmupArguments, kind: str) -> 
         )
 
 
-def check_optimizer(optimizer: Any, kind: str) -> None:
+def _check_schedule_free(args: Any) -> None:
+    """Refuse, or warn of, what transformers does to schedule-free optimizers without a word.
+
+    Raises:
+        ValueError: If `warmup_steps` is a fraction.
+    """
+    optim = getattr(args.optim, "value", args.optim)
+    if not optim.startswith("schedule_free"):
+        return
+    if 0 < args.warmup_steps < 1 and optim != "schedule_free_radam":  # which has no warmup
+        raise ValueError(
+            f"warmup_steps must be a whole number with optim={optim}, got {args.warmup_steps}: transformers gives it "
+            f"to the optimizer as a number of steps, and the first step is made at {1 / args.warmup_steps:.3g} times "
+            "the learning rate"
+        )
+    schedule = SchedulerType(args.lr_scheduler_type).value
+    if schedule != "constant":
+        logger.warning(
+            f"optim={optim} averages weights in the place of a decay, and lr_scheduler_type={schedule} changes its "
+            "learning rates as well: set lr_scheduler_type=constant"
+        )
+
+
+def check_optimizer(optimizer: Any, kind: str, auto_lr: bool = False) -> None:
     """Refuse an optimizer whose steps no learning rate of a schedule reaches, or that this warmup cannot measure.
 
     Raises:
@@ -126,7 +155,23 @@ def check_optimizer(optimizer: Any, kind: str) -> None:
     """
     made = unwrap_optimizer(optimizer)
     name = type(made).__name__
+    if name in _IN_BACKWARD:
+        raise ValueError(
+            f"optim must make its step behind the backward pass, got {name}, which makes it there: no step can be "
+            f"measured; {_KEEP}"
+        )
     for group in made.param_groups:
+        if auto_lr and "d" in group:
+            raise ValueError(
+                f"auto_lr must be left out with {name}, which finds the size of its steps itself: give it "
+                "learning_rate=1.0"
+            )
+        if kind == "linear" and group.get("warmup_steps"):
+            raise ValueError(
+                f"warmup_steps must be 0 with {name}, got {group['warmup_steps']}: it warms up over them by itself, "
+                "and a schedule would do so a second time; warmup=none and lr_scheduler_type=constant leave it to "
+                "the optimizer"
+            )
         if group.get("relative_step"):
             raise ValueError(
                 f"relative_step must be False in {name}, got True: it chooses its own learning rates, which no "

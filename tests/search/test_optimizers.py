@@ -180,6 +180,13 @@ def test_objects_in_the_state_that_belong_to_no_parameter_are_put_back():
     assert all(map(torch.equal, weights, probed))
 
 
+class RMSpropOfBitsandbytes(torch.optim.Optimizer):
+    """Its groups, as bitsandbytes makes them: α and the momentum are its betas."""
+
+    def __init__(self, params, betas):
+        super().__init__(params, {"lr": LR, "betas": betas, "eps": 1e-8})
+
+
 def test_momentum_is_known_by_every_name_that_libraries_give_it():
     options = {"lr": LR, "relative_step": False}
     for with_it, without in (
@@ -187,6 +194,8 @@ def test_momentum_is_known_by_every_name_that_libraries_give_it():
         (lambda p: Adafactor(p, beta1=0.9, **options), lambda p: Adafactor(p, **options)),
         (lambda p: torch.optim.RMSprop(p, momentum=0.9), torch.optim.RMSprop),
         (torch.optim.Adam, lambda p: torch.optim.Adam(p, betas=(0.0, 0.9))),
+        (lambda p: RMSpropOfBitsandbytes(p, (0.99, 0.9)), lambda p: RMSpropOfBitsandbytes(p, (0.99, 0.0))),
+        (lambda p: make_muon(p, LR), schedulefree.AdamWScheduleFree),
     ):
         params = list(make_model().parameters())
         assert (has_momentum(with_it(params)), has_momentum(without(params))) == (True, False)
