@@ -46,10 +46,14 @@ def search_cost(args: WarmupTrainingArguments) -> str:
     return f"1 to {SEARCH_PASSES} forward passes{share(SEARCH_PASSES)}"
 
 
-def warmup_words(args: WarmupTrainingArguments) -> str:
+def warmup_words(args: WarmupTrainingArguments, optimizer: str = "") -> str:
     kind = args.kind(args.warmup_steps)
     if kind == "guided":
-        steps = f"about {GuidedWarmup(args.max_steps).ramp_steps:.0f} steps" if args.max_steps > 0 else "some steps"
+        steps = (
+            f"about {GuidedWarmup.usual_ramp_steps(args.max_steps, optimizer):.0f} steps"
+            if args.max_steps > 0
+            else "some steps"
+        )
         return f"guided: {steps} to the overshoot, and at most half of the run"
     if kind == "persistent":
         return "persistent: as long as it takes"
@@ -138,7 +142,7 @@ def plan(args: WarmupTrainingArguments, recipe: RecipeArguments) -> str:
             if args.max_steps > 0
             else []
         ),
-        ("warmup", warmup_words(args)),
+        ("warmup", warmup_words(args, recipe.optim_factory)),
         ("search", search_cost(args)),
     ]
     kind = args.kind(args.warmup_steps)

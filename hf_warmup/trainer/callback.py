@@ -211,7 +211,9 @@ class WarmupCallback(TrainerCallback):
             )
         if kind == "guided":
             bound = None if arguments.auto_lr else target
-            return GuidedWarmup(steps, bound, ramp_steps=arguments.ramp_steps, wait=not _is_decoder(self.trainer))
+            name = type(unwrap_optimizer(self.trainer.optimizer)).__name__
+            ramp_steps = arguments.ramp_steps or GuidedWarmup.usual_ramp_steps(steps, name)
+            return GuidedWarmup(steps, bound, ramp_steps=ramp_steps, wait=not _is_decoder(self.trainer))
         return PersistentCatapult(steps, target, init_lr=arguments.fixed_init_lr or min(1e-4, target))
 
     def _check_checkpoint(self) -> None:

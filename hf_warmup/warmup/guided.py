@@ -20,13 +20,17 @@ optimizer step on copies per training step until the valley, and no forward pass
                 does, up to 3 times as steep
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
-with t* = min(0.22 N, 120) steps in a run of N. L/G is Polyak's step: the learning rate that would bring the loss to
-zero if it fell on at its present slope; 0.3 of it is about what is left of the first descent. A straight line that
-starts at 0 and makes the way Ŝ in t* steps is at 2 √(Ŝ s)/t* when it has made s of it, which is the third line. If
-the estimate is off by a factor of 2, the overshoot comes after t*/√2 or √2 t* steps.
+with t* = min(0.22 N, 120) steps in a run of N (with Muon 0.03 N, but not less than 6 and not more than that). L/G is
+Polyak's step: the learning rate that would bring the loss to zero if it fell on at its present slope; 0.3 of it is
+about what is left of the first descent. A straight line that starts at 0 and makes the way Ŝ in t* steps is at
+2 √(Ŝ s)/t* when it has made s of it, which is the third line. If the estimate is off by a factor of 2, the overshoot
+comes after t*/√2 or √2 t* steps.
 
 In the valley a model has learned how often each token comes. A decoder goes on at once. A masked model may stay on
 that plateau for hundreds of steps, and a learning rate that rises meanwhile can lose it for good; hence the wait.
+
+Muon's steps make every direction of a matrix equally long. None of them is too steep, and a ramp saves it from
+nothing: there warmup is what it takes to measure S.
 
 A training without such a descent, as fine-tuning mostly is, has a small G beside its loss. The line is steep then,
 and reaches `learning_rate` within a few steps.
@@ -66,7 +70,7 @@ class GuidedWarmup(Saved):
         num_training_steps: N, all steps of the run.
         learning_rate: Bounds η; None to let the run find its own.
         ramp_steps: t*, the steps that the way to the valley is to take: min(0.22 N, 120) if None. More is safer and
-            slower.
+            slower. `usual_ramp_steps` is shorter for Muon.
         wait: Whether the climb waits for the loss to fall again. No for a decoder, which does not need it.
 
     Attributes:
@@ -90,6 +94,7 @@ class GuidedWarmup(Saved):
 
     DISTANCE = 0.3  # of Polyak's step: how far the valley is
     SHARE, MOST_STEPS = 0.22, 120  # t* is that part of the run, at most so many steps
+    MUON_SHARE = 0.03  # with Muon
     SLOPES = 6  # in the mean, and of which half tell the overshoot
     POWER = 2  # η rises no faster than t to this power
     PEAK = 0.15  # of the path to the valley
@@ -108,7 +113,7 @@ class GuidedWarmup(Saved):
         wait: bool = True,
     ) -> None:
         self.num_training_steps = whole("num_training_steps", num_training_steps, 1)
-        usual = max(1.0, min(self.SHARE * self.num_training_steps, self.MOST_STEPS))
+        usual = self.usual_ramp_steps(self.num_training_steps)
         self.ramp_steps = usual if ramp_steps is None else positive("ramp_steps", ramp_steps)
         self.learning_rate = None if learning_rate is None else positive("learning_rate", learning_rate)
         self.wait = boolean("wait", wait)
@@ -148,6 +153,22 @@ class GuidedWarmup(Saved):
         self.path += self.lr
         self.num_steps += 1
         return self.lr
+
+    @classmethod
+    def usual_ramp_steps(cls, num_training_steps: int, optimizer: str = "") -> float:
+        """t* of a run of so many steps.
+
+        Args:
+            num_training_steps: N.
+            optimizer: The name of its class; Muon's, of any library, shortens t*.
+
+        Returns:
+            min(0.22 N, 120) and at least 1; with Muon 0.03 N, from 6 to that.
+        """
+        steps = max(1.0, min(cls.SHARE * num_training_steps, cls.MOST_STEPS))
+        if "muon" not in optimizer.lower():
+            return steps
+        return min(steps, max(cls.MUON_SHARE * num_training_steps, cls.SLOPES))  # which tell the overshoot
 
     @property
     def peak(self) -> float:

@@ -1,8 +1,6 @@
 """Optimizers that say they need no warmup, or no learning rate: not ours, and not all installed.
 
-Schedule-free RAdam is of `schedulefree`, Prodigy of `prodigyopt`, Muon of torch from 2.9 on. Muon is for the
-matrices inside the network; embeddings, biases and norms are AdamW's at the same learning rate, as the scale of
-Muon's update is matched to AdamW's.
+Schedule-free RAdam is of `schedulefree`, Prodigy of `prodigyopt`, Muon of torch as `MuonFactory` makes it.
 """
 
 from importlib.util import find_spec
@@ -10,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from hf_warmup.trainer import MuonFactory
 
 PACKAGES = {"RAdamScheduleFree": "schedulefree", "Prodigy": "prodigyopt"}
 
@@ -25,7 +25,7 @@ def missing(name: str) -> str:
 def make_peer(name: str, model: nn.Module, groups: list[dict[str, Any]], betas: tuple[float, float]) -> Any:
     """By name, with the learning rate 1, over the parameter groups that the others have."""
     if name == "Muon":
-        return Muon(model, groups, betas)
+        return MuonFactory()(model, lr=1.0, betas=betas, weight_decay=groups[0]["weight_decay"])
     if name == "RAdamScheduleFree":
         from schedulefree import RAdamScheduleFree
 
@@ -35,29 +35,3 @@ def make_peer(name: str, model: nn.Module, groups: list[dict[str, Any]], betas: 
 
         return Prodigy(groups, 1.0, betas)
     raise ValueError(f"no optimizer is called {name!r}")
-
-
-class Muon:
-    """Muon for the matrices inside the network, AdamW for the rest, as one optimizer."""
-
-    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
-        embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-        decay = groups[0]["weight_decay"]
-        inner = [p for p in groups[0]["params"] if p.dim() == 2 and p not in embeddings]
-        rest = [p for p in groups[0]["params"] if p.dim() != 2 or p in embeddings]
-        self.parts = [
-            torch.optim.Muon(inner, 1.0, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([groups[0] | {"params": rest}, groups[1]], 1.0, betas),
-        ]
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [group for part in self.parts for group in part.param_groups]
-
-    def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad()
-
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()

@@ -101,8 +101,9 @@ class Ruled:
 def guided(setting: Setting, optimizer: str, target: float, auto_lr: bool = False, **constants: float) -> Rule:
     """Ours; with other constants than it has."""
     wait = setting.family not in ("gpt", "llama", "llama-gqa", "qwen3")  # as the Trainer has it
-    kind = type("GuidedWarmup", (GuidedWarmup,), constants)
-    return Ruled(setting, kind(setting.steps, None if auto_lr else target, wait=wait))
+    kind: type[GuidedWarmup] = type("GuidedWarmup", (GuidedWarmup,), constants)
+    ramp_steps = kind.usual_ramp_steps(setting.steps, optimizer)
+    return Ruled(setting, kind(setting.steps, None if auto_lr else target, ramp_steps=ramp_steps, wait=wait))
 
 
 def persistent(setting: Setting, optimizer: str, target: float, delta: float = 0.01) -> Rule:

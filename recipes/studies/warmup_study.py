@@ -9,11 +9,12 @@ seeds of `TUNING`; what is reported are the runs of others, `SEEDS`, and of some
 warmup has nothing to choose: it is reported with `auto_lr`, which finds the learning rate, and with one that bounds
 it, which is the best of tuned linear warmup or 8 times that.
 
-A run that is in results/warmup_<part>.csv is not repeated. Parts: `gpt` and `gi` (AdamW and GI-Adam on a GPT),
-`llama` (a Llama with grouped queries and tied embeddings, on word pieces), `qwen3`, `cnn` and `vit`, `bert` and
-`modernbert`, `long` and, on word pieces, `bpe_long` (5 times the steps), `modernbert_long` (4 times), `longest` (20
-times the steps, two seeds that choose), `random` (200 random settings: which runs fail), `ablation` (every
-constant of guided warmup halved and doubled), and on a GPU `gpu` (a GPT of 14M parameters, on which seed 0 chooses).
+A run that is in results/warmup_<part>.csv is not repeated. Parts: `gpt`, `gi` and `muon` (AdamW, GI-Adam and Muon
+on a GPT), `llama` and `muon_llama` (a Llama with grouped queries and tied embeddings, on word pieces), `qwen3`,
+`cnn` and `vit`, `bert` and `modernbert`, `long` and, on word pieces, `bpe_long` (5 times the steps),
+`modernbert_long` (4 times), `longest` (20 times the steps, two seeds that choose), `random` (200 random settings:
+which runs fail), `ablation` (every constant of guided warmup halved and doubled), and on a GPU `gpu` (a GPT of 14M
+parameters, on which seed 0 chooses).
 """
 
 import argparse
@@ -106,6 +107,8 @@ TITLES = {
     "longest": "GPT, 20 times the steps",
     "bpe_long": "GPT on word pieces, 5 times the steps",
     "llama": "Llama on word pieces, AdamW (β2 = .95)",
+    "muon": "GPT, Muon",
+    "muon_llama": "Llama on word pieces, Muon",
     "qwen3": "Qwen3 on word pieces, AdamW (β2 = .95)",
     "cnn": "CNN, AdamW (β2 = .999)",
     "vit": "ViT, AdamW (β2 = .999)",
@@ -263,6 +266,12 @@ def jobs(part: str) -> Iterator[Job]:
         yield from guided(LLAMA, "AdamW", [*lrs[1:], *(TIMES * lr for lr in lrs[1:])])
         yield from grid(LLAMA, "AdamW", lengths(0.1, 0.3, 0.5), lrs)
         yield from grid(LLAMA, "AdamW", lengths(0.1, 0.3, 0.5), [TIMES * lrs[1]], SEEDS)
+    if part in ("muon", "muon_llama"):
+        setting, lrs = (GPT if part == "muon" else LLAMA), targets(5e-3, 4)
+        yield from guided(setting, "Muon", [lrs[2], TIMES * lrs[2]])
+        yield from grid(setting, "Muon", lengths(0.0, 0.03, 0.1), lrs, TUNING[:2])
+        yield from grid(setting, "Muon", lengths(0.0, 0.03, 0.1), lrs[1:3], SEEDS)
+        yield from grid(setting, "Muon", lengths(0.1), [TIMES * lrs[2]], SEEDS)
     if part == "qwen3":
         lrs = targets(3e-3, 3)
         yield from guided(QWEN, "AdamW", [*lrs[1:], *(TIMES * lr for lr in lrs[1:])])
