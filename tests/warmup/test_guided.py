@@ -56,6 +56,15 @@ def test_the_line_takes_22_percent_of_the_run_and_at_most_120_steps(num_steps, l
     assert GuidedWarmup(num_steps).ramp_steps == pytest.approx(line)
 
 
+@pytest.mark.parametrize("name", ["Muon", "MuonAdamW", "MuonWithAuxAdam", "NorMuon"])
+@pytest.mark.parametrize(
+    ("num_steps", "line"), [(2, 1), (20, 4.4), (40, 6), (200, 6), (300, 9), (2000, 60), (4000, 120), (10**6, 120)]
+)
+def test_with_muon_it_takes_3_percent_and_at_least_the_slopes_that_tell_the_overshoot(name, num_steps, line):
+    assert GuidedWarmup.usual_ramp_steps(num_steps, name) == pytest.approx(line)
+    assert GuidedWarmup.usual_ramp_steps(num_steps, "AdamW") == GuidedWarmup(num_steps).ramp_steps >= line
+
+
 @pytest.mark.parametrize("valley", [1e-4, 0.05, 30.0])
 def test_where_the_estimate_is_right_the_way_is_a_straight_line_of_t_star_steps_to_the_valley(valley):
     rule = GuidedWarmup(1000)
