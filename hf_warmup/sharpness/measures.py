@@ -348,17 +348,12 @@ def _born(optimizer: GIAdamW) -> GIAdamW:
     """A twin with the same state, in which parameters that are new have the v_0 that the next step gives them."""
     twin = copy.copy(optimizer)
     twin.process_group, twin._waiting = optimizer.process_group, optimizer._waiting
-    unborn = [
-        p
-        for p in optimizer._parameters()
-        if p.grad is not None and (p in twin._waiting or not optimizer._has_state(p))
-    ]
     # v_0 is written in place.
     state = {
         p: {name: t.clone() for name, t in s.items()} if p in twin._waiting else s for p, s in optimizer.state.items()
     }
     twin.state = defaultdict(dict, {p: s for p, s in state.items() if s})
-    if unborn:
+    if unborn := optimizer._unborn():
         twin._give_birth(unborn)
     return twin
 
