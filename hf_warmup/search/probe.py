@@ -11,11 +11,11 @@ and v_0 = g_0² are those of the real step: the loss equals, bit for bit, the lo
 
 A probe leaves no trace: parameters, optimizer state, gradients, random numbers, and whatever else the loss function
 and the model change (`hf_warmup.search.restore`) are what they were, bit for bit, also when the loss raises. It
-costs one optimizer step and one forward pass. While it runs it holds one copy of the parameters, on their device or
-on the CPU. torch's optimizers act on every element alone, so the step is made on one piece of the parameters after
-another, each with copies of its piece of the gradients and of the state; of an optimizer that is not known to do so
-all gradients and the whole state are copied. The loss function sees no gradients. A slope of the momentum needs no
-parameter moved: it steps copies of an eighth of them at a time.
+costs one optimizer step and one forward pass. While it runs it holds one copy of the parameters. torch's optimizers
+act on every element alone, so the step is made on one piece of the parameters after another, each with copies of its
+piece of the gradients and of the state; of an optimizer that is not known to do so all gradients and the whole state
+are copied. The loss function sees no gradients. A slope needs no parameter moved: it steps copies of an eighth of
+them at a time.
 
 On many processes each moves what it holds: everything, or the local shards of DTensors (FSDP2), in place and
 without gathering them. `Shards` says what that is, and can be told of other ways to split a model. Every process
@@ -27,8 +27,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,21 +48,20 @@ _ELEMENTWISE = {
 _ELEMENTWISE_NAMES = {
     f"schedulefree.{name.lower()}_schedulefree.{name}ScheduleFree" for name in ("AdamW", "RAdam", "SGD")
 }
-# Elements stepped at once: at least so many, and at most about one part in so many of all; larger parts where no
-# parameter is copied but those. A multiple of 64, so that a kernel cuts a piece into the same vectors as the whole.
+# Elements stepped at once: at least so many, and at most about one part in so many of all. Slopes, which copy no
+# other parameters, may use larger parts. A multiple of 64, so that a kernel cuts a piece into the same vectors.
 _PIECE, _PIECES, _FEW_PIECES = 2**14, 100, 8
 
 
 @torch.no_grad()
 def loss_after_step(
     optimizer: Optimizer,
-    loss_fn: Callable[[], Tensor | float | Sequence[Tensor | float]],
+    loss_fn: Callable[[], Tensor | float],
     lr: float,
     *,
     module: nn.Module | None = None,
-    copy_on_cpu: bool = False,
     shards: Shards | None = None,
-) -> Any:
+) -> float:
     """The loss after the step that `optimizer` would make now with learning rate `lr`.
 
     Example:
@@ -77,19 +75,17 @@ def loss_after_step(
         optimizer: Holds the parameters, their gradients (as `step()` would see them: accumulated, unscaled,
             clipped) and its state. Any torch optimizer whose `step()` needs no closure, in accelerate's wrapper
             or not.
-        loss_fn: Returns the loss of one fixed batch at the current parameters, a 0-d tensor or a number, or a
-            sequence of the losses of several batches. Runs without autograd, on the same random numbers every
-            time, so the same dropout masks. What it changes is put back, in the module and in all that can be
-            reached from the function.
+        loss_fn: Returns the loss of one fixed batch at the current parameters, a 0-d tensor or a number. Runs
+            without autograd, on the same random numbers every time, so the same dropout masks. What it changes is
+            put back, in the module and in all that can be reached from the function.
         lr: η. With parameter groups of several learning rates (`initial_lr`, where a scheduler has set it) the
             largest of them is meant, and the others keep their ratio to it. 0 evaluates the loss at θ.
         module: The model, to put back what its forward pass changes (BatchNorm's running statistics, counters).
             Needed if it is one of FSDP2.
-        copy_on_cpu: Keep the copy of the parameters in the CPU's memory: slower, for when the GPU's is full.
         shards: What this process holds of the parameters, if they are neither whole nor DTensors.
 
     Returns:
-        The loss as a float, possibly not finite; a list of floats if `loss_fn` returned a sequence.
+        The loss, possibly not finite.
 
     Raises:
         ValueError: If `lr` is negative or not finite, no parameter has a gradient, the optimizer's step needs a
@@ -101,9 +97,8 @@ def loss_after_step(
     if not 0 <= lr < float("inf"):
         raise ValueError(f"lr must be at least 0 and finite, got {lr}")
     shards = Shards(optimizer, module) if shards is None else shards
-    with _evaluating(shards, (module, loss_fn), _moved(shards, lr, copy_on_cpu) if lr > 0 else None):
-        losses = loss_fn()
-        return [float(loss) for loss in losses] if isinstance(losses, Sequence) else float(losses)
+    with _evaluating(shards, (module, loss_fn), _moved(shards, lr) if lr > 0 else None):
+        return float(loss_fn())
 
 
 def has_momentum(optimizer: Optimizer) -> bool:
@@ -117,14 +112,10 @@ def has_momentum(optimizer: Optimizer) -> bool:
         optimizer: In accelerate's wrapper or not.
 
     Returns:
-        Whether every parameter group has β1 or momentum.
+        Whether every parameter group has β1 or momentum, by whatever name libraries give it.
     """
-    return all(_momentum(group) for group in unwrap_optimizer(optimizer).param_groups)
-
-
-def _momentum(group: dict[str, Any]) -> Any:
-    """The β1 or momentum of a group, by whatever name libraries give it; nothing or 0 if it has none."""
-    return group["betas"][0] if group.get("betas") else group.get("beta1") or group.get("momentum")
+    groups = unwrap_optimizer(optimizer).param_groups
+    return all(g["betas"][0] if g.get("betas") else g.get("beta1") or g.get("momentum") for g in groups)
 
 
 @contextmanager
@@ -156,12 +147,7 @@ def _evaluating(shards: Shards, roots: Sequence[Any], moved: AbstractContextMana
 
 @torch.no_grad()
 def update_slope(
-    optimizer: Optimizer,
-    lr: float,
-    *,
-    module: nn.Module | None = None,
-    copy_on_cpu: bool = False,
-    shards: Shards | None = None,
+    optimizer: Optimizer, lr: float, *, module: nn.Module | None = None, shards: Shards | None = None
 ) -> float:
     """The slope gᵀu at which the loss starts down along the step that `optimizer` would make now.
 
@@ -176,8 +162,6 @@ def update_slope(
         lr: η at which the step is taken to measure u = (θ - step(η)(θ)) / η; any will do where u does not depend
             on it. Of the size that is probed: rounding blurs a step that is far smaller than θ.
         module: The model, if it is one of FSDP2.
-        copy_on_cpu: Hold less at a time, in more and smaller steps; where an optimizer acts on more than each
-            element alone, as for `loss_after_step`.
         shards: As for `loss_after_step`.
 
     Returns:
@@ -188,17 +172,12 @@ def update_slope(
         ValueError: If `lr` is not positive and finite, or the parameters are DTensors and `module` is None.
         RuntimeError: As for `loss_after_step`.
     """
-    return _slope(optimizer, lr, torch.clone, module, copy_on_cpu, shards)
+    return _slope(optimizer, lr, torch.clone, module, shards)
 
 
 @torch.no_grad()
 def momentum_slope(
-    optimizer: Optimizer,
-    lr: float,
-    *,
-    module: nn.Module | None = None,
-    copy_on_cpu: bool = False,
-    shards: Shards | None = None,
+    optimizer: Optimizer, lr: float, *, module: nn.Module | None = None, shards: Shards | None = None
 ) -> float:
     """The slope gᵀu at which the loss starts down along the step that the momentum alone would make.
 
@@ -215,21 +194,10 @@ def momentum_slope(
         0.0
         -0.9
 
-    Args:
-        optimizer: As for `update_slope`. Clipped gradients change the slope's size and not its sign.
-        lr: As for `update_slope`.
-        module: As for `update_slope`.
-        copy_on_cpu: As for `update_slope`.
-        shards: As for `update_slope`.
-
     Returns:
-        As `update_slope`.
-
-    Raises:
-        ValueError: As `update_slope`.
-        RuntimeError: As `update_slope`.
+        As `update_slope`, with the same arguments and errors. Clipped gradients change its size and not its sign.
     """
-    return _slope(optimizer, lr, torch.zeros_like, module, copy_on_cpu, shards)
+    return _slope(optimizer, lr, torch.zeros_like, module, shards)
 
 
 def gradient_norm(shards: Shards) -> float:
@@ -239,7 +207,6 @@ def gradient_norm(shards: Shards) -> float:
 
 
 def _moving(optimizer: Optimizer, lr: float, module: nn.Module | None, shards: Shards | None) -> Shards:
-    """What a step of `lr`, which must be one, moves."""
     if not 0 < lr < float("inf"):
         raise ValueError(f"lr must be positive and finite, got {lr}")
     return Shards(optimizer, module) if shards is None else shards
@@ -250,24 +217,22 @@ def _slope(
     lr: float,
     gradient: Callable[[Tensor], Tensor],
     module: nn.Module | None,
-    copy_on_cpu: bool,
     shards: Shards | None,
 ) -> float:
     """gᵀu along the step that would be made with `gradient` of every gradient g."""
     shards = _moving(optimizer, lr, module, shards)
     if _is_elementwise(shards.optimizer):
-        return _inner(_updates(shards, lr, _PIECES if copy_on_cpu else _FEW_PIECES, gradient)) / lr
-    with _other_gradients(shards.optimizer, gradient) as grads, _moved(shards, lr, copy_on_cpu) as starts:
-        updates = (value.to(shard.tensor.device) - shard.tensor for shard, value in starts)
-        return _inner(zip(updates, map(local, grads), strict=True)) / lr
+        return _inner(_updates(shards, lr, gradient)) / lr
+    params = params_of(shards.optimizer)
+    grads = [local(p.grad) for p in params if p.grad is not None]
+    with hidden_gradients(params, gradient), _moved(shards, lr) as starts:
+        return _inner((value - shard.tensor, grad) for (shard, value), grad in zip(starts, grads, strict=True)) / lr
 
 
-def _updates(
-    shards: Shards, lr: float, num_pieces: int, gradient: Callable[[Tensor], Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _updates(shards: Shards, lr: float, gradient: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """The update, times `lr`, that is made with other gradients, and the gradient; the parameters stay in place."""
     _check_steps(shards)
-    for piece, parts in _pieces(shards, lr, num_pieces, gradient):
+    for piece, parts in _pieces(shards, lr, _FEW_PIECES, gradient):
         with _no_global_hooks():
             piece.step()
         yield from ((part.values - part.tensor, part.grad) for part in parts)
@@ -292,7 +257,7 @@ def along_step(
 ) -> Iterator[tuple[Callable[[float], float], float]]:
     """The loss along the line of the step that `optimizer` would make now, for many learning rates at little cost.
 
-    The step is made once, at `lr`, and gives u = (θ - step(lr)(θ)) / lr; a trial is then L(θ - η u): a forward pass
+    The step is made once, at `lr`, and gives u = (θ - step(lr)(θ)) / lr; a probe is then L(θ - η u): a forward pass
     and nothing else. It is `loss_after_step` up to rounding where u does not depend on η, as for SGD, Adam and
     AdamW, and holds two copies of the parameters where that holds one. Leaves no trace.
 
@@ -321,7 +286,7 @@ def along_step(
         RuntimeError: As for `loss_after_step`.
     """
     shards = _moving(optimizer, lr, module, shards)
-    with torch.no_grad(), _moved(shards, lr, copy_on_cpu=False) as starts:
+    with torch.no_grad(), _moved(shards, lr) as starts:
         updates = [(value - shard.tensor).div_(lr) for shard, value in starts]
     slope = _inner((u, shard.whole_grad()) for u, (shard, _) in zip(updates, starts, strict=True))
     tensors, values = [shard.tensor for shard, _ in starts], [value for _, value in starts]
@@ -342,31 +307,25 @@ def along_step(
     yield loss_at, slope
 
 
-def _lrs(optimizer: Optimizer, lr: float) -> list[float]:
-    """η for each group: the largest is meant, the others keep their ratio to it."""
-    bases = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
-    return [lr if base == max(bases) else lr * base / max(bases) for base in bases]
-
-
-def _with_lr(group: dict[str, Any], lr: float) -> dict[str, Any]:
+def _groups_at(optimizer: Optimizer, lr: float) -> list[dict[str, Any]]:
+    """The parameter groups with η in place of the largest learning rate; the others keep their ratio to it."""
+    groups = optimizer.param_groups
+    bases = [float(group.get("initial_lr", group["lr"])) for group in groups]
+    lrs = [lr if base == max(bases) else lr * base / max(bases) for base in bases]
     # A new tensor: the old one is what the group gets back.
-    return {**group, "lr": torch.full_like(group["lr"], lr) if isinstance(group["lr"], Tensor) else lr}
+    return [
+        {**group, "lr": torch.full_like(group["lr"], own) if isinstance(group["lr"], Tensor) else own}
+        for group, own in zip(groups, lrs, strict=True)
+    ]
 
 
 @contextmanager
-def _moved(shards: Shards, lr: float, copy_on_cpu: bool) -> Iterator[list[tuple[Shard, Tensor]]]:
-    """Make the step on the parameters alone; undo it on the way out, bit for bit.
-
-    Raises:
-        RuntimeError: If the optimizer has step hooks, or acts on more than the shards.
-
-    Yields:
-        Each shard and its value before the step.
-    """
+def _moved(shards: Shards, lr: float) -> Iterator[list[tuple[Shard, Tensor]]]:
+    """Make the step on the parameters alone, and undo it bit for bit; each shard and its value before the step."""
     _check_steps(shards)
     held = [shard for _, members in shards.groups() for shard in members]
     # Copied back: θ - ηu + ηu is not θ in floating point.
-    values = [shard.tensor.to("cpu", copy=True) if copy_on_cpu else shard.tensor.clone() for shard in held]
+    values = [shard.tensor.clone() for shard in held]
     # A forward pass may put another tensor in a weight's place, as one that is kept normalized.
     plain = [p for p in params_of(shards.optimizer) if type(p) in (Tensor, nn.Parameter)]
     places = [p.data for p in plain]
@@ -387,12 +346,7 @@ def _moved(shards: Shards, lr: float, copy_on_cpu: bool) -> Iterator[list[tuple[
 
 
 def _check_steps(shards: Shards) -> None:
-    """Refuse an optimizer whose step cannot be made and undone on `shards`.
-
-    Raises:
-        ValueError: If its step needs a closure, or there is no gradient.
-        RuntimeError: If it has step hooks, or acts on more than the shards.
-    """
+    """Refuse an optimizer whose step cannot be made and undone on `shards`."""
     optimizer = shards.optimizer
     name = type(optimizer).__name__
     if needs_closure(optimizer):
@@ -422,39 +376,31 @@ def _is_elementwise(optimizer: Optimizer) -> bool:
     return known and getattr(optimizer, "v0", None) != "random"
 
 
-@dataclass
-class _Part:
-    """Some elements of a shard.
+class _Part(NamedTuple):
+    """Some elements of a shard."""
 
-    Attributes:
-        values: Them, in their place.
-        grad: Their gradient, flat or in their shape.
-        tensor: What is stepped, with the gradient that the step sees: `values`, or a copy.
-        state: A copy of the optimizer's, of these elements.
-    """
-
-    values: Tensor
-    grad: Tensor
-    tensor: Tensor
-    state: dict[str, Any]
+    values: Tensor  # in their place
+    grad: Tensor  # flat, or in the shape of the shard
+    tensor: Tensor  # what is stepped, with the gradient that the step sees: `values`, or a copy
+    state: dict[str, Any]  # a copy of the optimizer's
 
 
 def _pieces(
     shards: Shards, lr: float, num_pieces: int, gradient: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[tuple[Optimizer, list[_Part]]]:
     """Optimizers like that of `shards`, each of some parts of them, with copies of their state."""
-    groups = shards.groups()
-    size = max(_PIECE, sum(shard.tensor.numel() for _, held in groups for shard in held) // num_pieces // 64 * 64)
-    for (group, held), group_lr in zip(groups, _lrs(shards.optimizer, lr), strict=True):
+    members = [held for _, held in shards.groups()]
+    size = max(_PIECE, sum(shard.tensor.numel() for held in members for shard in held) // num_pieces // 64 * 64)
+    for group, held in zip(_groups_at(shards.optimizer, lr), members, strict=True):
         piece: list[_Part] = []
         for part in _parts(held, size, gradient):
             piece.append(part)
             if sum(other.values.numel() for other in piece) >= size:
-                yield _like(shards.optimizer, group, group_lr, piece), piece
+                yield _like(shards.optimizer, group, piece), piece
                 piece = []
                 del part
         if piece:
-            yield _like(shards.optimizer, group, group_lr, piece), piece
+            yield _like(shards.optimizer, group, piece), piece
 
 
 def _parts(held: Iterable[Shard], size: int, gradient: Callable[[Tensor], Tensor] | None) -> Iterator[_Part]:
@@ -475,18 +421,17 @@ def _parts(held: Iterable[Shard], size: int, gradient: Callable[[Tensor], Tensor
             tensor = values if gradient is None else values.clone()
             # A copy: some steps write into the gradient, as foreach SGD's with Nesterov's momentum does.
             tensor.grad = (gradient or torch.clone)(grad)
-            state = {k: cut(v).clone() if k in like_p else _copied(v) for k, v in shard.state.items()}
+            # Of a small tensor, as a step count is, deepcopy takes thirty times as long.
+            state = {
+                k: (cut(v) if k in like_p else v).clone() if isinstance(v, Tensor) else copy.deepcopy(v)
+                for k, v in shard.state.items()
+            }
             yield _Part(values, grad, tensor, state)
 
 
-def _copied(value: Any) -> Any:
-    # Of a small tensor, as a step count is, deepcopy takes thirty times as long.
-    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-
-
-def _like(optimizer: Optimizer, group: dict[str, Any], lr: float, piece: list[_Part]) -> Optimizer:
+def _like(optimizer: Optimizer, group: dict[str, Any], piece: list[_Part]) -> Optimizer:
     twin = object.__new__(type(optimizer))
-    groups = [{**_with_lr(group, lr), "params": [part.tensor for part in piece]}]
+    groups = [{**group, "params": [part.tensor for part in piece]}]
     state = defaultdict(dict, {part.tensor: part.state for part in piece if part.state})
     twin.__setstate__({**optimizer.__getstate__(), "param_groups": groups, "state": state})
     return twin
@@ -497,25 +442,11 @@ def _step_and_restore_state(optimizer: Optimizer, lr: float) -> None:
     params = params_of(optimizer)
     with (
         traceless(vars(optimizer), optimizer, *map(vars, params), apart=params),
-        _other_gradients(optimizer, torch.clone),
+        hidden_gradients(params, torch.clone),
     ):
-        for group, group_lr in zip(optimizer.param_groups, _lrs(optimizer, lr), strict=True):
-            group.update(_with_lr(group, group_lr))
+        for group, other in zip(optimizer.param_groups, _groups_at(optimizer, lr), strict=True):
+            group.update(other)
         optimizer.step()
-
-
-@contextmanager
-def _other_gradients(optimizer: Optimizer, other: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Other tensors in the place of the gradients, which are given."""
-    params = [p for p in params_of(optimizer) if p.grad is not None]
-    grads = [p.grad for p in params]
-    try:
-        for p in params:
-            p.grad = other(p.grad)
-        yield grads
-    finally:
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = grad
 
 
 @contextmanager

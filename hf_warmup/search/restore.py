@@ -721,19 +721,14 @@ def keep_buffers(model: nn.Module) -> None:
 
 
 @contextmanager
-def hidden_gradients(params: Iterable[Tensor]) -> Iterator[None]:
-    """Let code run that may read, clear or add to gradients: it sees none, and they are the same objects after it.
-
-    Args:
-        params: Parameters.
-
-    Yields:
-        Nothing.
-    """
+def hidden_gradients(
+    params: Iterable[Tensor], shown: Callable[[Tensor], Tensor | None] = lambda grad: None
+) -> Iterator[None]:
+    """Let code run that reads, clears or adds to gradients: it sees those `shown`, and they are put back after it."""
     held = [(p, p.grad) for p in params]
     try:
-        for p, _ in held:
-            p.grad = None
+        for p, grad in held:
+            p.grad = None if grad is None else shown(grad)
         yield
     finally:
         for p, grad in held:
