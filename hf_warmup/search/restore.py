@@ -36,7 +36,7 @@ import types
 import weakref
 from array import array
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
 from typing import Any
@@ -45,32 +45,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# Elements of a container that are walked into every time; of a larger one see `earlier`.
-_MANY = 50_000
-# And of one in a data set.
-_MANY_DATA = 1_000
-# Bytes of a tensor that is always copied: buffers, counters, statistics.
-_SMALL = 2**20
-# Objects that are looked at to know how far an iterator is.
-_MOST_INSIDE = 1_000
+_MANY = 50_000  # elements of a container that are walked into every time; of a larger one see `earlier`
+_MANY_DATA = 1_000  # and of one in a data set
+_SMALL = 2**20  # bytes of a tensor that is always copied: buffers, counters, statistics
+_MOST_INSIDE = 1_000  # objects that are looked into to know how far an iterator is
+_CONTAINERS = (tuple, list, deque)
 _MISSING = object()
 _ATOMS = {int, float, complex, bool, str, bytes, type(None), type(...), types.CodeType}
 _ATOMS |= {slice, range, torch.dtype, torch.device, torch.Size, type(object.__init__)}
-# Parts of torch and of the standard library whose objects are data. Others hold locks, threads and caches.
-_DATA_MODULES = (
-    "torch.nn",
-    "torch.optim",
-    "torch.amp",
-    "torch.utils.data",
-    "collections",
-    "types",
-    "argparse",
-    "functools",
+# What objects refer to beside their attributes and elements, and never exchange.
+_FIXED: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    ((types.BuiltinMethodType, types.MethodWrapperType), ("__self__",)),
+    (types.MethodType, ("__self__", "__func__")),
+    ((staticmethod, classmethod), ("__func__",)),
+    (property, ("fget", "fset")),
+    (functools.partial, ("func", "args", "keywords")),
+    (defaultdict, ("default_factory",)),
 )
+# Parts of torch and of the standard library whose objects are data. Others hold locks, threads and caches.
+_DATA_MODULES = tuple("torch.nn torch.optim torch.amp torch.utils.data argparse collections functools types".split())
 # Libraries whose objects have threads, processes or devices behind them.
 _OPAQUE = {"accelerate", "comet_ml", "deepspeed", "hf_warmup", "mlflow", "tensorboard", "torch", "tqdm", "wandb"}
-
-
 # A module has some ten dictionaries of hooks, and hardly ever a hook.
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
@@ -164,27 +159,28 @@ class Snapshot:
                         self._large[inside] = (value, [])
                 waiting.extend((child, (path, label), inside) for label, child in children)
         for value, path in iterators:
-            self._parts.append((_Iterator(value), path))
+            self._parts.append((_Watched(functools.partial(_position, value), _is_as_far), path))
 
     def _parts_of(self, value: Any) -> "Iterator[_Part]":
         kind: Any = type(value)
         if isinstance(value, Tensor):
             if _memory(value) not in self._apart_memory:
-                yield self._tensor(value)
+                yield from self._tensor(value)
             if vars(value):
                 yield _Dict(vars(value))
             return
+        for kinds, names in _FIXED:
+            if isinstance(value, kinds):
+                yield _Part([(name, getattr(value, name)) for name in names])
         if isinstance(value, dict):
             yield _Dict(value)
-            if isinstance(value, defaultdict):
-                yield _Fixed([("default_factory", value.default_factory)])
         elif isinstance(value, (list, deque, set)):
             yield _Elements(value)
         elif isinstance(value, (bytearray, array)):
-            yield _Bytes(value)
+            yield _State(lambda: value[:], lambda before: value.__setitem__(slice(None), before), value.__eq__)
         elif isinstance(value, (tuple, frozenset)):
             base: Any = tuple if isinstance(value, tuple) else frozenset
-            yield _Fixed(_referring(enumerate(base.__iter__(value))))
+            yield _Part(_referring(enumerate(base.__iter__(value))))
         elif isinstance(value, torch.Generator):
             yield _State(value.get_state, value.set_state)
         elif isinstance(value, random.Random):
@@ -192,33 +188,22 @@ class Snapshot:
         elif isinstance(value, types.FunctionType):
             if not is_library(value.__module__):
                 yield from _parts_of_function(value)
-        elif isinstance(value, (types.BuiltinMethodType, types.MethodWrapperType)):
-            yield _Fixed([("__self__", value.__self__)])
-        elif isinstance(value, types.MethodType):
-            yield _Fixed([("__self__", value.__self__), ("__func__", value.__func__)])
-        elif isinstance(value, (staticmethod, classmethod)):
-            yield _Fixed([("__func__", value.__func__)])
-        elif isinstance(value, property):
-            yield _Fixed([("fget", value.fget), ("fset", value.fset)])
-        elif isinstance(value, functools.partial):
-            yield _Fixed([("func", value.func), ("args", value.args), ("keywords", value.keywords)])
         elif isinstance(value, types.CellType):
-            yield _Names(lambda: ["cell_contents"], _getter(value), _setter(value), _dropper(value))
+            yield _Names(value, lambda: ["cell_contents"])
         elif isinstance(value, type):
+            named = vars(value)
             if not is_library(value.__module__):
-                named = vars(value)
-                yield _Names(
-                    lambda: [n for n, v in named.items() if n[:2] != "__" or isinstance(v, types.FunctionType)],
-                    lambda name: named.get(name, _MISSING),
-                    _setter(value),
-                    _dropper(value),
-                )
-                yield _Fixed([("base", base) for base in value.__bases__])
+
+                def own() -> list[str]:
+                    return [n for n, v in named.items() if n[:2] != "__" or isinstance(v, types.FunctionType)]
+
+                yield _Names(value, own, named)
+                yield _Part([("base", base) for base in value.__bases__])
             elif issubclass(value, nn.Module):
                 # What somebody has put in the place of a library's methods.
                 foreign = (types.FunctionType, property, staticmethod, classmethod)
-                methods = [(name, method) for name, method in vars(value).items() if isinstance(method, foreign)]
-                yield _Fixed([m for m in methods if not is_library(getattr(m[1], "__module__", None))])
+                methods = [(name, method) for name, method in named.items() if isinstance(method, foreign)]
+                yield _Part([m for m in methods if not is_library(getattr(m[1], "__module__", None))])
             return
         elif isinstance(value, types.ModuleType):
             if not is_library(value.__name__):
@@ -231,20 +216,15 @@ class Snapshot:
         if _is_opaque(kind) and not isinstance(value, nn.Module):
             return
         if kind.__module__.partition(".")[0] == "deepspeed":
-            yield _Fixed([("module", value.module)])  # the engine's own attributes are not a model's
+            yield _Part([("module", value.module)])  # the engine's own attributes are not a model's
             return
         if isinstance(attributes := getattr(value, "__dict__", None), dict) and attributes is not value:
             empty = {k for k in _HOOKS if not attributes.get(k, True)} if isinstance(value, nn.Module) else ()
             yield _Dict(attributes, not_into=empty)
         if slots := _slots(kind):
-            yield _Names(lambda: slots, _getter(value), _setter(value), _dropper(value))
+            yield _Names(value, lambda: slots)
         if isinstance(value, nn.Module) or not is_library(kind.__module__):
-            yield _Fixed([("__class__", kind)])
-
-    def _tensor(self, value: Tensor) -> "_Part":
-        copied = self._may_copy(value.numel() * value.element_size())
-        part = self._copies[id(value)] = _Tensor(value, copied, self._earlier.get(id(value)))
-        return part
+            yield _Part([("__class__", kind)])
 
     def _may_copy(self, size: int) -> bool:
         """Whether that many bytes more are copied; counts them."""
@@ -254,20 +234,37 @@ class Snapshot:
         self._left -= size if copied else 0
         return copied
 
+    def _tensor(self, value: Tensor) -> "Iterator[_Part]":
+        copied = self._may_copy(value.numel() * value.element_size())
+        has_values = not value.is_meta and not _overlaps(value)
+        part = self._copies[id(value)] = _Tensor(value, copied and has_values, self._earlier.get(id(value)))
+        yield part
+        if has_values and not copied:
+            # Of what a library has packed (quantized weights) torch's own count of changes has to do.
+            plain = _is_plain(part.place)
+            yield _Watched(lambda: checksum(value.data) if plain else torch.tensor(value._version), torch.equal)
+
     def _numpy(self, value: Any) -> "Iterator[_Part]":
-        random_numbers = sys.modules["numpy"].random
-        if isinstance(value, random_numbers.Generator):
-            yield _Fixed([("bit_generator", value.bit_generator)])
-        elif isinstance(value, random_numbers.BitGenerator):
+        numpy = sys.modules["numpy"]
+        if isinstance(value, numpy.random.Generator):
+            yield _Part([("bit_generator", value.bit_generator)])
+        elif isinstance(value, numpy.random.BitGenerator):
             yield _State(lambda: value.state, functools.partial(setattr, value, "state"))
-        elif isinstance(value, random_numbers.RandomState):
+        elif isinstance(value, numpy.random.RandomState):
             yield _State(value.get_state, value.set_state)
-        elif isinstance(value, sys.modules["numpy"].ndarray) and value.flags.writeable:
-            if value.dtype.hasobject:
-                yield _Fixed(list(enumerate(value.flat)))
-                yield _Array(value, True)
+        elif isinstance(value, numpy.ndarray) and value.flags.writeable:
+            has_objects = value.dtype.hasobject
+            if has_objects:
+                yield _Part(list(enumerate(value.flat)))
+            if has_objects or self._may_copy(value.nbytes):
+
+                def write(before: Any) -> None:
+                    value.flags.writeable = True
+                    value[...] = before
+
+                yield _State(value.copy, write, lambda before: bool((value == before).all()))
             else:
-                yield _Array(value, self._may_copy(value.nbytes))
+                yield _Watched(lambda: checksum(torch.from_numpy(value.reshape(-1).view("uint8"))), torch.equal)
 
 
 _Path = tuple[Any, Any]  # the one of the parent, and a label
@@ -275,11 +272,14 @@ _Children = Sequence[tuple[Any, Any]]
 
 
 class _Part:
-    """What is kept of one object."""
+    """What is kept of one object; this, of one that always refers to the same ones."""
+
+    def __init__(self, children: _Children = ()) -> None:
+        self._children = children
 
     def children(self) -> _Children:
         """What it refers to, each with a label."""
-        return ()
+        return self._children
 
     def is_same(self) -> bool:
         """Whether it is as it was."""
@@ -293,24 +293,14 @@ class _Part:
         return False
 
 
-class _Fixed(_Part):
-    """An object that always refers to the same ones."""
-
-    def __init__(self, children: _Children) -> None:
-        self._children = children
-
-    def children(self) -> _Children:
-        return self._children
-
-
 class _Dict(_Part):
     """A dictionary, or the attributes of an object."""
 
     def __init__(self, value: dict[Any, Any], not_into: Container[str] = ()) -> None:
         self.value, self.not_into = value, not_into
         # A subclass may have methods of its own.
-        self._kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
-        self.keys, self.values = list(self._kind.keys(value)), list(self._kind.values(value))
+        self.kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+        self.keys, self.values = list(self.kind.keys(value)), list(self.kind.values(value))
 
     def children(self) -> _Children:
         found = _referring(zip(self.keys, self.values, strict=True), self.values)
@@ -319,14 +309,14 @@ class _Dict(_Part):
         return [*found, *(("key", key) for key in self.keys if type(key) not in _ATOMS)]
 
     def is_same(self) -> bool:
-        now, kind = self.value, self._kind
+        now, kind = self.value, self.kind
         return _are_same(kind.values(now), self.values) and _are_same(kind.keys(now), self.keys)
 
     def put_back(self) -> None:
         if not self.is_same():
-            self._kind.clear(self.value)
+            self.kind.clear(self.value)
             for key, value in zip(self.keys, self.values, strict=True):
-                self._kind.__setitem__(self.value, key, value)
+                self.kind.__setitem__(self.value, key, value)
 
 
 class _Elements(_Part):
@@ -334,100 +324,92 @@ class _Elements(_Part):
 
     def __init__(self, value: Any) -> None:
         # A subclass may have methods of its own.
-        self._kind: Any = next(kind for kind in (list, deque, set) if isinstance(value, kind))
-        self.value, self.elements = value, list(self._kind.__iter__(value))
+        self.kind: Any = next(kind for kind in (list, deque, set) if isinstance(value, kind))
+        self.value, self.elements = value, list(self.kind.__iter__(value))
 
     def children(self) -> _Children:
         return _referring(enumerate(self.elements), self.elements)
 
     def is_same(self) -> bool:
-        if self._kind.__len__(self.value) != len(self.elements):
+        if self.kind.__len__(self.value) != len(self.elements):
             return False
         # Also of a set, which keeps its order if nothing changes.
-        return all(map(operator.is_, self._kind.__iter__(self.value), self.elements))
+        return all(map(operator.is_, self.kind.__iter__(self.value), self.elements))
 
     def put_back(self) -> None:
         if not self.is_same():
-            self._kind.clear(self.value)
-            add = self._kind.update if self._kind is set else self._kind.extend
-            add(self.value, self.elements)
-
-
-class _Bytes(_Part):
-    """A bytearray, or an array of Python."""
-
-    def __init__(self, value: Any) -> None:
-        self.value, self.copy = value, value[:]
-
-    def is_same(self) -> bool:
-        return bool(self.value == self.copy)
-
-    def put_back(self) -> None:
-        if not self.is_same():
-            self.value[:] = self.copy
+            self.kind.clear(self.value)
+            (self.kind.update if self.kind is set else self.kind.extend)(self.value, self.elements)
 
 
 class _Names(_Part):
     """Things that an owner has by name: slots, the attributes of a class, global variables, a cell's content."""
 
-    def __init__(
-        self,
-        names: Callable[[], Iterable[str]],
-        get: Callable[[str], Any],
-        put: Callable[[str, Any], Any],
-        drop: Callable[[str], Any],
-    ) -> None:
-        self.names, self.get, self.put, self.drop = names, get, put, drop
-        self.held = {name: get(name) for name in names()}
+    def __init__(self, owner: Any, names: Callable[[], Iterable[str]], named: Mapping[str, Any] | None = None) -> None:
+        self.owner, self.names, self.named = owner, names, named
+        self.held = {name: self._get(name) for name in names()}
+
+    def _get(self, name: str) -> Any:
+        if self.named is not None:
+            return self.named.get(name, _MISSING)
+        try:
+            return getattr(self.owner, name)
+        except (AttributeError, ValueError):  # a slot or a cell that is empty
+            return _MISSING
+
+    def _changed(self) -> list[tuple[str, Any]]:
+        names = {*self.held, *self.names()}
+        return [(n, b) for n in names if self._get(n) is not (b := self.held.get(n, _MISSING))]
 
     def children(self) -> _Children:
         return [(name, child) for name, child in self.held.items() if child is not _MISSING]
 
     def is_same(self) -> bool:
-        return all(self.get(name) is self.held.get(name, _MISSING) for name in {*self.held, *self.names()})
+        return not self._changed()
 
     def put_back(self) -> None:
-        for name in {*self.held, *self.names()}:
-            now, before = self.get(name), self.held.get(name, _MISSING)
-            if now is before:
-                continue
+        # A frozen dataclass refuses its own way of setting.
+        kind: Any = type if isinstance(self.owner, type) else object
+        put, drop = kind.__setattr__, kind.__delattr__
+        if isinstance(self.owner, dict):  # of global variables
+            put, drop = dict.__setitem__, dict.__delitem__
+        for name, before in self._changed():
             if before is _MISSING:
-                self.drop(name)
+                drop(self.owner, name)
             else:
-                self.put(name, before)
+                put(self.owner, name, before)
 
 
 class _State(_Part):
-    """A generator of random numbers."""
+    """A generator of random numbers, an array or bytes: a state that is got and put as a whole."""
 
-    def __init__(self, get: Callable[[], Any], put: Callable[[Any], Any]) -> None:
-        self.put, self.state = put, get()
+    def __init__(
+        self, get: Callable[[], Any], put: Callable[[Any], Any], same: Callable[[Any], bool] | None = None
+    ) -> None:
+        super().__init__()
+        # The states of generators are not worth a comparison: they are nested and of several types.
+        self.put, self.same, self.state = put, same, get()
 
     def is_same(self) -> bool:
-        return False  # not worth a comparison: such states are nested and of several types
+        return self.same is not None and self.same(self.state)
 
     def put_back(self) -> None:
-        self.put(self.state)
+        if not self.is_same():
+            self.put(self.state)
 
 
 class _Tensor(_Part):
     """Values, their place in memory, and the gradient."""
 
-    def __init__(self, value: Tensor, copied: bool, same: "_Tensor | None") -> None:
+    def __init__(self, value: Tensor, copied: bool, earlier: "_Tensor | None") -> None:
         self.value, self.grad = value, value.grad if value.is_leaf else None
         # `data` counts no versions, so a graph that has saved the tensor is not disturbed.
         self.place = value.data
-        self.copy: Tensor | None = None
-        self.sum: Tensor | None = None
-        if value.is_meta or _overlaps(value):
-            return
-        if not copied:
-            # Of what a library has packed (quantized weights) torch's own count of changes has to do.
-            self.sum = checksum(self.place) if _is_plain(self.place) else torch.tensor(value._version)
-        elif same is not None and same.copy is not None and _are_equal(same.copy, self.place):
-            self.copy = same.copy
+        known = None if earlier is None else earlier.copy
+        if copied and known is not None and _are_equal(known, self.place):
+            self.copy: Tensor | None = known
         else:
-            self.copy = self.place.clone()
+            self.copy = self.place.clone() if copied else None
 
     def children(self) -> _Children:
         # Where elements share memory, what they share it with is written to.
@@ -435,8 +417,7 @@ class _Tensor(_Part):
         return [(name, held) for name, held in (("grad", self.grad), ("base", base)) if held is not None]
 
     def is_same(self) -> bool:
-        now = self.value.data
-        return not self.has_moved() and (self.copy is None or _are_equal(self.copy, now))
+        return self.copy is None or _are_equal(self.copy, self.value.data)
 
     def put_back(self) -> None:
         value = self.value
@@ -448,50 +429,19 @@ class _Tensor(_Part):
         if value.is_leaf and value.grad is not self.grad:
             value.grad = self.grad
 
-    def has_moved(self) -> bool:
-        if self.sum is None:
-            return False
-        plain = _is_plain(self.place)
-        return not torch.equal(self.sum, checksum(self.value.data) if plain else torch.tensor(self.value._version))
 
+class _Watched(_Part):
+    """What cannot be put back, only looked at: how far an iterator is, the checksum of a large tensor."""
 
-class _Array(_Part):
-    """A numpy array."""
-
-    def __init__(self, value: Any, copied: bool) -> None:
-        self.value = value
-        self.copy = value.copy() if copied else None
-        self.sum = None if copied else self._checksum()
-
-    def _checksum(self) -> Tensor:
-        return checksum(torch.from_numpy(self.value.reshape(-1).view("uint8")))
+    def __init__(self, look: Callable[[], Any], same: Callable[[Any, Any], bool]) -> None:
+        super().__init__()
+        self.look, self.same, self.seen = look, same, look()
 
     def is_same(self) -> bool:
-        if self.copy is None:
-            return not self.has_moved()
-        return bool((self.value == self.copy).all())
-
-    def put_back(self) -> None:
-        if self.copy is not None and not self.is_same():
-            self.value.flags.writeable = True
-            self.value[...] = self.copy
+        return self.same(self.look(), self.seen)
 
     def has_moved(self) -> bool:
-        return self.sum is not None and not torch.equal(self.sum, self._checksum())
-
-
-class _Iterator(_Part):
-    """How far an iterator is: what it refers to, and what the iterators inside it do."""
-
-    def __init__(self, value: Any) -> None:
-        self.value, self.state = value, _position(value)
-
-    def is_same(self) -> bool:
-        return not self.has_moved()
-
-    def has_moved(self) -> bool:
-        now = _position(self.value)
-        return len(now) != len(self.state) or not all(map(_is_same, now, self.state))
+        return not self.is_same()
 
 
 def _referring(pairs: Iterable[tuple[Any, Any]], values: Sequence[Any] | None = None) -> _Children:
@@ -505,38 +455,37 @@ def _are_same(now: Any, before: Sequence[Any]) -> bool:
     return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
-def _is_same(left: Any, right: Any) -> bool:
-    return left is right or (type(left) in (int, str) and type(left) is type(right) and left == right)
+def _is_as_far(now: Sequence[Any], before: Sequence[Any]) -> bool:
+    return len(now) == len(before) and all(
+        a is b or (type(a) in (int, str) and type(a) is type(b) and a == b) for a, b in zip(now, before, strict=True)
+    )
 
 
-def _position(iterator: Any, seen: set[int] | None = None) -> list[Any]:
-    """What an iterator refers to, and the iterators and containers among that."""
-    seen = {id(iterator)} if seen is None else seen
+def _position(value: Any, seen: set[int] | None = None) -> list[Any]:
+    """What an iterator refers to, and the iterators and containers among that; of a container its elements."""
+    seen = set() if seen is None else seen
+    seen.add(id(value))
+    containers = () if isinstance(value, _CONTAINERS) else _CONTAINERS  # none inside another
     held: list[Any] = []
-    if isinstance(iterator, types.GeneratorType):
-        if (frame := iterator.gi_frame) is not None:
-            held = [frame.f_lasti, iterator.gi_yieldfrom, *frame.f_locals.values()]
+    if not containers:
+        held = [len(value), *value]
+    elif isinstance(value, types.GeneratorType):
+        if (frame := value.gi_frame) is not None:
+            held = [frame.f_lasti, value.gi_yieldfrom, *frame.f_locals.values()]
     else:
-        held = [*(getattr(iterator, "__dict__", None) or {}).values(), *gc.get_referents(iterator)]
-        if isinstance(iterator, io.IOBase):
+        held = [*(getattr(value, "__dict__", None) or {}).values(), *gc.get_referents(value)]
+        if isinstance(value, io.IOBase):
             with suppress(OSError, ValueError):
-                held.append(os.lseek(iterator.fileno(), 0, os.SEEK_CUR))
-        elif hasattr(iterator, "__length_hint__"):
-            held.append(iterator.__length_hint__())
-        elif type(iterator) is itertools.count:
-            held.append(repr(iterator))
-    for value in list(held):
-        if id(value) in seen or len(seen) > _MOST_INSIDE:
+                held.append(os.lseek(value.fileno(), 0, os.SEEK_CUR))
+        elif hasattr(value, "__length_hint__"):
+            held.append(value.__length_hint__())
+        elif type(value) is itertools.count:
+            held.append(repr(value))
+    for inner in list(held):
+        if id(inner) in seen or len(seen) > _MOST_INSIDE:
             continue
-        seen.add(id(value))
-        if _is_iterator(value):
-            held += _position(value, seen)
-        elif isinstance(value, (tuple, list, deque)) and len(value) <= _MOST_INSIDE:
-            held += [len(value), *value]
-            for element in value:
-                if _is_iterator(element) and id(element) not in seen:
-                    seen.add(id(element))
-                    held += _position(element, seen)
+        if _is_iterator(inner) or (isinstance(inner, containers) and len(inner) <= _MOST_INSIDE):
+            held += _position(inner, seen)
     return held
 
 
@@ -573,40 +522,14 @@ def _memory(tensor: Tensor) -> int | None:
         return None
 
 
-def _getter(owner: Any) -> Callable[[str], Any]:
-    def get(name: str) -> Any:
-        try:
-            return getattr(owner, name)
-        except (AttributeError, ValueError):  # a slot or a cell that is empty
-            return _MISSING
-
-    return get
-
-
-def _setter(owner: Any) -> Callable[[str, Any], None]:
-    # A frozen dataclass refuses its own way of setting.
-    put = type.__setattr__ if isinstance(owner, type) else object.__setattr__
-    return functools.partial(put, owner)
-
-
-def _dropper(owner: Any) -> Callable[[str], None]:
-    drop = type.__delattr__ if isinstance(owner, type) else object.__delattr__
-    return functools.partial(drop, owner)
-
-
 def _parts_of_function(function: types.FunctionType) -> Iterator[_Part]:
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    yield _Fixed([*(("variable", c) for c in function.__closure__ or ()), *(("default", d) for d in defaults)])
+    yield _Part([*(("variable", c) for c in function.__closure__ or ()), *(("default", d) for d in defaults)])
     yield _Dict(vars(function))
     names, variables = _names_in(function.__code__), function.__globals__
     # What is imported inside the function.
-    yield _Fixed([(name, sys.modules[name]) for name in names if name in sys.modules])
-    yield _Names(
-        lambda: [name for name in names if name in variables or not hasattr(builtins, name)],
-        lambda name: variables.get(name, _MISSING),
-        variables.__setitem__,
-        variables.__delitem__,
-    )
+    yield _Part([(name, sys.modules[name]) for name in names if name in sys.modules])
+    yield _Names(variables, lambda: [n for n in names if n in variables or not hasattr(builtins, n)], variables)
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -681,19 +604,7 @@ def _name(path: _Path) -> str:
 
 @contextmanager
 def traceless(*roots: Any, apart: Iterable[Any] = (), most_bytes: int | None = None) -> Iterator[None]:
-    """Put everything that can be reached from `roots` back on the way out.
-
-    Args:
-        roots: The model, a loss function, an optimizer's attributes.
-        apart: As for `Snapshot`.
-        most_bytes: As for `Snapshot`.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        RuntimeError: If something has changed that cannot be put back.
-    """
+    """Put what can be reached from `roots` back on the way out, or raise a RuntimeError if that cannot be."""
     before = Snapshot(roots, apart=apart, most_bytes=most_bytes)
     try:
         for root in roots:
@@ -707,14 +618,9 @@ def traceless(*roots: Any, apart: Iterable[Any] = (), most_bytes: int | None = N
 
 
 def keep_buffers(model: nn.Module) -> None:
-    """Have DDP send no buffers around; what puts the model's attributes back undoes it.
-
-    DDP sends them before a forward pass and, after one without autograd, not before the next. The step that is
-    measured has sent them, so no pass that measures it does, and what the next step does is left as it was.
-
-    Args:
-        model: In DDP's wrapper or not.
-    """
+    """Have DDP send no buffers around; what puts the model's attributes back undoes it."""
+    # DDP sends them before a forward pass and, after one without autograd, not before the next. The step that is
+    # measured has sent them, so no pass that measures it does, and what the next step does is left as it was.
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             module.require_forward_param_sync = False
@@ -724,7 +630,7 @@ def keep_buffers(model: nn.Module) -> None:
 def hidden_gradients(
     params: Iterable[Tensor], shown: Callable[[Tensor], Tensor | None] = lambda grad: None
 ) -> Iterator[None]:
-    """Let code run that reads, clears or adds to gradients: it sees those `shown`, and they are put back after it."""
+    """Let code run that reads, clears or adds to gradients: it sees those `shown`; all are put back after it."""
     held = [(p, p.grad) for p in params]
     try:
         for p, grad in held:
