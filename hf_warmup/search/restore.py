@@ -645,20 +645,17 @@ class RandomNumbers:
     """The state of every random number generator when this was made: Python's, numpy's (if loaded), torch's."""
 
     def __init__(self) -> None:
-        numpy = sys.modules.get("numpy")
-        self._python, self._numpy = random.getstate(), numpy.random.get_state() if numpy else None
-        self._cpu = torch.get_rng_state()
-        self._devices = [_device_module().get_rng_state(i) for i in range(torch.accelerator.device_count())]
+        sources: list[tuple[Any, Any]] = [(random.getstate, random.setstate)]
+        if numpy := sys.modules.get("numpy"):
+            sources.append((numpy.random.get_state, numpy.random.set_state))
+        sources.append((torch.get_rng_state, torch.set_rng_state))
+        for i in range(torch.accelerator.device_count()):
+            device = torch.get_device_module(torch.accelerator.current_accelerator())
+            get, put = functools.partial(device.get_rng_state, i), functools.partial(device.set_rng_state, device=i)
+            sources.append((get, put))
+        self._states = [(put, get()) for get, put in sources]
 
     def restore(self) -> None:
         """Set every generator to that state."""
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        for i, state in enumerate(self._devices):
-            _device_module().set_rng_state(state, i)
-
-
-def _device_module() -> Any:
-    return torch.get_device_module(torch.accelerator.current_accelerator())
+        for put, state in self._states:
+            put(state)
