@@ -12,10 +12,9 @@ The columns h make the projected matrix T = Qᵀ A Q. An eigenpair (θ, s) of T 
 its residual: some eigenvalue of A lies within it of θ. When the basis is full, its best estimates and w start the
 next.
 
-Why not a solver that exists: `torch.lobpcg` wants the matrix itself. ARPACK (`scipy.sparse.linalg.eigsh`, as
-curvlinops is used) works in numpy: every vector goes from the device to the host and back, it sees one process's
-part only, and looks whether it has converged after 20 products, also from a vector that was right.
-Power iteration (PyHessian) finds the eigenvalue of the largest magnitude, which may be the negative one.
+Why not a solver that exists: `torch.lobpcg` wants the matrix itself. ARPACK (`scipy.sparse.linalg.eigsh`) works in
+numpy, sees one process's part only, and looks whether it has converged after 20 products, also from a vector that
+was right. Power iteration (PyHessian) finds the eigenvalue of the largest magnitude, which may be the negative one.
 
 Vectors are flat, in single precision (double if A is), on any device, and may be split over processes: then
 `reduce_dots` adds up. Sums over them and T are in double precision, so a single precision A limits the result, not
@@ -43,24 +42,15 @@ _ROUNDING = 128
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Eigenvalues at the ends of a spectrum, in algebraic order, and how well they are known.
+    """Eigenvalues at the ends of a spectrum and how well they are known."""
 
-    Attributes:
-        values: From the largest on down; NaN if a product was not finite.
-        vectors: An eigenvector of norm 1 in each row.
-        residuals: ‖A x - θ x‖ of each: an eigenvalue lies within it of θ, most often within its square over the
-            distance to the next one.
-        num_products: Products of A and a vector that were made.
-        converged: Whether all residuals are small enough.
-        asymmetry: Largest |xᵀA y - yᵀA x| met between vectors x and y of the basis, relative to the largest
-            eigenvalue in magnitude: rounding, unless A is not one symmetric matrix.
-    """
-
-    values: tuple[float, ...]
-    vectors: Tensor
-    residuals: tuple[float, ...]
-    num_products: int
-    converged: bool
+    values: tuple[float, ...]  # from the largest on down; NaN if a product was not finite
+    vectors: Tensor  # an eigenvector of norm 1 in each row
+    residuals: tuple[float, ...]  # ‖A x - θ x‖ of each: an eigenvalue lies within it of θ
+    num_products: int  # that were made
+    converged: bool  # whether all residuals are small enough
+    # Largest |xᵀA y - yᵀA x| met between vectors x and y of the basis, relative to the largest eigenvalue in
+    # magnitude: rounding, unless A is not one symmetric matrix.
     asymmetry: float
 
 
@@ -74,7 +64,6 @@ def extreme_eigenpairs(
     tol: float = 1e-3,
     max_products: int = 100,
     num_vectors: int | None = None,
-    num_starts: int | None = None,
     reduce_dots: Callable[[Tensor], Tensor] | None = None,
 ) -> Eigenpairs:
     """The `k` largest eigenvalues of A (algebraically, not in magnitude), the `k` smallest, or both.
@@ -82,20 +71,19 @@ def extreme_eigenpairs(
     Args:
         product: A times a vector of shape (n,), in a new tensor.
         start: The first vector, shape (n,), not zero, best random: eigenvectors orthogonal to it are not found.
-        k: Eigenvalues wanted at an end. One that repeats counts as often as it does.
+        k: Eigenvalues wanted at an end, as many as the space has dimensions at most. One that repeats counts as
+            often as it does.
         end: Which end of the spectrum.
-        tol: Largest residual wanted, relative to |θ|. No unit. The rounding of the largest eigenvalue in magnitude
-            is good enough too: next to it an eigenvalue near zero can't be told from zero.
+        tol: Largest residual wanted, relative to |θ|. The rounding of the largest eigenvalue in magnitude is good
+            enough too: next to it an eigenvalue near zero can't be told from zero.
         max_products: Most products to make.
         num_vectors: Vectors in the basis, at least 2 + twice the number of eigenvalues wanted; 8 or 4 + twice that
             number if None. Fewer take more products, more hardly fewer.
-        num_starts: Krylov spaces that must end (w = 0) before that is an answer: a space has only one eigenvector
-            of an eigenvalue that repeats, and from a special `start` it has not all eigenvalues. `k` if None.
         reduce_dots: If vectors are split over processes, the sum over these of the tensor it gets (float64, on the
             device). If every process holds the whole, their mean, so that all decide the same.
 
     Returns:
-        The eigenpairs, with as many as the space has dimensions if `k` is more.
+        The eigenpairs.
 
     Raises:
         ValueError: If `num_vectors`, `k`, `tol` or `max_products` is too small, or `start` is zero.
@@ -117,7 +105,10 @@ def extreme_eigenpairs(
     basis = _Basis(start, num_vectors, reduce_dots)
     projected = torch.zeros(num_vectors, num_vectors, dtype=torch.float64)
     generator = torch.Generator(start.device).manual_seed(0x1A2C05)  # not likely to be that of `start`
-    num_wanted, starts_left = min(num_wanted, dimension), k if num_starts is None else num_starts
+    num_wanted = min(num_wanted, dimension)
+    # Krylov spaces that must end (w = 0) before that is an answer: a space has only one eigenvector of an eigenvalue
+    # that repeats.
+    starts_left = k
     w = start.clone()
     if not basis.orthogonalise(w)[1] > 0:
         raise ValueError("start must not be zero")

@@ -79,13 +79,6 @@ def test_an_eigenvalue_that_repeats_counts_as_often_and_a_small_space_is_no_trou
     assert found.num_products <= len(set(values)) + k
 
 
-def test_from_an_eigenvector_the_search_goes_on_if_more_spaces_are_asked_for():
-    matrix = torch.diag(torch.arange(10.0))
-    start = torch.eye(10)[4]
-    assert extreme_eigenpairs(lambda v: matrix @ v, start).values == pytest.approx([4.0])
-    assert extreme_eigenpairs(lambda v: matrix @ v, start, num_starts=2).values == pytest.approx([9.0])
-
-
 @pytest.mark.parametrize("skew", [0.0, 1e-3, 0.5])
 @pytest.mark.parametrize("max_products", [3, 40], ids=["one basis", "restarted"])
 def test_a_matrix_that_is_not_symmetric_is_told(skew, max_products):
