@@ -21,7 +21,7 @@ In the first, warmup meets the threshold again and again while η is small, wher
 and leaves a flatter region; in the second, it waits until λ has fallen below the threshold of η_trgt.
 
 [1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements", NeurIPS 2024,
-    arXiv:2406.09405, section 4. The measures' limits are ours, of the README's "Why the start is capped".
+    arXiv:2406.09405, section 4. The measures' limits are ours.
 """
 
 import itertools
@@ -43,6 +43,7 @@ from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.sharpness.hessian import gradient_differences
 from hf_warmup.sharpness.measures import (
     adam_preconditioner,
+    groups_of,
     inverse_root,
     sharpness_of,
     stability_threshold,
@@ -105,47 +106,24 @@ class Diagnosis:
         lower, upper = self.critical_lr.lower, self.critical_lr.upper
         # One end of the bracket is open where the search ended at η_trgt.
         critical = f"between {lower:.3g} and {upper:.3g}" if math.isfinite(upper) else f"above {lower:.3g}"
+        alone = f"P alone takes {name} to {self.before:.3g} in {self.num_steps} steps, as it averages gradients. "
         return (
             f"{verdict} {name} = {self.sharpness:.3g} is {self.stability_ratio:.3g} times the threshold of a first "
             f"step with it, and η_c of that step is {critical}. "
-            f"{self._explanation(name)}"
-        )
-
-    def _explanation(self, name: str) -> str:
-        if self.kind == "hessian":
-            return explain(name, self.before, self.after)
-        return (
-            f"P alone takes {name} to {self.before:.3g} in {self.num_steps} steps, as it averages gradients. "
-            f"With that P, {explain(name, self.before, self.after)}"
+            f"{alone + 'With that P, ' if self.kind == 'preconditioned' else ''}"
+            f"{explain(name, self.before, self.after)}"
         )
 
 
 def regime_of(first: float, later: float) -> Regime:
-    """Where the sharpness is going.
-
-    Args:
-        first: λ of the earlier measurement.
-        later: λ of the later one.
-
-    Returns:
-        The regime; `neither` if λ has changed by less than a quarter, or is not positive.
-    """
+    """Where a sharpness is going that was `first` and is `later`: `neither` within a quarter, or if not positive."""
     if first > 0 and later > _CHANGE * first:
         return "progressive sharpening"
     return "sharpness reduction" if 0 < later < first / _CHANGE else "neither"
 
 
 def explain(name: str, first: float, later: float) -> str:
-    """What the regime means for warmup, in words.
-
-    Args:
-        name: What to call λ.
-        first: λ of the earlier measurement.
-        later: λ of the later one.
-
-    Returns:
-        A sentence or two.
-    """
+    """What that regime means for warmup, in a sentence or two that call λ `name`."""
     change = f"{name} goes from {first:.3g} to {later:.3g}"
     return {
         "progressive sharpening": f"{change}, progressive sharpening: it rises until training is at the edge of "
@@ -195,9 +173,7 @@ def diagnose(
         raise ValueError("loss_fns must hold at least one function, got none")
     num_steps, max_hvps = whole("num_steps", num_steps, 1), whole("max_hvps", max_hvps, 2)
     inner = unwrap_optimizer(optimizer)
-    if not hasattr(inner, "param_groups"):
-        raise ValueError(f"optimizer must be SGD, Adam, AdamW or GIAdamW, got {type(inner).__name__}")
-    params = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
+    params = [p for group in groups_of(inner) for p in group["params"] if p.requires_grad]
     adam = isinstance(inner, torch.optim.Adam)
     with ExitStack() as restored:
         numbers = RandomNumbers()
@@ -219,11 +195,15 @@ def diagnose(
                     raise RuntimeError(f"the loss is {float(hessian.loss)} at the start: check the data and the model")
                 for q, g in zip(params, hessian.gradient, strict=True):
                     q.grad = None if g is None else g.to(q)
-                p = _inverse_root(inner, params, like) if p is None and adam else p
+                if p is None and adam:
+                    diagonal = adam_preconditioner(inner)  # infinite where the step would move nothing
+                    p = inverse_root([diagonal.get(q, torch.full_like(q, math.inf)) for q in params], like)
                 if last is None:
                     # The gradient lies in directions of large curvature; half at random, as it may miss one.
-                    steepest = _flat(hessian.gradient, params, like).mul_(1.0 if p is None else p)
-                    begin = start_vector(like, steepest, fresh=1.0)
+                    pairs = zip(hessian.gradient, params, strict=True)
+                    parts = [(torch.zeros_like(q) if g is None else g).reshape(-1).to(like) for g, q in pairs]
+                    steepest = torch.cat(parts)
+                    begin = start_vector(like, steepest.mul_(1.0 if p is None else p), fresh=1.0)
                 else:
                     begin = start_vector(like, last)
                 found = sharpness_of(hessian, begin, p, tol=tol, max_products=max_hvps)
@@ -255,28 +235,8 @@ def diagnose(
         if adam:
             _give_back(start)
             before, _, _ = measured(p_later, vectors)
-    return Diagnosis(
-        "preconditioned" if adam else "hessian",
-        first,
-        num_steps,
-        before,
-        after,
-        target_lr,
-        first / threshold,
-        critical,
-    )
-
-
-def _flat(tensors: list[Tensor | None], params: list[Tensor], like: Tensor) -> Tensor:
-    """One after another, in one vector; zeros for None."""
-    parts = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, params, strict=True)]
-    return torch.cat([part.reshape(-1).to(like) for part in parts])
-
-
-def _inverse_root(optimizer: Optimizer, params: list[Tensor], like: Tensor) -> Tensor:
-    """P^-½ of the step that would be made now; 0 for parameters that it would not move."""
-    diagonal = adam_preconditioner(optimizer)
-    return inverse_root([diagonal.get(p, torch.full_like(p, math.inf)) for p in params], like)
+    kind: Literal["hessian", "preconditioned"] = "preconditioned" if adam else "hessian"
+    return Diagnosis(kind, first, num_steps, before, after, target_lr, first / threshold, critical)
 
 
 @torch.no_grad()
