@@ -41,6 +41,13 @@ def positive(name: str, value: Any) -> float:
     return given
 
 
+def not_negative(name: str, value: Any) -> float:
+    """A number as of `number`, at least 0 and finite."""
+    if not 0 <= (given := number(name, value)) < math.inf:
+        raise ValueError(f"{name} must be at least 0 and finite, got {given}")
+    return given
+
+
 def whole(name: str, value: Any, least: int | None = None) -> int:
     """A whole number as an int, below 2^63 in magnitude."""
     given = _item(value)
