@@ -39,7 +39,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ class Snapshot:
     ) -> None:
         self._numbers = RandomNumbers()
         self._left = math.inf if most_bytes is None else most_bytes
-        self._copies: dict[int, _Tensor] = {}
+        self._copies: dict[int, Tensor] = {}
         self._earlier = {} if earlier is None else earlier._copies
         self._quiet: dict[int, Any] = {} if earlier is None else earlier._quiet | earlier._unchanged()
         self._large: dict[int, tuple[Any, list[_Part]]] = {}
@@ -104,7 +104,7 @@ class Snapshot:
         self._apart_memory = {_memory(t) for t in apart if isinstance(t, Tensor)} - {None}
         self._seen: dict[int, Any] = {id(o): o for o in apart}  # holds them, so that no id is used again
         self._parts: list[tuple[_Part, _Path]] = []
-        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass(), _no_collection():
             data = list(data)
             self._later = {id(value) for value in data}
             self._walk(roots)
@@ -116,13 +116,14 @@ class Snapshot:
         """Put everything back, in the same objects, and the random numbers."""
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             for part, _ in self._parts:
-                part.put_back()
+                if part.put_back is not None and not part.is_same():
+                    part.put_back()
         self._numbers.restore()
 
     def moved(self) -> list[str]:
         """Where something has changed that cannot be put back, by the way from the root."""
         with torch.no_grad():
-            return [_name(path) for part, path in self._parts if part.has_moved()]
+            return [_name(path) for part, path in self._parts if part.put_back is None and not part.is_same()]
 
     def _unchanged(self) -> dict[int, Any]:
         """The large containers in which nothing has changed since."""
@@ -140,14 +141,14 @@ class Snapshot:
                 if _is_iterator(value):
                     iterators.append((value, path))
                     continue
-                parts = list(self._parts_of(value))
+                found = list(self._parts_of(value))
             except Exception:  # of an object that answers no question about itself nothing is kept
                 continue
-            for part in parts:
-                self._parts.append((part, path))
-                if large is not None:
-                    self._large[large][1].append(part)
-                children = part.children()
+            for part, children in found:
+                if part is not None:
+                    self._parts.append((part, path))
+                    if large is not None:
+                        self._large[large][1].append(part)
                 inside = large
                 if len(children) > most_elements:
                     continue
@@ -159,37 +160,38 @@ class Snapshot:
                         self._large[inside] = (value, [])
                 waiting.extend((child, (path, label), inside) for label, child in children)
         for value, path in iterators:
-            self._parts.append((_Watched(functools.partial(_position, value), _is_as_far), path))
+            self._parts.append((_watched(functools.partial(_position, value), _is_as_far), path))
 
-    def _parts_of(self, value: Any) -> "Iterator[_Part]":
+    def _parts_of(self, value: Any) -> "Iterator[_Found]":
         kind: Any = type(value)
         if isinstance(value, Tensor):
             if _memory(value) not in self._apart_memory:
                 yield from self._tensor(value)
             if vars(value):
-                yield _Dict(vars(value))
+                yield _dict(vars(value))
             return
         for kinds, names in _FIXED:
             if isinstance(value, kinds):
-                yield _Part([(name, getattr(value, name)) for name in names])
+                yield None, [(name, getattr(value, name)) for name in names]
         if isinstance(value, dict):
-            yield _Dict(value)
+            yield _dict(value)
         elif isinstance(value, (list, deque, set)):
-            yield _Elements(value)
+            yield _elements(value)
         elif isinstance(value, (bytearray, array)):
-            yield _State(lambda: value[:], lambda before: value.__setitem__(slice(None), before), value.__eq__)
+            before: Any = value[:]
+            yield _Part(lambda: bool(value == before), lambda: value.__setitem__(slice(None), before)), ()
         elif isinstance(value, (tuple, frozenset)):
             base: Any = tuple if isinstance(value, tuple) else frozenset
-            yield _Part(_referring(enumerate(base.__iter__(value))))
+            yield None, _referring(enumerate(base.__iter__(value)))
         elif isinstance(value, torch.Generator):
-            yield _State(value.get_state, value.set_state)
+            yield _generator(value.get_state, value.set_state)
         elif isinstance(value, random.Random):
-            yield _State(value.getstate, value.setstate)
+            yield _generator(value.getstate, value.setstate)
         elif isinstance(value, types.FunctionType):
             if not is_library(value.__module__):
                 yield from _parts_of_function(value)
         elif isinstance(value, types.CellType):
-            yield _Names(value, lambda: ["cell_contents"])
+            yield _names(value, lambda: ["cell_contents"])
         elif isinstance(value, type):
             named = vars(value)
             if not is_library(value.__module__):
@@ -197,17 +199,17 @@ class Snapshot:
                 def own() -> list[str]:
                     return [n for n, v in named.items() if n[:2] != "__" or isinstance(v, types.FunctionType)]
 
-                yield _Names(value, own, named)
-                yield _Part([("base", base) for base in value.__bases__])
+                yield _names(value, own, named)
+                yield None, [("base", base) for base in value.__bases__]
             elif issubclass(value, nn.Module):
                 # What somebody has put in the place of a library's methods.
                 foreign = (types.FunctionType, property, staticmethod, classmethod)
                 methods = [(name, method) for name, method in named.items() if isinstance(method, foreign)]
-                yield _Part([m for m in methods if not is_library(getattr(m[1], "__module__", None))])
+                yield None, [m for m in methods if not is_library(getattr(m[1], "__module__", None))]
             return
         elif isinstance(value, types.ModuleType):
             if not is_library(value.__name__):
-                yield _Dict(vars(value))
+                yield _dict(vars(value))
             return
         elif isinstance(value, Enum):
             return
@@ -216,15 +218,15 @@ class Snapshot:
         if _is_opaque(kind) and not isinstance(value, nn.Module):
             return
         if kind.__module__.partition(".")[0] == "deepspeed":
-            yield _Part([("module", value.module)])  # the engine's own attributes are not a model's
+            yield None, [("module", value.module)]  # the engine's own attributes are not a model's
             return
         if isinstance(attributes := getattr(value, "__dict__", None), dict) and attributes is not value:
             empty = {k for k in _HOOKS if not attributes.get(k, True)} if isinstance(value, nn.Module) else ()
-            yield _Dict(attributes, not_into=empty)
+            yield _dict(attributes, not_into=empty)
         if slots := _slots(kind):
-            yield _Names(value, lambda: slots)
+            yield _names(value, lambda: slots)
         if isinstance(value, nn.Module) or not is_library(kind.__module__):
-            yield _Part([("__class__", kind)])
+            yield None, [("__class__", kind)]
 
     def _may_copy(self, size: int) -> bool:
         """Whether that many bytes more are copied; counts them."""
@@ -234,214 +236,166 @@ class Snapshot:
         self._left -= size if copied else 0
         return copied
 
-    def _tensor(self, value: Tensor) -> "Iterator[_Part]":
-        copied = self._may_copy(value.numel() * value.element_size())
+    def _tensor(self, value: Tensor) -> "Iterator[_Found]":
+        """Values, their place in memory, and the gradient."""
+        grad = value.grad if value.is_leaf else None
+        # `data` counts no versions, so a graph that has saved the tensor is not disturbed.
+        place = value.data
+        plain, copied = _is_plain(place), self._may_copy(value.numel() * value.element_size())
         has_values = not value.is_meta and not _overlaps(value)
-        part = self._copies[id(value)] = _Tensor(value, copied and has_values, self._earlier.get(id(value)))
-        yield part
+        copy: Tensor | None = None
+        if copied and has_values:
+            copy = self._earlier.get(id(value))
+            copy = self._copies[id(value)] = copy if copy is not None and _are_equal(copy, place) else place.clone()
+
+        def is_there() -> bool:
+            return not plain or (value.data_ptr(), value.shape) == (place.data_ptr(), place.shape)
+
+        def is_same() -> bool:
+            same_grad = not value.is_leaf or value.grad is grad
+            return is_there() and same_grad and (copy is None or _are_equal(copy, value.data))
+
+        def put_back() -> None:
+            if not is_there():
+                value.data = place
+            # Not where nothing has changed: memory that is mapped from a file may be read-only.
+            if copy is not None and not _are_equal(copy, place):
+                (place if plain else value).copy_(copy)
+            if value.is_leaf and value.grad is not grad:
+                value.grad = grad
+
+        # Where elements share memory, what they share it with is written to.
+        base = value._base if _overlaps(value) else None
+        yield _Part(is_same, put_back), [(name, t) for name, t in (("grad", grad), ("base", base)) if t is not None]
         if has_values and not copied:
             # Of what a library has packed (quantized weights) torch's own count of changes has to do.
-            plain = _is_plain(part.place)
-            yield _Watched(lambda: checksum(value.data) if plain else torch.tensor(value._version), torch.equal)
+            look = (lambda: checksum(value.data)) if plain else (lambda: torch.tensor(value._version))
+            yield _watched(look, torch.equal), ()
 
-    def _numpy(self, value: Any) -> "Iterator[_Part]":
+    def _numpy(self, value: Any) -> "Iterator[_Found]":
         numpy = sys.modules["numpy"]
         if isinstance(value, numpy.random.Generator):
-            yield _Part([("bit_generator", value.bit_generator)])
+            yield None, [("bit_generator", value.bit_generator)]
         elif isinstance(value, numpy.random.BitGenerator):
-            yield _State(lambda: value.state, functools.partial(setattr, value, "state"))
+            yield _generator(lambda: value.state, functools.partial(setattr, value, "state"))
         elif isinstance(value, numpy.random.RandomState):
-            yield _State(value.get_state, value.set_state)
+            yield _generator(value.get_state, value.set_state)
         elif isinstance(value, numpy.ndarray) and value.flags.writeable:
             has_objects = value.dtype.hasobject
-            if has_objects:
-                yield _Part(list(enumerate(value.flat)))
-            if has_objects or self._may_copy(value.nbytes):
+            if not has_objects and not self._may_copy(value.nbytes):
+                flat = lambda: torch.from_numpy(value.reshape(-1).view("uint8"))  # noqa: E731
+                yield _watched(lambda: checksum(flat()), torch.equal), ()
+                return
+            before = value.copy()
 
-                def write(before: Any) -> None:
-                    value.flags.writeable = True
-                    value[...] = before
+            def put_back() -> None:
+                value.flags.writeable = True
+                value[...] = before
 
-                yield _State(value.copy, write, lambda before: bool((value == before).all()))
-            else:
-                yield _Watched(lambda: checksum(torch.from_numpy(value.reshape(-1).view("uint8"))), torch.equal)
+            children = list(enumerate(value.flat)) if has_objects else ()
+            yield _Part(lambda: bool((value == before).all()), put_back), children
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect no garbage: what is kept is much, and none of it, but each collection would look at all of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class _Part(NamedTuple):
+    """Whether something is as it was, and what makes it so; None if nothing can."""
+
+    is_same: Callable[[], bool]
+    put_back: Callable[[], Any] | None
 
 
 _Path = tuple[Any, Any]  # the one of the parent, and a label
-_Children = Sequence[tuple[Any, Any]]
+_Children = Sequence[tuple[Any, Any]]  # what an object refers to, each with a label
+_Found = tuple[_Part | None, _Children]  # what is kept of an object; None if it always refers to the same ones
 
 
-class _Part:
-    """What is kept of one object; this, of one that always refers to the same ones."""
-
-    def __init__(self, children: _Children = ()) -> None:
-        self._children = children
-
-    def children(self) -> _Children:
-        """What it refers to, each with a label."""
-        return self._children
-
-    def is_same(self) -> bool:
-        """Whether it is as it was."""
-        return True
-
-    def put_back(self) -> None:
-        """Make it so."""
-
-    def has_moved(self) -> bool:
-        """Whether it has changed in a way that cannot be undone."""
-        return False
+def _watched(look: Callable[[], Any], same: Callable[[Any, Any], bool]) -> _Part:
+    """What is only looked at: how far an iterator is, the checksum of a large tensor."""
+    seen = look()
+    return _Part(lambda: same(look(), seen), None)
 
 
-class _Dict(_Part):
+def _generator(get: Callable[[], Any], put: Callable[[Any], Any]) -> _Found:
+    """A generator of random numbers, whose state is not worth a comparison: nested, and of several types."""
+    state = get()
+    return _Part(lambda: False, lambda: put(state)), ()
+
+
+def _dict(value: dict[Any, Any], not_into: Container[str] = ()) -> _Found:
     """A dictionary, or the attributes of an object."""
+    kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict  # a subclass may have methods of its own
+    keys, values = list(kind.keys(value)), list(kind.values(value))
 
-    def __init__(self, value: dict[Any, Any], not_into: Container[str] = ()) -> None:
-        self.value, self.not_into = value, not_into
-        # A subclass may have methods of its own.
-        self.kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
-        self.keys, self.values = list(self.kind.keys(value)), list(self.kind.values(value))
+    def put_back() -> None:
+        kind.clear(value)
+        for key, element in zip(keys, values, strict=True):
+            kind.__setitem__(value, key, element)
 
-    def children(self) -> _Children:
-        found = _referring(zip(self.keys, self.values, strict=True), self.values)
-        if self.not_into:
-            found = [(key, value) for key, value in found if key not in self.not_into]
-        return [*found, *(("key", key) for key in self.keys if type(key) not in _ATOMS)]
-
-    def is_same(self) -> bool:
-        now, kind = self.value, self.kind
-        return _are_same(kind.values(now), self.values) and _are_same(kind.keys(now), self.keys)
-
-    def put_back(self) -> None:
-        if not self.is_same():
-            self.kind.clear(self.value)
-            for key, value in zip(self.keys, self.values, strict=True):
-                self.kind.__setitem__(self.value, key, value)
+    found = _referring(zip(keys, values, strict=True), values)
+    if not_into:
+        found = [(key, element) for key, element in found if key not in not_into]
+    children = [*found, *(("key", key) for key in keys if type(key) not in _ATOMS)]
+    return _Part(lambda: _are(kind.values(value), values) and _are(kind.keys(value), keys), put_back), children
 
 
-class _Elements(_Part):
+def _elements(value: Any) -> _Found:
     """A list, deque or set."""
+    kind: Any = next(kind for kind in (list, deque, set) if isinstance(value, kind))  # as for a dictionary
+    elements = list(kind.__iter__(value))
 
-    def __init__(self, value: Any) -> None:
-        # A subclass may have methods of its own.
-        self.kind: Any = next(kind for kind in (list, deque, set) if isinstance(value, kind))
-        self.value, self.elements = value, list(self.kind.__iter__(value))
-
-    def children(self) -> _Children:
-        return _referring(enumerate(self.elements), self.elements)
-
-    def is_same(self) -> bool:
-        if self.kind.__len__(self.value) != len(self.elements):
-            return False
+    def is_same() -> bool:
         # Also of a set, which keeps its order if nothing changes.
-        return all(map(operator.is_, self.kind.__iter__(self.value), self.elements))
+        same_length = kind.__len__(value) == len(elements)
+        return same_length and all(map(operator.is_, kind.__iter__(value), elements))
 
-    def put_back(self) -> None:
-        if not self.is_same():
-            self.kind.clear(self.value)
-            (self.kind.update if self.kind is set else self.kind.extend)(self.value, self.elements)
+    def put_back() -> None:
+        kind.clear(value)
+        (kind.update if kind is set else kind.extend)(value, elements)
+
+    return _Part(is_same, put_back), _referring(enumerate(elements), elements)
 
 
-class _Names(_Part):
+def _names(owner: Any, names: Callable[[], Iterable[str]], named: Mapping[str, Any] | None = None) -> _Found:
     """Things that an owner has by name: slots, the attributes of a class, global variables, a cell's content."""
 
-    def __init__(self, owner: Any, names: Callable[[], Iterable[str]], named: Mapping[str, Any] | None = None) -> None:
-        self.owner, self.names, self.named = owner, names, named
-        self.held = {name: self._get(name) for name in names()}
-
-    def _get(self, name: str) -> Any:
-        if self.named is not None:
-            return self.named.get(name, _MISSING)
+    def get(name: str) -> Any:
+        if named is not None:
+            return named.get(name, _MISSING)
         try:
-            return getattr(self.owner, name)
+            return getattr(owner, name)
         except (AttributeError, ValueError):  # a slot or a cell that is empty
             return _MISSING
 
-    def _changed(self) -> list[tuple[str, Any]]:
-        names = {*self.held, *self.names()}
-        return [(n, b) for n in names if self._get(n) is not (b := self.held.get(n, _MISSING))]
+    held = {name: get(name) for name in names()}
 
-    def children(self) -> _Children:
-        return [(name, child) for name, child in self.held.items() if child is not _MISSING]
+    def changed() -> list[str]:
+        return [name for name in {*held, *names()} if get(name) is not held.get(name, _MISSING)]
 
-    def is_same(self) -> bool:
-        return not self._changed()
-
-    def put_back(self) -> None:
+    def put_back() -> None:
         # A frozen dataclass refuses its own way of setting.
-        kind: Any = type if isinstance(self.owner, type) else object
+        kind: Any = type if isinstance(owner, type) else object
         put, drop = kind.__setattr__, kind.__delattr__
-        if isinstance(self.owner, dict):  # of global variables
+        if isinstance(owner, dict):  # of global variables
             put, drop = dict.__setitem__, dict.__delitem__
-        for name, before in self._changed():
-            if before is _MISSING:
-                drop(self.owner, name)
+        for name in changed():
+            if name in held and held[name] is not _MISSING:
+                put(owner, name, held[name])
             else:
-                put(self.owner, name, before)
+                drop(owner, name)
 
-
-class _State(_Part):
-    """A generator of random numbers, an array or bytes: a state that is got and put as a whole."""
-
-    def __init__(
-        self, get: Callable[[], Any], put: Callable[[Any], Any], same: Callable[[Any], bool] | None = None
-    ) -> None:
-        super().__init__()
-        # The states of generators are not worth a comparison: they are nested and of several types.
-        self.put, self.same, self.state = put, same, get()
-
-    def is_same(self) -> bool:
-        return self.same is not None and self.same(self.state)
-
-    def put_back(self) -> None:
-        if not self.is_same():
-            self.put(self.state)
-
-
-class _Tensor(_Part):
-    """Values, their place in memory, and the gradient."""
-
-    def __init__(self, value: Tensor, copied: bool, earlier: "_Tensor | None") -> None:
-        self.value, self.grad = value, value.grad if value.is_leaf else None
-        # `data` counts no versions, so a graph that has saved the tensor is not disturbed.
-        self.place = value.data
-        known = None if earlier is None else earlier.copy
-        if copied and known is not None and _are_equal(known, self.place):
-            self.copy: Tensor | None = known
-        else:
-            self.copy = self.place.clone() if copied else None
-
-    def children(self) -> _Children:
-        # Where elements share memory, what they share it with is written to.
-        base = self.value._base if _overlaps(self.value) else None
-        return [(name, held) for name, held in (("grad", self.grad), ("base", base)) if held is not None]
-
-    def is_same(self) -> bool:
-        return self.copy is None or _are_equal(self.copy, self.value.data)
-
-    def put_back(self) -> None:
-        value = self.value
-        if _is_plain(self.place) and (value.data_ptr(), value.shape) != (self.place.data_ptr(), self.place.shape):
-            value.data = self.place
-        # Not where nothing has changed: memory that is mapped from a file may be read-only.
-        if self.copy is not None and not _are_equal(self.copy, self.place):
-            (self.place if _is_plain(self.place) else value).copy_(self.copy)
-        if value.is_leaf and value.grad is not self.grad:
-            value.grad = self.grad
-
-
-class _Watched(_Part):
-    """What cannot be put back, only looked at: how far an iterator is, the checksum of a large tensor."""
-
-    def __init__(self, look: Callable[[], Any], same: Callable[[Any, Any], bool]) -> None:
-        super().__init__()
-        self.look, self.same, self.seen = look, same, look()
-
-    def is_same(self) -> bool:
-        return self.same(self.look(), self.seen)
-
-    def has_moved(self) -> bool:
-        return not self.is_same()
+    children = [(name, child) for name, child in held.items() if child is not _MISSING]
+    return _Part(lambda: not changed(), put_back), children
 
 
 def _referring(pairs: Iterable[tuple[Any, Any]], values: Sequence[Any] | None = None) -> _Children:
@@ -451,7 +405,7 @@ def _referring(pairs: Iterable[tuple[Any, Any]], values: Sequence[Any] | None = 
     return [(label, value) for label, value in pairs if type(value) not in _ATOMS]
 
 
-def _are_same(now: Any, before: Sequence[Any]) -> bool:
+def _are(now: Any, before: Sequence[Any]) -> bool:
     return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
@@ -522,14 +476,14 @@ def _memory(tensor: Tensor) -> int | None:
         return None
 
 
-def _parts_of_function(function: types.FunctionType) -> Iterator[_Part]:
+def _parts_of_function(function: types.FunctionType) -> Iterator[_Found]:
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    yield _Part([*(("variable", c) for c in function.__closure__ or ()), *(("default", d) for d in defaults)])
-    yield _Dict(vars(function))
+    yield None, [*(("variable", c) for c in function.__closure__ or ()), *(("default", d) for d in defaults)]
+    yield _dict(vars(function))
     names, variables = _names_in(function.__code__), function.__globals__
     # What is imported inside the function.
-    yield _Part([(name, sys.modules[name]) for name in names if name in sys.modules])
-    yield _Names(variables, lambda: [n for n in names if n in variables or not hasattr(builtins, n)], variables)
+    yield None, [(name, sys.modules[name]) for name in names if name in sys.modules]
+    yield _names(variables, lambda: [n for n in names if n in variables or not hasattr(builtins, n)], variables)
 
 
 @functools.lru_cache(maxsize=10_000)

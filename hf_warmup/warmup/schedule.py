@@ -182,7 +182,7 @@ class WarmupSchedule:
             factor.check_state(now)
 
     def skip(self, num_steps: int) -> None:
-        """Before the first `warm_up`: go on after that many steps, made with another schedule; warmup has the rest."""
+        """Before the first `warm_up`: go on after so many steps of another schedule; warmup has the rest."""
         if whole("num_steps", num_steps, 0) > self.num_training_steps:
             raise ValueError(f"num_steps must be at most {self.num_training_steps}, got {num_steps}")
         self.scheduler.last_epoch = num_steps
