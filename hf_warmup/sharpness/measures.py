@@ -53,7 +53,7 @@ from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.sharpness.hessian import LossFn, hessian_products
-from hf_warmup.sharpness.lanczos import Eigenpairs, End, extreme_eigenpairs
+from hf_warmup.sharpness.lanczos import Eigenpairs, extreme_eigenpairs
 
 # Of the start: what is drawn at random beside the vectors of the last measurement, relative to them.
 _FRESH = 0.1
@@ -64,8 +64,8 @@ class Sharpness(Eigenpairs):
     """Eigenvalues of the Hessian, or the pre-conditioned one, and what they cost.
 
     Attributes:
-        values: From the largest on down, in loss / parameter²; pre-conditioned in 1 / lr. With both ends the k
-            largest, then the k smallest. NaN if a product was not finite.
+        values: From the largest on down, in loss / parameter²; pre-conditioned in 1 / lr. NaN if a
+            product was not finite.
         vectors: An eigenvector of norm 1 in each row, over the elements of all parameters that require a gradient
             one after another; pre-conditioned those of P^-½ H P^-½.
         residuals: Norm of (H - λ) times the vector, of each: an eigenvalue lies within it of λ.
@@ -86,7 +86,6 @@ def sharpness(
     *,
     preconditioner: Mapping[Tensor, Tensor] | None = None,
     k: int = 1,
-    end: End = "largest",
     tol: float = 1e-3,
     max_hvps: int = 100,
     num_vectors: int | None = None,
@@ -112,8 +111,7 @@ def sharpness(
         params: Parameters θ. Those that do not require a gradient are held fixed.
         preconditioner: P, as a positive tensor of the parameter's shape for each: `adam_preconditioner(optimizer)`.
             Parameters without an entry are held fixed.
-        k: Eigenvalues wanted at an end.
-        end: Which end of the spectrum, in algebraic order.
+        k: Eigenvalues wanted, in algebraic order; those of the other end are of the loss times -1.
         tol: Largest residual wanted, relative to |λ|. λ itself is mostly far closer.
         max_hvps: Most products to spend.
         num_vectors: Copies of the parameters, in single precision, that the solver holds; 8, or 4 + twice the number
@@ -139,7 +137,7 @@ def sharpness(
         raise ValueError(f"start must be of shape (k, {num_elements}), got {tuple(start.shape)}")
     with hessian_products(loss_fn, free, module=module) as (hessian, like):
         scale = None if preconditioner is None else inverse_root([preconditioner[p] for p in free], like)
-        options = {"k": k, "end": end, "tol": tol, "max_products": max_hvps, "num_vectors": num_vectors}
+        options = {"k": k, "tol": tol, "max_products": max_hvps, "num_vectors": num_vectors}
         return sharpness_of(hessian, start_vector(like, start), scale, reduce_dots=reduce, **options)
 
 
