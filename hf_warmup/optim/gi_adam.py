@@ -1,34 +1,28 @@
 """GI-Adam: AdamW whose second moment starts at the first squared gradient.
 
-Adam starts from v_0 = 0 and divides by 1 - β2^t to undo the bias that causes. GI-Adam starts from
-v_0 = g_0² and keeps that division [1]:
+Adam starts from v_0 = 0 and divides by 1 - β2^t to undo the bias that causes. GI-Adam starts from v_0 = g_0² and
+keeps that division [1]:
 
     m_0 = 0, v_0 = g_0²
     m_t = β1 m_{t-1} + (1-β1) g_t,    v_t = β2 v_{t-1} + (1-β2) g_t²
     θ ← (1 - η w) θ - η (m_t / (1-β1^t)) / (√(v_t / (1-β2^t)) + ε)
 
-with g the gradient, η the learning rate, w the decoupled weight decay (the paper has none). v̂ starts
-1 / (1-β2) times too large and that bias decays, so under a constant gradient the step length is
+with g the gradient, η the learning rate, w the decoupled weight decay (the paper has none). v̂ starts 1 / (1-β2)
+times too large and that bias decays, so under a constant gradient the step length is η √(1 - β2^t): a warmup nobody
+had to tune, 0.032 η at t = 1 and 0.9 η at t = 1660 for β2 = 0.999, but 0.22 η and 0.9 η at t = 32 for β2 = 0.95.
 
-    η √(1 - β2^t),    t = 1, 2, ...
+Only the birth of the state is written here; the update is torch's own, in its single-tensor, foreach and fused
+kernels. Two choices differ from the authors' code [2]:
 
-which is a warmup nobody had to tune: 0.032 η at t = 1 and 0.9 η at t = 1660 for β2 = 0.999, but
-0.22 η and 0.9 η at t = 32 for the β2 = 0.95 of GPT recipes, a warmup of about 50 steps.
+* g_0 there is the gradient of one batch drawn before training. Here it is the gradient of step 1 itself, which costs
+  no backward pass. For their choice, call `seed_second_moment` with that batch's gradients.
+* a parameter whose gradient is exactly zero (LoRA's A, a zero-initialised projection's input) would be born with
+  v_0 = 0 and get no warmup. Here it waits, with its step count at 0, for its first non-zero gradient. This holds for
+  whole parameters, not for the row of an embedding whose token is not in the first batch.
 
-Only the birth of the state is written here; the update is torch's own, in its single-tensor,
-foreach and fused kernels. Two choices differ from the authors' code [2]:
-
-* g_0 there is the gradient of one batch drawn before training, and step 1 uses the next batch. Here
-  it is the gradient of step 1 itself, which costs no backward pass. For their choice, call
-  `seed_second_moment` with that batch's gradients.
-* a parameter whose gradient is exactly zero (LoRA's A, a zero-initialised projection's input) would
-  be born with v_0 = 0 and get no warmup. Here it waits, with its step count at 0, for its first
-  non-zero gradient. This holds for whole parameters: the row of an embedding whose token is not in
-  the first batch still has v_0 = 0, and its first non-zero gradient makes a full Adam step.
-
-On many processes v_0 is the square of the gradient that AdamW would use, reduced and unscaled, whatever way it
-is split: under DDP, in the shards of FSDP2 (DTensors), of which one that happens to be zero does not wait if
-another is not, and in the flat partitions of DeepSpeed's ZeRO, each of which is a parameter of its own here.
+On many processes v_0 is the square of the gradient that AdamW would use, reduced and unscaled: under DDP, in the
+shards of FSDP2 (DTensors), of which one that happens to be zero does not wait if another is not, and in the flat
+partitions of DeepSpeed's ZeRO, each of which is a parameter of its own here.
 
 [1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements",
     NeurIPS 2024, arXiv:2406.09405, GI-Adam; v_0 = α g_0² and RI-Adam are variants named there.

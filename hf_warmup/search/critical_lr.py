@@ -1,34 +1,29 @@
 """Critical learning rate: how far one update can go before the loss rises.
 
-Let L(η) be the loss of one fixed batch at θ - η u, with θ the parameters and u the update an optimizer
-is about to make. The critical learning rate is
+Let L(η) be the loss of one fixed batch at θ - η u, with θ the parameters and u the update an optimizer is about to
+make. The critical learning rate is
 
     η_c = inf { η > 0 : L(η) > L(0) }.
 
-Below η_c a step does not raise the loss. A little above it the loss rises, then falls as the iterate is
-thrown to a flatter region (a catapult). Warmup that starts at η_c skips the steps that a start from 0
-spends below it [1]. Only forward passes are needed. On a quadratic loss with gradient g and Hessian H
-the answer is known, and the tests check it: η_c = 2 gᵀu / uᵀHu, so 2/λ when u = g and H = λ I.
+Below η_c a step does not raise the loss. A little above it the loss rises, then falls as the iterate is thrown to a
+flatter region (a catapult). Warmup that starts at η_c skips the steps that a start from 0 spends below it [1]. Only
+forward passes are needed. On a quadratic loss with gradient g and Hessian H the answer is known, and the tests check
+it: η_c = 2 gᵀu / uᵀHu, so 2/λ when u = g and H = λ I.
 
-`method="secant"`, the default, starts where the answer is wanted, models the curve with the points it has
-(`hf_warmup.search.secant`) and closes a bracket of relative width `rtol`: from a guess that is wrong by 100 times in
-6 forward passes in the median on networks (recipes/studies/search_accuracy.py), in 3 on a parabola of known slope,
-and in 2 if all that is asked is whether the loss rises up to η_trgt; in one less if L(0) is given. It may step over
-a crossing that lies between the learning rates it tries.
+`method="secant"`, the default, models the curve with the points it has (`hf_warmup.search.secant`) and closes a
+bracket of relative width `rtol`: from a guess that is wrong by 100 times in 6 forward passes in the median on
+networks (recipes/studies/search_accuracy.py), and in 2 if all that is asked is whether the loss rises up to η_trgt.
+It may step over a crossing that lies between the learning rates it tries.
 
 `method="paper"` is the two searches of [1]:
 
     EXP_SEARCH(η_0):  double η from η_0 while the loss does not rise, up to η_trgt;
     BIN_SEARCH(δ):    halve the bracket until the loss at its upper end is below (1 + δ) L(0).
 
-Where the printed algorithms say nothing, or would go wrong:
-
-* a loss that is not finite counts as risen (a comparison with NaN is false, so the printed loops would
-  return the η that produced it);
-* an equal loss has not risen: rounding makes many on the way up from a small η_0;
-* doubling stops at η_trgt itself instead of the first η beyond it;
-* if the loss rises at η_0 already, η is halved until it does not, where the paper takes η_0 itself;
-* every way to have no answer has a status of its own.
+Where the printed algorithms say nothing, or would go wrong: a loss that is not finite counts as risen (a comparison
+with NaN is false); an equal loss has not risen, as rounding makes many on the way up from a small η_0; doubling
+stops at η_trgt itself; if the loss rises at η_0 already, η is halved until it does not, where the paper takes η_0
+itself.
 
 [1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements",
     NeurIPS 2024, arXiv:2406.09405, Algorithms 1 and 2.

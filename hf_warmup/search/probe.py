@@ -1,25 +1,19 @@
 """The loss after the step an optimizer is about to make, at any learning rate, without making it.
 
-Let step(η) be what the optimizer does to the parameters θ with the gradients it holds now, its state and
-learning rate η. The probe evaluates
+Let step(η) be what the optimizer does to the parameters θ with the gradients it holds now, its state and learning
+rate η. The probe evaluates L(step(η)(θ)), which for an update u that does not depend on η is the loss L(θ - η u) of
+`hf_warmup.search.critical_lr`. It asks the optimizer itself for the step, so that momentum, bias corrections, weight
+decay, clipping of the update and v_0 = g_0² are those of the real step: the loss equals, bit for bit, the loss after
+a real step.
 
-    L(step(η)(θ)),
+A probe leaves no trace (`hf_warmup.search.restore`), also when the loss raises. It costs one optimizer step and one
+forward pass, and holds one copy of the parameters while it runs. torch's optimizers act on every element alone, so
+the step is made on one piece of the parameters after another, each with copies of its piece of the gradients and of
+the state; of an optimizer that is not known to do so all gradients and the whole state are copied. A slope needs no
+parameter moved: it steps copies of an eighth of them at a time.
 
-which for an update u that does not depend on η is the loss L(θ - η u) of `hf_warmup.search.critical_lr`. It asks
-the optimizer itself for the step, so that momentum, bias corrections, weight decay, clipping of the update
-and v_0 = g_0² are those of the real step: the loss equals, bit for bit, the loss after a real step.
-
-A probe leaves no trace: parameters, optimizer state, gradients, random numbers, and whatever else the loss function
-and the model change (`hf_warmup.search.restore`) are what they were, bit for bit, also when the loss raises. It
-costs one optimizer step and one forward pass. While it runs it holds one copy of the parameters. torch's optimizers
-act on every element alone, so the step is made on one piece of the parameters after another, each with copies of its
-piece of the gradients and of the state; of an optimizer that is not known to do so all gradients and the whole state
-are copied. The loss function sees no gradients. A slope needs no parameter moved: it steps copies of an eighth of
-them at a time.
-
-On many processes each moves what it holds: everything, or the local shards of DTensors (FSDP2), in place and
-without gathering them. `Shards` says what that is, and can be told of other ways to split a model. Every process
-must then probe the same learning rates, and the losses, which are its own, are to be averaged over them.
+On many processes each moves what it holds (`Shards`), in place and without gathering it. Every process must then
+probe the same learning rates, and the losses, which are its own, are to be averaged over them.
 """
 
 import copy
@@ -72,14 +66,13 @@ def loss_after_step(
         ([1.0, 0.0, 1.0], 1.0)
 
     Args:
-        optimizer: Holds the parameters, their gradients (as `step()` would see them: accumulated, unscaled,
-            clipped) and its state. Any torch optimizer whose `step()` needs no closure, in accelerate's wrapper
-            or not.
+        optimizer: Holds the parameters, their gradients (as `step()` would see them: accumulated, unscaled, clipped)
+            and its state. Any torch optimizer whose `step()` needs no closure, in accelerate's wrapper or not.
         loss_fn: Returns the loss of one fixed batch at the current parameters, a 0-d tensor or a number. Runs
             without autograd, on the same random numbers every time, so the same dropout masks. What it changes is
-            put back, in the module and in all that can be reached from the function.
-        lr: η. With parameter groups of several learning rates (`initial_lr`, where a scheduler has set it) the
-            largest of them is meant, and the others keep their ratio to it. 0 evaluates the loss at θ.
+            put back.
+        lr: η; 0 evaluates the loss at θ. Of parameter groups with several learning rates (`initial_lr`, where a
+            scheduler has set it) the largest is meant, and the others keep their ratio to it.
         module: The model, to put back what its forward pass changes (BatchNorm's running statistics, counters).
             Needed if it is one of FSDP2.
         shards: What this process holds of the parameters, if they are neither whole nor DTensors.
@@ -90,9 +83,9 @@ def loss_after_step(
     Raises:
         ValueError: If `lr` is negative or not finite, no parameter has a gradient, the optimizer's step needs a
             closure, or the parameters are DTensors and `module` is None.
-        RuntimeError: If a step hook is registered on the optimizer: it might act twice or leave a trace. Or if the
-            optimizer acts on whole parameters and `shards` has parts. Or if the loss moves what cannot be put back:
-            an iterator, or a tensor that is no parameter and larger than all of them.
+        RuntimeError: If the optimizer has step hooks, which might act twice, or acts on whole parameters where
+            `shards` has parts; or if the loss moves what cannot be put back: an iterator, or a tensor that is no
+            parameter and larger than all of them.
     """
     if not 0 <= lr < float("inf"):
         raise ValueError(f"lr must be at least 0 and finite, got {lr}")
@@ -159,8 +152,8 @@ def update_slope(
 
     Args:
         optimizer: As for `loss_after_step`; its gradients must be those of the loss itself, not clipped.
-        lr: η at which the step is taken to measure u = (θ - step(η)(θ)) / η; any will do where u does not depend
-            on it. Of the size that is probed: rounding blurs a step that is far smaller than θ.
+        lr: η at which the step is taken to measure u = (θ - step(η)(θ)) / η, of the size that is probed: rounding
+            blurs a step that is far smaller than θ.
         module: The model, if it is one of FSDP2.
         shards: As for `loss_after_step`.
 
@@ -257,7 +250,7 @@ def along_step(
 ) -> Iterator[tuple[Callable[[float], float], float]]:
     """The loss along the line of the step that `optimizer` would make now, for many learning rates at little cost.
 
-    The step is made once, at `lr`, and gives u = (θ - step(lr)(θ)) / lr; a probe is then L(θ - η u): a forward pass
+    The step is made once, at `lr`, and gives u = (θ - step(lr)(θ)) / lr; a probe is then L(θ - η u), a forward pass
     and nothing else. It is `loss_after_step` up to rounding where u does not depend on η, as for SGD, Adam and
     AdamW, and holds two copies of the parameters where that holds one. Leaves no trace.
 
@@ -271,19 +264,15 @@ def along_step(
         (0.0, 2.0)
 
     Args:
-        optimizer: As for `loss_after_step`; with parameter groups of several learning rates the largest is meant.
-        loss_fn: As for `loss_after_step`, of one batch.
-        lr: The learning rate at which the step is made; of the size of those tried.
-        module: The model; needed if it is one of FSDP2.
-        shards: As for `loss_after_step`.
+        optimizer: As for `loss_after_step`, and so are the other arguments and the errors.
+        loss_fn: The loss.
+        lr: The learning rate at which the step is made; positive, of the size of those tried.
+        module: The model.
+        shards: What this process holds.
 
     Yields:
-        The loss as a function of η, and the slope gᵀu at which it starts down, with the gradients that the
-        optimizer holds; of parameters that are sharded this process's part of the sum.
-
-    Raises:
-        ValueError: If `lr` is not positive and finite, or the parameters are DTensors and `module` is None.
-        RuntimeError: As for `loss_after_step`.
+        The loss as a function of η, and the slope gᵀu at which it starts down, with the gradients that the optimizer
+        holds; of parameters that are sharded this process's part of the sum.
     """
     shards = _moving(optimizer, lr, module, shards)
     with torch.no_grad(), _moved(shards, lr) as starts:

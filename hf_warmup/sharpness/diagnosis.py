@@ -1,24 +1,19 @@
 """Does this training need warmup? What can be known before it, in the time of 16 to 28 steps.
 
 At θ_0, on the batch of the first step and with the preconditioner P that Adam would have there, λ is λ^(P⁻¹H), or
-λ^H for SGD, and η_c the critical learning rate of the first step. Two measures of η_trgt follow, which do not agree:
+λ^H for SGD, and η_c the critical learning rate of the first step. Two measures of η_trgt follow:
 
     stability ratio    λ over the threshold at η_trgt (`stability_threshold`): the linear theory, of all directions
     η_trgt / η_c       what one step along the optimizer's own update bears
 
-Measured on small GPTs the first is far too careful for Adam and the second far too generous, so η_trgt is safe if
-both allow it, needs warmup if neither does, and lies between otherwise.
+On small GPTs the first is far too careful for Adam and the second far too generous, so η_trgt is safe if both allow
+it, needs warmup if neither does, and lies between otherwise.
 
-A few steps at a stable learning rate then say where training is going without being forced [1]:
-
-    progressive sharpening   λ rises, up to the threshold of the learning rate that is reached
-    sharpness reduction      λ falls by itself
-
-P changes in these steps as well, by its factor 1-β1^t and by averaging over more gradients, and λ^(P⁻¹H) falls with
-it while θ stands still. So λ is compared with one P, that of the last of these steps, and what P does is said apart.
-
-In the first, warmup meets the threshold again and again while η is small, where an instability (a catapult) is mild
-and leaves a flatter region; in the second, it waits until λ has fallen below the threshold of η_trgt.
+A few steps at a stable learning rate then say where λ is going without being forced [1]. In progressive sharpening
+it rises, up to the threshold of the learning rate that is reached: warmup meets the threshold again and again while
+η is small, where an instability (a catapult) is mild and leaves a flatter region. In sharpness reduction it falls by
+itself: warmup waits until λ is below the threshold of η_trgt. P changes in these steps as well, and λ^(P⁻¹H) falls
+with it while θ stands still. So λ is compared with one P, that of the last step, and what P does is said apart.
 
 [1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements", NeurIPS 2024,
     arXiv:2406.09405, section 4. The measures' limits are ours.

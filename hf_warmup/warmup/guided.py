@@ -21,19 +21,13 @@ optimizer step on copies per training step until the valley, and no forward pass
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
 with t* = min(0.22 N, 120) steps in a run of N. L/G is Polyak's step: the learning rate that would bring the loss to
-zero if it fell on at its present slope; 0.3 of it is about what is left of the first descent. A straight line that
-starts at 0 and makes the way Ŝ in t* steps is at 2 √(Ŝ s)/t* when it has made s of it, which is the third line. If
-the estimate is off by a factor of 2, the overshoot comes after t*/√2 or √2 t* steps.
+zero if it fell on at its present slope; 0.3 of it is about what is left of the first descent. If the estimate is off
+by a factor of 2, the overshoot comes after t*/√2 or √2 t* steps. A training without such a descent, as fine-tuning
+mostly is, has a small G beside its loss: the line is steep, and reaches `learning_rate` within a few steps.
 
-In the valley a model has learned how often each token comes. A decoder goes on at once. A masked model may stay on
-that plateau for hundreds of steps, and a learning rate that rises meanwhile can lose it for good; hence the wait.
-
-A training without such a descent, as fine-tuning mostly is, has a small G beside its loss. The line is steep then,
-and reaches `learning_rate` within a few steps.
-
-The rule is ours. Its constants were chosen on the development settings of `recipes/studies`, whose tables show what
-each is good for; L/G is of Polyak, "Introduction to Optimization" (1987), and the line's reason the sharpness that
-warmup reduces: Kalra and Barkeshli, "Why Warmup the Learning Rate?", NeurIPS 2024, arXiv:2406.09405.
+The rule is ours; `hf_warmup/README.md` says why each part is there and where its constant comes from. L/G is of
+Polyak, "Introduction to Optimization" (1987), and the line's reason the sharpness that warmup reduces: Kalra and
+Barkeshli, "Why Warmup the Learning Rate?", NeurIPS 2024, arXiv:2406.09405.
 """
 
 import math
