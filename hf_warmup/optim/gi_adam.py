@@ -225,12 +225,10 @@ class GIAdamW(torch.optim.AdamW):
             # In single precision: a scaled half-precision gradient may be a normal number only there.
             return g if grad_scale is None else g.to(_at_least_single(g)) / grad_scale.to(g.device)
 
-        # One after another, so that there is never a second copy of all.
-        if self.v0 == "gradient":
-            return (unscaled(g).square() for g in grads)
         if self.v0 != "random":
-            factor = float(self.v0)
-            return (factor * unscaled(g).square() for g in grads)
+            factor = 1.0 if self.v0 == "gradient" else float(self.v0)
+            # One after another, so that there is never a second copy of all.
+            return (unscaled(g).square().mul_(factor) for g in grads)
         grads = [unscaled(g) for g in grads]
         # Later births must not draw the same numbers again; the count is the same after a resume.
         seed = torch.initial_seed() + sum(map(self._has_state, self.state)) - len(grads)

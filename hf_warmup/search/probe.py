@@ -442,13 +442,13 @@ def _step_and_restore_state(optimizer: Optimizer, lr: float) -> None:
 def _no_global_hooks() -> Iterator[None]:
     """Keep the hooks that torch calls at every optimizer's step from seeing steps that are undone."""
     hooks: list[Any] = [torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks]
-    held = [dict(named) for named in hooks]
+    held = [(named, dict(named)) for named in hooks]
     try:
         for named in hooks:
             named.clear()
         yield
     finally:
-        for named, before in zip(hooks, held, strict=True):
+        for named, before in held:
             named.update(before)
 
 

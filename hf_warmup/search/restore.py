@@ -138,7 +138,7 @@ class Snapshot:
                 continue
             self._seen[id(value)] = value
             try:
-                if _is_iterator(value):
+                if _iterates(type(value)):
                     iterators.append((value, path))
                     continue
                 found = list(self._parts_of(value))
@@ -438,7 +438,7 @@ def _position(value: Any, seen: set[int] | None = None) -> list[Any]:
     for inner in list(held):
         if id(inner) in seen or len(seen) > _MOST_INSIDE:
             continue
-        if _is_iterator(inner) or (isinstance(inner, containers) and len(inner) <= _MOST_INSIDE):
+        if _iterates(type(inner)) or (isinstance(inner, containers) and len(inner) <= _MOST_INSIDE):
             held += _position(inner, seen)
     return held
 
@@ -493,14 +493,9 @@ def _names_in(code: types.CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*code.co_names, *inside]))
 
 
-def _is_iterator(value: Any) -> bool:
-    """Whether it can only be moved forward; one of a class of the user's is an object like others."""
-    kind: Any = type(value)
-    return _iterates(kind)
-
-
 @functools.cache
 def _iterates(kind: Any) -> bool:
+    """Whether objects of that class can only be moved forward; those of a user's class are objects like others."""
     return hasattr(kind, "__next__") and is_library(kind.__module__) and kind not in weakref.ProxyTypes
 
 
