@@ -122,14 +122,7 @@ class GIAdamW(torch.optim.AdamW):
         }
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one step: AdamW's, after v_0 has been set for parameters that are new.
-
-        Args:
-            closure: Computes the loss and the gradients again, and returns the loss.
-
-        Returns:
-            The closure's loss, or None.
-        """
+        """Make one step: AdamW's, after v_0 has been set for parameters that are new."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -145,13 +138,11 @@ class GIAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def seed_second_moment(self, grads: Sequence[Tensor | None]) -> None:
-        """Set v_0 from gradients of the caller's choice, as the authors' code does.
-
-        Call it before the first step, with the gradients of a batch drawn before training; `v0` says
-        what is made of them. A parameter whose gradient is None or zero is born later, as usual.
+        """Set v_0 from the gradients of a batch drawn before training, as the authors' code does, before the first step.
 
         Args:
-            grads: One gradient (or None) per parameter, unscaled, in the order of the parameter groups.
+            grads: One gradient per parameter, unscaled, in the order of the parameter groups; `v0` says what is made
+                of them. A parameter whose gradient is None or zero is born later, as usual.
 
         Raises:
             RuntimeError: If a parameter has state already.

@@ -101,9 +101,6 @@ def has_momentum(optimizer: Optimizer) -> bool:
         >>> [has_momentum(make([torch.ones(1)])) for make in (torch.optim.AdamW, torch.optim.SGD)]
         [True, False]
 
-    Args:
-        optimizer: In accelerate's wrapper or not.
-
     Returns:
         Whether every parameter group has β1 or momentum, by whatever name libraries give it.
     """
@@ -151,19 +148,16 @@ def update_slope(
         4.0
 
     Args:
-        optimizer: As for `loss_after_step`; its gradients must be those of the loss itself, not clipped.
-        lr: η at which the step is taken to measure u = (θ - step(η)(θ)) / η, of the size that is probed: rounding
-            blurs a step that is far smaller than θ.
+        optimizer: As for `loss_after_step`, and so are the errors; its gradients must be those of the loss itself,
+            not clipped.
+        lr: η, positive, at which the step is taken to measure u = (θ - step(η)(θ)) / η, of the size that is probed:
+            rounding blurs a step that is far smaller than θ.
         module: The model, if it is one of FSDP2.
         shards: As for `loss_after_step`.
 
     Returns:
         gᵀu, in units of the loss per learning rate; of parameters that are sharded this process's part of the sum.
         Costs an optimizer step, no forward pass, and leaves no trace.
-
-    Raises:
-        ValueError: If `lr` is not positive and finite, or the parameters are DTensors and `module` is None.
-        RuntimeError: As for `loss_after_step`.
     """
     return _slope(optimizer, lr, torch.clone, module, shards)
 

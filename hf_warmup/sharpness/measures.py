@@ -64,14 +64,14 @@ class Sharpness(Eigenpairs):
     """Eigenvalues of the Hessian, or the pre-conditioned one, and what they cost.
 
     Attributes:
-        values: From the largest on down, in loss / parameter²; pre-conditioned in 1 / lr. NaN if a
-            product was not finite.
+        values: From the largest on down, in loss / parameter²; pre-conditioned in 1 / lr. NaN if a product was not
+            finite.
         vectors: An eigenvector of norm 1 in each row, over the elements of all parameters that require a gradient
             one after another; pre-conditioned those of P^-½ H P^-½.
         residuals: Norm of (H - λ) times the vector, of each: an eigenvalue lies within it of λ.
         converged: Whether all residuals are as small as was asked.
-        asymmetry: Largest |xᵀH y - yᵀH x| met, relative to the largest eigenvalue in magnitude: rounding, unless
-            the loss is not the same in every product, or is rounded too much.
+        asymmetry: Largest |xᵀH y - yᵀH x| met, relative to the largest eigenvalue in magnitude: rounding, unless the
+            loss is not the same in every product, or is rounded too much.
     """
 
     @property
@@ -231,12 +231,10 @@ def stability_threshold(optimizer: Optimizer, *, first_step: bool | None = None)
 
 @dataclass(frozen=True)
 class CriticalSharpness:
-    """Curvature along the step to come.
+    """Curvature along the step to come, in 1 / lr, and the search for η_c.
 
-    Attributes:
-        value: λ_c = 2 / η_c, in 1 / lr: 0 if no learning rate raises the loss, infinity if every one does; if the
-            search ended at its target or its budget, λ_c is less than this.
-        search: The search for η_c.
+    Where the search ended at its target or its budget λ_c is less than this. It is 0 if no learning rate raises the
+    loss, infinity if every one does.
     """
 
     value: float
@@ -253,16 +251,13 @@ def critical_sharpness(
         20
 
     Args:
-        loss_at: As for `find_critical_lr`.
+        loss_at: As for `find_critical_lr`, and so are the options and errors.
         previous: The last λ_c, where the search starts.
-        **options: As for `find_critical_lr`.
+        **options: `target`, `slope`, `start`, `steepness`, `rtol`, `max_evals`.
 
     Returns:
         λ_c and the search: 4 to 6 forward passes from a good `previous`, one less with `start`, and `slope`; only
         one with `steepness` too, if λ_c has hardly changed.
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
     last = math.inf if previous is None else number("previous", previous)
     search = find_critical_lr(loss_at, guess=2 / last if 0 < last < math.inf else None, **options)

@@ -144,15 +144,12 @@ class WarmupSchedule:
         """Have the rule decide the learning rate of the step that is about to be made, once the gradients are there.
 
         Args:
-            rule: The same in every step.
+            rule: The same in every step; a checkpoint that was loaded must be of it.
             step: What the rule may ask; not needed by one that asks nothing.
 
         Returns:
             The learning rate that the rule decided, which is its last where the decay began before this step; None
             once warmup has ended, or if the optimizer left out the step that was decided last.
-
-        Raises:
-            ValueError: If the state of the checkpoint is not of this rule, or the rule has no number to give.
         """
         if self.ended:
             return None
