@@ -138,11 +138,12 @@ class GIAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def seed_second_moment(self, grads: Sequence[Tensor | None]) -> None:
-        """Set v_0 from the gradients of a batch drawn before training, as the authors' code does, before the first step.
+        """Set v_0 from gradients of the caller's choice, before the first step, as the authors' code does.
 
         Args:
-            grads: One gradient per parameter, unscaled, in the order of the parameter groups; `v0` says what is made
-                of them. A parameter whose gradient is None or zero is born later, as usual.
+            grads: One gradient per parameter, of a batch drawn before training, unscaled, in the order of the
+                parameter groups; `v0` says what is made of them. A parameter whose gradient is None or zero is born
+                later, as usual.
 
         Raises:
             RuntimeError: If a parameter has state already.

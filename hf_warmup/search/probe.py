@@ -242,32 +242,10 @@ def along_step(
     module: nn.Module | None = None,
     shards: Shards | None = None,
 ) -> Iterator[tuple[Callable[[float], float], float]]:
-    """The loss along the line of the step that `optimizer` would make now, for many learning rates at little cost.
-
-    The step is made once, at `lr`, and gives u = (θ - step(lr)(θ)) / lr; a probe is then L(θ - η u), a forward pass
-    and nothing else. It is `loss_after_step` up to rounding where u does not depend on η, as for SGD, Adam and
-    AdamW, and holds two copies of the parameters where that holds one. Leaves no trace.
-
-    Example:
-        >>> import torch
-        >>> w = torch.ones(2, requires_grad=True)
-        >>> loss_fn = lambda: (w**2).sum() / 2
-        >>> loss_fn().backward()
-        >>> with along_step(torch.optim.SGD([w], lr=1.0), loss_fn, 0.1) as (loss_at, slope):
-        ...     round(loss_at(1.0), 6), round(slope, 6)
-        (0.0, 2.0)
-
-    Args:
-        optimizer: As for `loss_after_step`, and so are the other arguments and the errors.
-        loss_fn: The loss.
-        lr: The learning rate at which the step is made; positive, of the size of those tried.
-        module: The model.
-        shards: What this process holds.
-
-    Yields:
-        The loss as a function of η, and the slope gᵀu at which it starts down, with the gradients that the optimizer
-        holds; of parameters that are sharded this process's part of the sum.
-    """
+    """The loss after a step as a function of η, for a forward pass each, and the slope gᵀu at which it starts down."""
+    # The step is made once, at `lr`, and gives u = (θ - step(lr)(θ)) / lr; then L(θ - η u) is `loss_after_step` up
+    # to rounding where u does not depend on η, as for SGD, Adam and AdamW. Two copies of the parameters are held.
+    # Of parameters that are sharded the slope is this process's part of the sum.
     shards = _moving(optimizer, lr, module, shards)
     with torch.no_grad(), _moved(shards, lr) as starts:
         updates = [(value - shard.tensor).div_(lr) for shard, value in starts]

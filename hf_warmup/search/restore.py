@@ -71,17 +71,12 @@ _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
 
 class Snapshot:
-    """The state of all that can be reached from `roots`, as it is now.
+    """The state of all that can be reached from `roots`, but for what is `apart` or reached only through that.
 
-    Args:
-        roots: Objects to start from.
-        apart: Objects that are left alone, with all that is reached only through them.
-        most_bytes: Of tensors and arrays larger than a megabyte so many bytes are copied; of the others it is only
-            noticed when they change. No limit if None.
-        data: Data sets, wherever they are reached: their containers of more than 1,000 elements are kept, but not
-            walked into.
-        earlier: A snapshot of before, whose copies are shared where the values are still the same. Containers of
-            more than 50,000 elements in which nothing has changed since then are not walked into again.
+    Of tensors and arrays larger than a megabyte `most_bytes` are copied; of the others it is only noticed when they
+    change. In the data sets `data` containers of more than 1,000 elements are kept, but not walked into. `earlier`,
+    a snapshot of before, shares its copies where the values are still the same, and containers of more than 50,000
+    elements in which nothing has changed since then are not walked into again.
     """
 
     def __init__(

@@ -13,8 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hf_warmup import GIAdamW, find_critical_lr, has_momentum, loss_after_step, momentum_slope, update_slope
-from hf_warmup.search import along_step
-from hf_warmup.search.probe import gradient_norm
+from hf_warmup.search.probe import along_step, gradient_norm
 from hf_warmup.search.shards import Shards
 
 OPTIMIZERS = {
