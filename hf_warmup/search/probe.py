@@ -31,7 +31,7 @@ from torch.optim import optimizer as torch_optimizer
 from hf_warmup.distributed import local
 from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.restore import hidden_gradients, traceless
-from hf_warmup.search.shards import Shard, Shards, params_of, unwrap_optimizer
+from hf_warmup.search.shards import Shard, Shards, elements, params_of, unwrap_optimizer
 
 # Optimizers whose step moves every element by its own gradient and state only.
 _ELEMENTWISE = {
@@ -242,7 +242,7 @@ def along_step(
     module: nn.Module | None = None,
     shards: Shards | None = None,
 ) -> Iterator[tuple[Callable[[float], float], float]]:
-    """The loss after a step as a function of η, for a forward pass each, and the slope gᵀu at which it starts down."""
+    """The loss after a step as a function of η, at a forward pass each, and the slope gᵀu at which it starts."""
     # The step is made once, at `lr`, and gives u = (θ - step(lr)(θ)) / lr; then L(θ - η u) is `loss_after_step` up
     # to rounding where u does not depend on η, as for SGD, Adam and AdamW. Two copies of the parameters are held.
     # Of parameters that are sharded the slope is this process's part of the sum.
@@ -374,19 +374,14 @@ def _parts(held: Iterable[Shard], size: int, gradient: Callable[[Tensor], Tensor
         )
         for start in (0,) if whole else range(0, num_elements, size):
             stop = num_elements if whole else min(start + size, num_elements)
-
-            def cut(tensor: Tensor, start: int = start, stop: int = stop) -> Tensor:
-                return tensor.detach() if stop - start == tensor.numel() else tensor.detach().view(-1)[start:stop]
-
-            values, grad = cut(p), shard.grad(start, stop)
+            # Views, of what is contiguous.
+            values, grad = elements(p, start, stop), shard.grad(start, stop)
             tensor = values if gradient is None else values.clone()
             # A copy: some steps write into the gradient, as foreach SGD's with Nesterov's momentum does.
             tensor.grad = (gradient or torch.clone)(grad)
+            state = {k: elements(v, start, stop) if k in like_p else v for k, v in shard.state.items()}
             # Of a small tensor, as a step count is, deepcopy takes thirty times as long.
-            state = {
-                k: (cut(v) if k in like_p else v).clone() if isinstance(v, Tensor) else copy.deepcopy(v)
-                for k, v in shard.state.items()
-            }
+            state = {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
             yield _Part(values, grad, tensor, state)
 
 

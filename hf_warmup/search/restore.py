@@ -133,7 +133,8 @@ class Snapshot:
                 continue
             self._seen[id(value)] = value
             try:
-                if _iterates(type(value)):
+                kind: Any = type(value)
+                if _iterates(kind):
                     iterators.append((value, path))
                     continue
                 found = list(self._parts_of(value))
@@ -433,7 +434,8 @@ def _position(value: Any, seen: set[int] | None = None) -> list[Any]:
     for inner in list(held):
         if id(inner) in seen or len(seen) > _MOST_INSIDE:
             continue
-        if _iterates(type(inner)) or (isinstance(inner, containers) and len(inner) <= _MOST_INSIDE):
+        kind: Any = type(inner)
+        if _iterates(kind) or (isinstance(inner, containers) and len(inner) <= _MOST_INSIDE):
             held += _position(inner, seen)
     return held
 

@@ -18,9 +18,7 @@ class Shard:
     """A parameter, or this process's part of one."""
 
     tensor: Tensor  # its values, in their place
-    # Gives the elements of its gradient from a start to a stop in the flat order of `tensor`: flat, or, if they are
-    # all, in the shape of `tensor`.
-    grad: Callable[[int, int], Tensor]
+    grad: Callable[[int, int], Tensor]  # gives `elements` of its gradient
     state: dict[str, Any]  # of the optimizer, with tensors of the same elements
 
     def whole_grad(self) -> Tensor:
@@ -52,13 +50,8 @@ class Shards:
         ]
 
     def _shard(self, p: Tensor) -> Shard:
-        grad, state = local(p.grad), self.optimizer.state.get(p, {})
-        assert grad is not None
-
-        def cut(start: int, stop: int) -> Tensor:
-            return grad.detach() if stop - start == grad.numel() else grad.detach().reshape(-1)[start:stop]
-
-        return Shard(local(p.detach()), cut, {name: local(value) for name, value in state.items()})
+        state = {name: local(value) for name, value in self.optimizer.state.get(p, {}).items()}
+        return Shard(local(p.detach()), functools.partial(elements, local(p.grad)), state)
 
     def largest_gradient(self) -> float:
         """The largest magnitude in this process's gradients; not finite if one is not, 0 if there are none."""
@@ -78,6 +71,11 @@ class Shards:
     def _gathering(self) -> list[Any]:
         """The modules that gather weights; not looked for where no loss is asked for."""
         return [] if self.module is None else [m for m in self.module.modules() if is_fsdp(m)]
+
+
+def elements(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """The elements of a tensor from `start` to `stop` in its flat order: flat, or, if they are all, in its shape."""
+    return tensor.detach() if stop - start == tensor.numel() else tensor.detach().reshape(-1)[start:stop]
 
 
 def largest_magnitude(tensors: Sequence[Tensor]) -> float:
