@@ -549,14 +549,14 @@ def _name(path: _Path) -> str:
 
 
 @contextmanager
-def traceless(*roots: Any, apart: Iterable[Any] = (), most_bytes: int | None = None) -> Iterator[None]:
+def traceless(*roots: Any, apart: Iterable[Any] = (), most_bytes: int | None = None) -> Iterator[Snapshot]:
     """Put what can be reached from `roots` back on the way out, or raise a RuntimeError if that cannot be."""
     before = Snapshot(roots, apart=apart, most_bytes=most_bytes)
     try:
         for root in roots:
             if isinstance(root, nn.Module):
                 keep_buffers(root)
-        yield
+        yield before
     finally:
         before.restore()
     if moved := before.moved():

@@ -22,7 +22,6 @@ with it while θ stands still. So λ is compared with one P, that of the last st
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -170,15 +169,11 @@ def diagnose(
     inner = unwrap_optimizer(optimizer)
     params = [p for group in groups_of(inner) for p in group["params"] if p.requires_grad]
     adam = isinstance(inner, torch.optim.Adam)
-    with ExitStack() as restored:
+    # The weights, as much again of the model, and what the optimizer may hold.
+    most_bytes = 4 * sum(p.nbytes for p in params)
+    grads = [p.grad for p in params if p.grad is not None]  # never written to
+    with traceless(*params, module, vars(inner), apart=grads, most_bytes=most_bytes) as start:
         numbers = RandomNumbers()
-        restored.callback(numbers.restore)
-        if module is not None:
-            size = sum(p.nbytes for p in params)
-            restored.enter_context(traceless(module, apart=params, most_bytes=size))
-        restored.enter_context(traceless(vars(inner), apart=params))
-        start = [(p, p.detach().clone(), p.grad) for p in params]
-        restored.callback(_give_back, start)
         for group in inner.param_groups:
             group["lr"] = target_lr
 
@@ -228,14 +223,7 @@ def diagnose(
         after, vectors, p_later = measured(last=vectors)
         before = first
         if adam:
-            _give_back(start)
+            start.restore()
             before, _, _ = measured(p_later, vectors)
     kind: Literal["hessian", "preconditioned"] = "preconditioned" if adam else "hessian"
     return Diagnosis(kind, first, num_steps, before, after, target_lr, first / threshold, critical)
-
-
-@torch.no_grad()
-def _give_back(before: list[tuple[Tensor, Tensor, Tensor | None]]) -> None:
-    for p, value, grad in before:
-        p.copy_(value)
-        p.grad = grad
