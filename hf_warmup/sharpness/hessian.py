@@ -72,12 +72,8 @@ def _prepared(
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
     numbers = RandomNumbers()
     with ExitStack() as restored:
-        restored.callback(numbers.restore)
-        twins: dict[Tensor, Tensor] = {}
-        if module is not None:
-            size = sum(p.nbytes for p in params)
-            restored.enter_context(traceless(module, apart=params, most_bytes=size))
-            twins = restored.enter_context(_in_single_precision(module))
+        restored.enter_context(traceless(module, apart=params, most_bytes=sum(p.nbytes for p in params)))
+        twins = {} if module is None else restored.enter_context(_in_single_precision(module))
         leaves = [twins.get(p, p) for p in params]
         if any(_is_half(p) for p in leaves):
             raise ValueError("module must be the model that the half-precision parameters belong to")

@@ -37,11 +37,6 @@ from typing import Any
 from hf_warmup.numeric import boolean, not_negative, number, positive, shown, whole
 from hf_warmup.warmup.rule import Rule, Step
 
-_OPTIONS = ("num_training_steps", "learning_rate", "ramp_steps", "wait")
-_DESCENT = ("num_steps", "lr", "path", "slopes", "mean_slope", "first_loss", "last_loss")
-_VALLEY = ("overshoot_step", "overshoot_lr", "overshoot_path", "valley_loss", "climb_step", "ended_by")
-_SAVED = _OPTIONS + _DESCENT + _VALLEY
-
 
 class GuidedWarmup(Rule):
     """The learning rate of a run whose warmup nobody chooses.
@@ -85,7 +80,12 @@ class GuidedWarmup(Rule):
     STEEPEST = 3  # of the climb, in slopes of the line before it
 
     kind, ends, will_probe = "guided", ("learning_rate", "peak", "half of the run"), False
-    options, saved = _OPTIONS, _SAVED
+    options = ("num_training_steps", "learning_rate", "ramp_steps", "wait")
+    saved = (
+        *options,
+        *("num_steps", "lr", "path", "slopes", "mean_slope", "first_loss", "last_loss", "overshoot_step"),
+        *("overshoot_lr", "overshoot_path", "valley_loss", "climb_step", "ended_by"),
+    )
 
     def __init__(
         self,

@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 # Most that `auto` starts at, of the target. With Adam on a Transformer η_c of the first step is often above the
 # target, and a training that starts there fails.
 _MOST = 0.1
-_OPTIONS = ("num_training_steps", "learning_rate", "warmup_steps", "asked_init_lr")
-_SAVED = (*_OPTIONS, "num_steps", "lr", "init_lr", "ended_by")
 
 
 class LinearWarmup(Rule):
@@ -61,7 +59,8 @@ class LinearWarmup(Rule):
     """
 
     kind, ends = "linear", ("learning_rate",)
-    options, saved = _OPTIONS, _SAVED
+    options = ("num_training_steps", "learning_rate", "warmup_steps", "asked_init_lr")
+    saved = (*options, "num_steps", "lr", "init_lr", "ended_by")
 
     def __init__(
         self, num_training_steps: int, learning_rate: float, warmup_steps: int, *, init_lr: float | str = "auto"

@@ -12,8 +12,6 @@ from hf_warmup.search.critical_lr import find_critical_lr
 from hf_warmup.warmup.rule import Rule, Step
 
 _LATEST = 0.5  # of the run
-_OPTIONS = ("num_training_steps", "learning_rate", "init_lr", "delta")
-_SAVED = (*_OPTIONS, "num_steps", "num_trials", "num_searches", "lr", "loss", "critical_lr", "ended_by")
 
 
 class PersistentCatapult(Rule):
@@ -49,7 +47,8 @@ class PersistentCatapult(Rule):
     """
 
     kind, ends = "persistent", ("learning_rate", "half of the run")
-    options, saved = _OPTIONS, _SAVED
+    options = ("num_training_steps", "learning_rate", "init_lr", "delta")
+    saved = (*options, "num_steps", "num_trials", "num_searches", "lr", "loss", "critical_lr", "ended_by")
 
     def __init__(
         self, num_training_steps: int, learning_rate: float, *, init_lr: float = 1e-4, delta: float = 0.1
