@@ -41,7 +41,8 @@ from hf_warmup.warmup.rule import Rule, Step
 class GuidedWarmup(Rule):
     """The learning rate of a run whose warmup nobody chooses.
 
-    For training from scratch without a learning rate, and for any training with one that may be too high.
+    For training from scratch without a learning rate, and for any training with one that may be too high. The first
+    step's loss must be positive and finite and fall along the step, and the optimizer must have a momentum.
 
     Example:
         >>> rule = GuidedWarmup(1000, learning_rate=1e-2)
@@ -49,8 +50,6 @@ class GuidedWarmup(Rule):
         ...     loss, slope, momentum_slope = lambda self: 6.0, lambda self: 20.0, lambda self: 20.0
         >>> [round(rule(Falling()), 8) for _ in range(3)]
         [1.25e-05, 2.165e-05, 3.354e-05]
-
-    The first step's loss must be positive and finite and fall along the step; the optimizer must have a momentum.
 
     Args:
         num_training_steps: N, all steps of the run.
