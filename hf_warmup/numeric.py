@@ -15,14 +15,7 @@ _LARGEST = 2**63  # what a tensor of steps, and another language's JSON, can cou
 
 
 def shown(value: Any) -> str:
-    """A value in a line, cut if it is long.
-
-    Args:
-        value: Of any kind.
-
-    Returns:
-        Its `repr` without line breaks.
-    """
+    """The `repr` of a value in a line, cut if it is long."""
     try:
         text = " ".join(repr(value).split())
     except Exception:  # Python refuses to write an integer of more than 4300 digits
@@ -31,18 +24,7 @@ def shown(value: Any) -> str:
 
 
 def number(name: str, value: Any) -> float:
-    """A number as a float.
-
-    Args:
-        name: The option's.
-        value: A number of Python, numpy, `decimal` or `fractions`, or a tensor without dimensions.
-
-    Returns:
-        It may be infinite or NaN.
-
-    Raises:
-        ValueError: If it is none, or no float can hold it.
-    """
+    """A number of Python, numpy, `decimal` or `fractions`, or a tensor of one, as a float, also infinite or NaN."""
     given = _item(value)
     if isinstance(given, bool) or not isinstance(given, Real | Decimal):
         raise ValueError(f"{name} must be a number, got {shown(value)}")
@@ -53,37 +35,21 @@ def number(name: str, value: Any) -> float:
 
 
 def positive(name: str, value: Any) -> float:
-    """A number above 0 as a float.
-
-    Args:
-        name: The option's.
-        value: As of `number`.
-
-    Returns:
-        Finite.
-
-    Raises:
-        ValueError: If it is not positive and finite.
-    """
+    """A number as of `number`, above 0 and finite."""
     if not 0 < (given := number(name, value)) < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {given}")
     return given
 
 
+def not_negative(name: str, value: Any) -> float:
+    """A number as of `number`, at least 0 and finite."""
+    if not 0 <= (given := number(name, value)) < math.inf:
+        raise ValueError(f"{name} must be at least 0 and finite, got {given}")
+    return given
+
+
 def whole(name: str, value: Any, least: int | None = None) -> int:
-    """A whole number as an int.
-
-    Args:
-        name: The option's.
-        value: An integer of Python or numpy, or such a tensor without dimensions.
-        least: What it may be at least.
-
-    Returns:
-        Below 2^63 in magnitude.
-
-    Raises:
-        ValueError: If it is none, or out of range.
-    """
+    """A whole number as an int, below 2^63 in magnitude."""
     given = _item(value)
     if isinstance(given, bool) or not isinstance(given, Integral):
         raise ValueError(f"{name} must be a whole number, got {shown(value)}")
@@ -96,18 +62,7 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
 
 
 def boolean(name: str, value: Any) -> bool:
-    """True or False as Python's.
-
-    Args:
-        name: The option's.
-        value: A boolean of Python or numpy, or such a tensor without dimensions.
-
-    Returns:
-        The same.
-
-    Raises:
-        ValueError: If it is another thing, even one that is as good as true or false.
-    """
+    """True or False as Python's; nothing that is only as good as them."""
     given = _item(value)
     if not isinstance(given, bool):
         raise ValueError(f"{name} must be True or False, got {shown(value)}")

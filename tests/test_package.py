@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import hf_warmup
-from hf_warmup import CriticalLR
 from hf_warmup.trainer import LearningRate
 from hf_warmup.trainer.plots import runs_figure
 
@@ -92,13 +91,12 @@ def test_the_trainers_side_needs_nothing_of_the_other_extras():
 
 
 PLOTS = [
-    lambda: CriticalLR(0.1, 0.1, 0.2, ((0.0, 1.0),), "found").plot(),
     lambda: LearningRate(2e-2, 4e-3, 1, [(1e-3, 5.0)]).plot(),
     lambda: runs_figure({}),
 ]
 
 
-@pytest.mark.parametrize("plot", PLOTS, ids=["CriticalLR", "LearningRate", "compare_runs"])
+@pytest.mark.parametrize("plot", PLOTS, ids=["LearningRate", "compare_runs"])
 def test_a_plot_without_matplotlib_says_which_extra_it_needs(plot, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"a plot needs matplotlib: pip install matplotlib, or 'hf-warmup\[plots\]'"):

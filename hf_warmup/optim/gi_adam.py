@@ -1,34 +1,28 @@
 """GI-Adam: AdamW whose second moment starts at the first squared gradient.
 
-Adam starts from v_0 = 0 and divides by 1 - β2^t to undo the bias that causes. GI-Adam starts from
-v_0 = g_0² and keeps that division [1]:
+Adam starts from v_0 = 0 and divides by 1 - β2^t to undo the bias that causes. GI-Adam starts from v_0 = g_0² and
+keeps that division [1]:
 
     m_0 = 0, v_0 = g_0²
     m_t = β1 m_{t-1} + (1-β1) g_t,    v_t = β2 v_{t-1} + (1-β2) g_t²
     θ ← (1 - η w) θ - η (m_t / (1-β1^t)) / (√(v_t / (1-β2^t)) + ε)
 
-with g the gradient, η the learning rate, w the decoupled weight decay (the paper has none). v̂ starts
-1 / (1-β2) times too large and that bias decays, so under a constant gradient the step length is
+with g the gradient, η the learning rate, w the decoupled weight decay (the paper has none). v̂ starts 1 / (1-β2)
+times too large and that bias decays, so under a constant gradient the step length is η √(1 - β2^t): a warmup nobody
+had to tune, 0.032 η at t = 1 and 0.9 η at t = 1660 for β2 = 0.999, but 0.22 η and 0.9 η at t = 32 for β2 = 0.95.
 
-    η √(1 - β2^t),    t = 1, 2, ...
+Only the birth of the state is written here; the update is torch's own, in its single-tensor, foreach and fused
+kernels. Two choices differ from the authors' code [2]:
 
-which is a warmup nobody had to tune: 0.032 η at t = 1 and 0.9 η at t = 1660 for β2 = 0.999, but
-0.22 η and 0.9 η at t = 32 for the β2 = 0.95 of GPT recipes, a warmup of about 50 steps.
+* g_0 there is the gradient of one batch drawn before training. Here it is the gradient of step 1 itself, which costs
+  no backward pass. For their choice, call `seed_second_moment` with that batch's gradients.
+* a parameter whose gradient is exactly zero (LoRA's A, a zero-initialised projection's input) would be born with
+  v_0 = 0 and get no warmup. Here it waits, with its step count at 0, for its first non-zero gradient. This holds for
+  whole parameters, not for the row of an embedding whose token is not in the first batch.
 
-Only the birth of the state is written here; the update is torch's own, in its single-tensor,
-foreach and fused kernels. Two choices differ from the authors' code [2]:
-
-* g_0 there is the gradient of one batch drawn before training, and step 1 uses the next batch. Here
-  it is the gradient of step 1 itself, which costs no backward pass. For their choice, call
-  `seed_second_moment` with that batch's gradients.
-* a parameter whose gradient is exactly zero (LoRA's A, a zero-initialised projection's input) would
-  be born with v_0 = 0 and get no warmup. Here it waits, with its step count at 0, for its first
-  non-zero gradient. This holds for whole parameters: the row of an embedding whose token is not in
-  the first batch still has v_0 = 0, and its first non-zero gradient makes a full Adam step.
-
-On many processes v_0 is the square of the gradient that AdamW would use, reduced and unscaled, whatever way it
-is split: under DDP, in the shards of FSDP2 (DTensors), of which one that happens to be zero does not wait if
-another is not, and in the flat partitions of DeepSpeed's ZeRO, each of which is a parameter of its own here.
+On many processes v_0 is the square of the gradient that AdamW would use, reduced and unscaled: under DDP, in the
+shards of FSDP2 (DTensors), of which one that happens to be zero does not wait if another is not, and in the flat
+partitions of DeepSpeed's ZeRO, each of which is a parameter of its own here.
 
 [1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements",
     NeurIPS 2024, arXiv:2406.09405, GI-Adam; v_0 = α g_0² and RI-Adam are variants named there.
@@ -55,8 +49,8 @@ _adamw_step = inspect.unwrap(torch.optim.AdamW.step)
 class GIAdamW(torch.optim.AdamW):
     """AdamW with v_0 = g_0²: a drop-in replacement whose warmup is built in.
 
-    Takes `torch.optim.AdamW`'s arguments and one more. The state has AdamW's keys and dtypes, so each
-    loads the other's checkpoint and goes on.
+    Takes `torch.optim.AdamW`'s arguments and one more. The state has AdamW's keys and dtypes, so each loads the
+    other's checkpoint and goes on.
 
     Example:
         >>> weight = torch.ones(1, requires_grad=True)
@@ -67,23 +61,19 @@ class GIAdamW(torch.optim.AdamW):
         (0.0224, 0.0224)
 
     Args:
-        params: As for AdamW; so are all the arguments not named here.
+        params: As for AdamW.
         lr: Learning rate η.
-        betas: β1 and β2. β2 sets the length of the built-in warmup: it reaches 0.9 η after
-            about 1.66 / (1-β2) steps.
+        betas: β1 and β2. The built-in warmup reaches 0.9 η after about 1.66 / (1-β2) steps.
         eps: ε, outside the root.
         weight_decay: Decoupled weight decay w.
         amsgrad: Divide by the largest v_t so far. It is counted from v_1 on.
-        v0: Where the second moment starts: `"gradient"` (g_0²), `"random"` (RI-Adam: r², r normal and
-            scaled so that ‖r‖ = ‖g_0‖ over the parameters born together; drawn from a generator of its
-            own seeded with `torch.initial_seed()`, so ranks that share a seed share r, and shards of a
-            DTensor are parts of the one r), or a positive number α (α g_0²).
-        maximize: Ascend.
-        foreach: Use torch's foreach kernel.
-        capturable: Safe to capture in a CUDA graph once every parameter is born.
-        differentiable: Let autograd through the step.
-        fused: Use torch's fused kernel. Under `torch.amp.GradScaler` gradients then arrive scaled; v_0
-            is the square of the unscaled gradient, and a step that overflows leaves no state.
+        v0: Where the second moment starts: `"gradient"` (g_0²), a positive number α (α g_0²), or `"random"`
+            (RI-Adam: r², r normal and scaled so that ‖r‖ = ‖g_0‖ over the parameters born together). r is drawn
+            from a generator of its own, seeded with `torch.initial_seed()`: ranks that share a seed share r, and
+            shards of a DTensor are parts of the one r.
+        **options: AdamW's others. In a CUDA graph (`capturable`) once every parameter is born. With the fused kernel
+            under `torch.amp.GradScaler` gradients arrive scaled: v_0 is the square of the unscaled gradient, and a
+            step that overflows leaves no state.
 
     Attributes:
         v0: Where the second moment starts.
@@ -105,11 +95,7 @@ class GIAdamW(torch.optim.AdamW):
         amsgrad: bool = False,
         *,
         v0: str | float = "gradient",
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
+        **options: Any,
     ) -> None:
         try:
             # Python's own, as it goes into checkpoints.
@@ -121,19 +107,7 @@ class GIAdamW(torch.optim.AdamW):
         # Parameters with state whose gradients so far were exactly zero. Not in the state: whether a
         # parameter waits can be read off its state, at the price of a device sync.
         self._waiting: set[Tensor] = set()
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-        )
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "v0": self.v0}
@@ -147,33 +121,8 @@ class GIAdamW(torch.optim.AdamW):
             if self._has_state(p) and self.state[p]["step"] == 0 and not whole(self.state[p]["exp_avg_sq"].any())
         }
 
-    @property
-    def own_warmup(self) -> float:
-        """Factor √(1-β2^t) by which the step to come, number t, is shorter than AdamW's on a constant gradient.
-
-        Of the parameter that has made the most steps, and its group's β2.
-        """
-        steps, beta2 = self.clock()
-        return math.sqrt(1 - beta2 ** (steps + 1))
-
-    def clock(self) -> tuple[float, float]:
-        """The most steps that a parameter of this process has made, and its group's β2."""
-        counts = [(0.0, float(self.defaults["betas"][1]))]
-        for group in self.param_groups:
-            steps = [torch.as_tensor(self.state[p]["step"]) for p in group["params"] if self._has_state(p)]
-            if steps:  # at once, as they may be on the device
-                counts.append((float(torch.stack(steps).max()), float(group["betas"][1])))
-        return max(counts)
-
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one step: AdamW's, after v_0 has been set for parameters that are new.
-
-        Args:
-            closure: Computes the loss and the gradients again, and returns the loss.
-
-        Returns:
-            The closure's loss, or None.
-        """
+        """Make one step: AdamW's, after v_0 has been set for parameters that are new."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -189,13 +138,12 @@ class GIAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def seed_second_moment(self, grads: Sequence[Tensor | None]) -> None:
-        """Set v_0 from gradients of the caller's choice, as the authors' code does.
-
-        Call it before the first step, with the gradients of a batch drawn before training; `v0` says
-        what is made of them. A parameter whose gradient is None or zero is born later, as usual.
+        """Set v_0 from gradients of the caller's choice, before the first step, as the authors' code does.
 
         Args:
-            grads: One gradient (or None) per parameter, unscaled, in the order of the parameter groups.
+            grads: One gradient per parameter, of a batch drawn before training, unscaled, in the order of the
+                parameter groups; `v0` says what is made of them. A parameter whose gradient is None or zero is born
+                later, as usual.
 
         Raises:
             RuntimeError: If a parameter has state already.
@@ -227,10 +175,12 @@ class GIAdamW(torch.optim.AdamW):
         # Not `p in self.state`: who only looks (DeepSpeed's ZeRO does) leaves an empty state behind.
         return bool(self.state.get(p))
 
+    def _unborn(self) -> list[Tensor]:
+        new = [p for p in self._parameters() if p in self._waiting or not self._has_state(p)]
+        return [p for p in new if p.grad is not None]
+
     def _step_with_births(self) -> None:
-        unborn = [
-            p for p in self._parameters() if p.grad is not None and (p in self._waiting or not self._has_state(p))
-        ]
+        unborn = self._unborn()
         found_inf = getattr(self, "found_inf", None)
         overflow = bool(unborn) and found_inf is not None and bool(found_inf)
         if not overflow:
@@ -267,12 +217,10 @@ class GIAdamW(torch.optim.AdamW):
             # In single precision: a scaled half-precision gradient may be a normal number only there.
             return g if grad_scale is None else g.to(_at_least_single(g)) / grad_scale.to(g.device)
 
-        # One after another, so that there is never a second copy of all.
-        if self.v0 == "gradient":
-            return (unscaled(g).square() for g in grads)
         if self.v0 != "random":
-            factor = float(self.v0)
-            return (factor * unscaled(g).square() for g in grads)
+            factor = 1.0 if self.v0 == "gradient" else float(self.v0)
+            # One after another, so that there is never a second copy of all.
+            return (unscaled(g).square().mul_(factor) for g in grads)
         grads = [unscaled(g) for g in grads]
         # Later births must not draw the same numbers again; the count is the same after a resume.
         seed = torch.initial_seed() + sum(map(self._has_state, self.state)) - len(grads)
@@ -287,8 +235,8 @@ class GIAdamW(torch.optim.AdamW):
         """Decay `params` as AdamW does under a zero gradient."""
         chosen = set(params)
         for group in self.param_groups:
-            for p in group["params"]:
-                if p in chosen and group["weight_decay"] != 0:
+            for p in chosen.intersection(group["params"]):
+                if group["weight_decay"] != 0:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
 
 
@@ -302,16 +250,8 @@ def _at_least_single(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _are_nonzero(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> list[bool]:
-    """Whether each tensor has an element that is not zero (a NaN is none), in one device sync.
-
-    Args:
-        tensors: On every process the same number of them, if they are split.
-        group: Processes over which they are split, if they are no DTensors.
-
-    Returns:
-        The same on every process that holds a part.
-    """
+def _are_nonzero(tensors: list[Tensor], group: dist.ProcessGroup | None) -> list[bool]:
+    """Whether each whole tensor has an element that is not zero (a NaN is none), in one device sync."""
     if not tensors:
         return []
     parts = [local(t) for t in tensors]

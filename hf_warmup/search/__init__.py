@@ -1,11 +1,10 @@
 """The loss after a step that is not made, and the critical learning rate found with it."""
 
 from hf_warmup.search.critical_lr import CriticalLR, find_critical_lr
-from hf_warmup.search.probe import along_step, has_momentum, loss_after_step, momentum_slope, update_slope
+from hf_warmup.search.probe import has_momentum, loss_after_step, momentum_slope, update_slope
 
 __all__ = [
     "CriticalLR",
-    "along_step",
     "find_critical_lr",
     "has_momentum",
     "loss_after_step",

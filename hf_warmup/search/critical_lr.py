@@ -1,44 +1,38 @@
 """Critical learning rate: how far one update can go before the loss rises.
 
-Let L(η) be the loss of one fixed batch at θ - η u, with θ the parameters and u the update an optimizer
-is about to make. The critical learning rate is
+Let L(η) be the loss of one fixed batch at θ - η u, with θ the parameters and u the update an optimizer is about to
+make. The critical learning rate is
 
     η_c = inf { η > 0 : L(η) > L(0) }.
 
-Below η_c a step does not raise the loss. A little above it the loss rises, then falls as the iterate is
-thrown to a flatter region (a catapult). Warmup that starts at η_c skips the steps that a start from 0
-spends below it [1]. Only forward passes are needed. On a quadratic loss with gradient g and Hessian H
-the answer is known, and the tests check it: η_c = 2 gᵀu / uᵀHu, so 2/λ when u = g and H = λ I.
+Below η_c a step does not raise the loss. A little above it the loss rises, then falls as the iterate is thrown to a
+flatter region (a catapult). Warmup that starts at η_c skips the steps that a start from 0 spends below it [1]. Only
+forward passes are needed. On a quadratic loss with gradient g and Hessian H the answer is known, and the tests check
+it: η_c = 2 gᵀu / uᵀHu, so 2/λ when u = g and H = λ I.
 
-`method="secant"`, the default, starts where the answer is wanted, models the curve with the points it has
-(`hf_warmup.search.secant`) and closes a bracket of relative width `rtol`: from a guess that is wrong by 100 times in
-6 forward passes in the median on networks (recipes/studies/search_accuracy.py), in 3 on a parabola of known slope,
-and in 2 if all that is asked is whether the loss rises up to η_trgt; in one less if L(0) is given. It may step over
-a crossing that lies between the learning rates it tries.
+`method="secant"`, the default, models the curve with the points it has (`hf_warmup.search.secant`) and closes a
+bracket of relative width `rtol`: from a guess that is wrong by 100 times in 6 forward passes in the median on
+networks (recipes/studies/search_accuracy.py), and in 2 if all that is asked is whether the loss rises up to η_trgt.
+It may step over a crossing that lies between the learning rates it tries.
 
 `method="paper"` is the two searches of [1]:
 
     EXP_SEARCH(η_0):  double η from η_0 while the loss does not rise, up to η_trgt;
     BIN_SEARCH(δ):    halve the bracket until the loss at its upper end is below (1 + δ) L(0).
 
-Where the printed algorithms say nothing, or would go wrong:
-
-* a loss that is not finite counts as risen (a comparison with NaN is false, so the printed loops would
-  return the η that produced it);
-* an equal loss has not risen: rounding makes many on the way up from a small η_0;
-* doubling stops at η_trgt itself instead of the first η beyond it;
-* if the loss rises at η_0 already, η is halved until it does not, where the paper takes η_0 itself;
-* every way to have no answer has a status of its own.
+Where the printed algorithms say nothing, or would go wrong: a loss that is not finite counts as risen (a comparison
+with NaN is false); an equal loss has not risen, as rounding makes many on the way up from a small η_0; doubling
+stops at η_trgt itself; if the loss rises at η_0 already, η is halved until it does not, where the paper takes η_0
+itself.
 
 [1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements",
     NeurIPS 2024, arXiv:2406.09405, Algorithms 1 and 2.
 """
 
 import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from hf_warmup.numeric import number, positive, shown, whole
 from hf_warmup.search.secant import Curve
@@ -56,11 +50,10 @@ class CriticalLR:
 
     Attributes:
         value: The search's answer, in the units of the optimizer's `lr`; by `status`:
-            `found`: η_c. Of `secant`, the crossing of the model inside the bracket; of `paper`, the bracket's
-            upper end, or its lower end when the loss at the upper end is beyond (1 + δ) L(0), as at a cliff
-            where it is not finite;
+            `found`: η_c. Of `secant`, the crossing of the model inside the bracket; of `paper`, the bracket's upper
+                end, or its lower end where the loss at the upper one is beyond (1 + δ) L(0), as at a cliff;
             `above_target`: η_trgt, where the loss has not risen;
-            `never_rises`: infinity, with no target to stop at no η up to `lower` raised the loss;
+            `never_rises`: infinity, no η up to `lower` raised the loss and there is no target;
             `not_descent`: 0, the loss rises however small η is;
             `nonfinite`: NaN, L(0) itself is not finite;
             `budget_spent`: `lower`, as nothing larger is known to be safe.
@@ -70,8 +63,6 @@ class CriticalLR:
             may be all there is, so one end of the bracket.)
         evals: Every (η, loss) known, in order, the one at 0 first.
         status: How the search ended.
-        spread: Standard deviation of η_c between batches, if `loss_at` gave one loss per batch and the search
-            found a bracket: each batch's own crossing, by the line through its losses at the two ends.
         start_given: Whether L(0) was known to the caller and not evaluated.
         steepness: Of `secant` that was given `slope`: k of the two trials nearest to the crossing, for a next search
             of nearly the same curve; the one that was given after a single trial. None if there is none.
@@ -82,7 +73,6 @@ class CriticalLR:
     upper: float
     evals: tuple[tuple[float, float], ...]
     status: Status
-    spread: float | None = None
     start_given: bool = False
     steepness: float | None = None
 
@@ -102,55 +92,16 @@ class CriticalLR:
         return len(self.evals) - self.start_given
 
     def check_finite(self, step: int) -> None:
-        """End a run whose loss is not finite before its first update.
-
-        Args:
-            step: The optimizer step that was searched, from 1.
-
-        Raises:
-            RuntimeError: If L(0) is not finite.
-        """
+        """Raise a RuntimeError that names the optimizer step, from 1, if L(0) is not finite."""
         if self.status == "nonfinite":
             raise RuntimeError(
-                f"the training loss of step {step} is {self.evals[0][1]} before any update: check the data and the "
+                f"the training loss of step {step} is {self.start} before any update: check the data and the "
                 "model, no learning rate can help"
             )
 
-    def plot(self, ax: Any = None, *, target: float | None = None) -> Any:
-        """Draw the losses tried against the learning rate, L(0), the bracket and η_trgt. Needs matplotlib.
-
-        Args:
-            ax: Matplotlib axes to draw on; those of a new figure if None.
-            target: η_trgt, to mark it.
-
-        Returns:
-            The axes.
-
-        Raises:
-            ImportError: If they are to be made and matplotlib is not installed.
-        """
-        if ax is None:
-            try:
-                from matplotlib.figure import Figure  # noqa: TID251  Only who plots needs it.
-            except ImportError as error:
-                raise ImportError("a plot needs matplotlib: pip install matplotlib, or 'hf-warmup[plots]'") from error
-
-            ax = Figure(layout="constrained").subplots()
-        tried = sorted((lr, loss) for lr, loss in self.evals if lr > 0 and math.isfinite(loss))
-        if tried:
-            ax.plot(*zip(*tried, strict=True), "o-", label="loss after the step")
-        ax.axhline(self.evals[0][1], color="gray", linestyle=":", label="loss before it")
-        if 0 < self.lower <= self.upper < math.inf:
-            ax.axvspan(self.lower, self.upper, alpha=0.2, label="bracket")
-        if target is not None:
-            ax.axvline(target, color="black", linestyle="--", label="target")
-        ax.set(xscale="log", xlabel="learning rate", ylabel="loss")
-        ax.legend()
-        return ax
-
 
 def find_critical_lr(
-    loss_at: Callable[[float], float | Sequence[float]],
+    loss_at: Callable[[float], float],
     *,
     guess: float | None = None,
     target: float | None = None,
@@ -164,8 +115,8 @@ def find_critical_lr(
 ) -> CriticalLR:
     """Bracket the critical learning rate of `loss_at`.
 
-    The bracket is true: L(lower) <= L(0) < L(upper). It holds the first crossing if the loss crosses once,
-    as on a quadratic, and the first crossing that the evaluations can know of otherwise.
+    The bracket is true: L(lower) <= L(0) < L(upper). It holds the first crossing if the loss crosses once, as on a
+    quadratic, and the first that the evaluations can know of otherwise.
 
     Example:
         >>> found = find_critical_lr(lambda lr: (1 - 20 * lr) ** 2)
@@ -173,23 +124,22 @@ def find_critical_lr(
         ('found', 0.1, True)
 
     Args:
-        loss_at: The loss after a step of the given learning rate; `loss_at(0.0)` is L(0). Must be
-            deterministic: the same batch, the same dropout masks. May give a sequence, the losses of several
-            batches: the search is on their mean, and `spread` says how much the batches differ.
-        guess: The first learning rate tried: the last answer, if there is one. Sets the cost, not the answer. If
-            None, `secant` starts at `target`, and `paper` at 1e-4 or `target`, whichever is smaller.
+        loss_at: The loss after a step of the given learning rate; `loss_at(0.0)` is L(0). Must be deterministic: the
+            same batch, the same dropout masks.
+        guess: The first learning rate tried, as the last answer. Sets the cost, not the answer. If None, `secant`
+            starts at `target`, and `paper` at 1e-4 or `target`, whichever is smaller.
         target: η_trgt; the search ends there if the loss has not risen. No limit if None.
-        slope: -dL/dη at 0, gᵀu, if known (`hf_warmup.search.probe.update_slope`): saves `secant` a trial; not
-            positive, it ends either search at once as `not_descent`.
-        start: L(0), if known: the loss that the gradient came from, with the same batch and dropout masks as
-            `loss_at` has. Saves a forward pass: whether η_c lies above η_trgt then takes one.
+        slope: -dL/dη at 0, gᵀu, if known (`update_slope`): saves `secant` a trial; not positive, it ends either
+            search at once as `not_descent`.
+        start: L(0), if known: the loss that the gradient came from. Saves a forward pass: whether η_c lies above
+            η_trgt then takes one.
         steepness: k of an earlier search of nearly the same curve. If the curve is near a parabola (k = 1), and η_c
             is near `guess`, both within a factor of two, then `secant` ends with that trial; never without `slope`,
-            nor where the rounding of the loss hides it. One end of the bracket is not tried then.
+            nor where the rounding of the loss hides it.
         method: `"secant"` or `"paper"`.
         rtol: Relative width of the bracket wanted. In the paper's search δ decides when to end; where the loss at
-            the upper end is beyond (1 + δ) L(0) even in a bracket of relative width rtol², there is a cliff,
-            and it ends there.
+            the upper end is beyond (1 + δ) L(0) even in a bracket of relative width rtol², there is a cliff, and it
+            ends.
         delta: δ of `paper`: how far above L(0), relative to it, the loss at the upper end may be.
         max_evals: Most evaluations to spend.
 
@@ -198,8 +148,7 @@ def find_critical_lr(
         BIN_SEARCH needs, 0 to 10.
 
     Raises:
-        ValueError: If an argument is out of range, or `loss_at` gives no number, or losses of now more and now fewer
-            batches.
+        ValueError: If an argument is out of range, or `loss_at` gives no number.
     """
     guess = None if guess is None else positive("guess", guess)
     target = None if target is None else positive("target", target)
@@ -227,30 +176,18 @@ def find_critical_lr(
 class _Search:
     """The evaluations so far and the bracket they give."""
 
-    def __init__(
-        self, loss_at: Callable[[float], float | Sequence[float]], max_evals: int, start: float | None
-    ) -> None:
+    def __init__(self, loss_at: Callable[[float], float], max_evals: int, start: float | None) -> None:
         self.loss_at = loss_at
-        self.batches: dict[float, list[float]] = {}
         self.max_evals = max_evals
         self.evals: list[tuple[float, float]] = [] if start is None else [(0.0, start)]
         self.start_given = start is not None
         self.lower, self.upper = 0.0, math.inf
         self.loss_upper = math.inf
         self.start = self.loss(0.0) if start is None else start
+        self.noise = _ROUNDING * abs(self.start)  # a change of the loss that rounding alone can make
 
     def loss(self, eta: float) -> float:
-        losses = self.loss_at(eta)
-        if isinstance(losses, Sequence) and not isinstance(losses, str):
-            batches = self.batches[eta] = [number("a loss of loss_at", loss) for loss in losses]
-            num = len(next(iter(self.batches.values())))
-            if not len(batches) == num > 0:
-                raise ValueError(
-                    f"loss_at must give the losses of as many batches each time, got {len(batches)} and {num}"
-                )
-            loss = math.fsum(batches) / num
-        else:
-            loss = number("the loss of loss_at", losses)
+        loss = number("the loss of loss_at", self.loss_at(eta))
         self.evals.append((eta, loss))
         return loss if math.isfinite(loss) or eta == 0 else math.inf
 
@@ -262,11 +199,6 @@ class _Search:
             return True
         self.lower = eta
         return False
-
-    @property
-    def noise(self) -> float:
-        """A change of the loss that rounding alone can make."""
-        return _ROUNDING * abs(self.start)
 
     @property
     def has_fallen(self) -> bool:
@@ -282,21 +214,7 @@ class _Search:
         return len(self.evals) - self.start_given >= self.max_evals
 
     def result(self, status: Status, value: float, steepness: float | None = None) -> CriticalLR:
-        spread = self.spread() if status == "found" else None
-        return CriticalLR(
-            value, self.lower, self.upper, tuple(self.evals), status, spread, self.start_given, steepness
-        )
-
-    def spread(self) -> float | None:
-        """Standard deviation of the batches' own crossings."""
-        ends = [self.batches.get(eta) for eta in (0.0, self.lower, self.upper)]
-        if any(losses is None or len(losses) < 2 for losses in ends):
-            return None
-        crossings = []
-        for start, low, high in zip(*(losses or [] for losses in ends), strict=True):
-            rise = high - low
-            crossings.append(self.lower + (start - low) / rise * (self.upper - self.lower) if rise > 0 else math.nan)
-        return statistics.stdev(crossings)
+        return CriticalLR(value, self.lower, self.upper, tuple(self.evals), status, self.start_given, steepness)
 
     def secant(
         self, eta: float, target: float, slope: float | None, rtol: float, steepness: float | None

@@ -1,25 +1,19 @@
 """The loss after the step an optimizer is about to make, at any learning rate, without making it.
 
-Let step(η) be what the optimizer does to the parameters θ with the gradients it holds now, its state and
-learning rate η. The probe evaluates
+Let step(η) be what the optimizer does to the parameters θ with the gradients it holds now, its state and learning
+rate η. The probe evaluates L(step(η)(θ)), which for an update u that does not depend on η is the loss L(θ - η u) of
+`hf_warmup.search.critical_lr`. It asks the optimizer itself for the step, so that momentum, bias corrections, weight
+decay, clipping of the update and v_0 = g_0² are those of the real step: the loss equals, bit for bit, the loss after
+a real step.
 
-    L(step(η)(θ)),
-
-which for an update u that does not depend on η is the loss L(θ - η u) of `hf_warmup.search.critical_lr`. It asks
-the optimizer itself for the step, so that momentum, bias corrections, weight decay, clipping of the update
-and v_0 = g_0² are those of the real step: the loss equals, bit for bit, the loss after a real step.
-
-A probe leaves no trace: parameters, optimizer state, gradients, random numbers, and whatever else the loss function
-and the model change (`hf_warmup.search.restore`) are what they were, bit for bit, also when the loss raises. It
-costs one optimizer step and one forward pass. While it runs it holds one copy of the parameters, on their device or
-on the CPU. torch's optimizers act on every element alone, so the step is made on one piece of the parameters after
-another, each with copies of its piece of the gradients and of the state; of an optimizer that is not known to do so
-all gradients and the whole state are copied. The loss function sees no gradients. A slope of the momentum needs no
+A probe leaves no trace (`hf_warmup.search.restore`), also when the loss raises. It costs one optimizer step and one
+forward pass, and holds one copy of the parameters while it runs. torch's optimizers act on every element alone, so
+the step is made on one piece of the parameters after another, each with copies of its piece of the gradients and of
+the state; of an optimizer that is not known to do so all gradients and the whole state are copied. A slope needs no
 parameter moved: it steps copies of an eighth of them at a time.
 
-On many processes each moves what it holds: everything, or the local shards of DTensors (FSDP2), in place and
-without gathering them. `Shards` says what that is, and can be told of other ways to split a model. Every process
-must then probe the same learning rates, and the losses, which are its own, are to be averaged over them.
+On many processes each moves what it holds (`Shards`), in place and without gathering it. Every process must then
+probe the same learning rates, and the losses, which are its own, are to be averaged over them.
 """
 
 import copy
@@ -27,8 +21,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +31,7 @@ from torch.optim import optimizer as torch_optimizer
 from hf_warmup.distributed import local
 from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.restore import hidden_gradients, traceless
-from hf_warmup.search.shards import Shard, Shards, params_of, unwrap_optimizer
+from hf_warmup.search.shards import Shard, Shards, elements, params_of, unwrap_optimizer
 
 # Optimizers whose step moves every element by its own gradient and state only.
 _ELEMENTWISE = {
@@ -49,21 +42,20 @@ _ELEMENTWISE = {
 _ELEMENTWISE_NAMES = {
     f"schedulefree.{name.lower()}_schedulefree.{name}ScheduleFree" for name in ("AdamW", "RAdam", "SGD")
 }
-# Elements stepped at once: at least so many, and at most about one part in so many of all; larger parts where no
-# parameter is copied but those. A multiple of 64, so that a kernel cuts a piece into the same vectors as the whole.
+# Elements stepped at once: at least so many, and at most about one part in so many of all. Slopes, which copy no
+# other parameters, may use larger parts. A multiple of 64, so that a kernel cuts a piece into the same vectors.
 _PIECE, _PIECES, _FEW_PIECES = 2**14, 100, 8
 
 
 @torch.no_grad()
 def loss_after_step(
     optimizer: Optimizer,
-    loss_fn: Callable[[], Tensor | float | Sequence[Tensor | float]],
+    loss_fn: Callable[[], Tensor | float],
     lr: float,
     *,
     module: nn.Module | None = None,
-    copy_on_cpu: bool = False,
     shards: Shards | None = None,
-) -> Any:
+) -> float:
     """The loss after the step that `optimizer` would make now with learning rate `lr`.
 
     Example:
@@ -74,36 +66,32 @@ def loss_after_step(
         ([1.0, 0.0, 1.0], 1.0)
 
     Args:
-        optimizer: Holds the parameters, their gradients (as `step()` would see them: accumulated, unscaled,
-            clipped) and its state. Any torch optimizer whose `step()` needs no closure, in accelerate's wrapper
-            or not.
-        loss_fn: Returns the loss of one fixed batch at the current parameters, a 0-d tensor or a number, or a
-            sequence of the losses of several batches. Runs without autograd, on the same random numbers every
-            time, so the same dropout masks. What it changes is put back, in the module and in all that can be
-            reached from the function.
-        lr: η. With parameter groups of several learning rates (`initial_lr`, where a scheduler has set it) the
-            largest of them is meant, and the others keep their ratio to it. 0 evaluates the loss at θ.
+        optimizer: Holds the parameters, their gradients (as `step()` would see them: accumulated, unscaled, clipped)
+            and its state. Any torch optimizer whose `step()` needs no closure, in accelerate's wrapper or not.
+        loss_fn: Returns the loss of one fixed batch at the current parameters, a 0-d tensor or a number. Runs
+            without autograd, on the same random numbers every time, so the same dropout masks. What it changes is
+            put back.
+        lr: η; 0 evaluates the loss at θ. Of parameter groups with several learning rates (`initial_lr`, where a
+            scheduler has set it) the largest is meant, and the others keep their ratio to it.
         module: The model, to put back what its forward pass changes (BatchNorm's running statistics, counters).
             Needed if it is one of FSDP2.
-        copy_on_cpu: Keep the copy of the parameters in the CPU's memory: slower, for when the GPU's is full.
         shards: What this process holds of the parameters, if they are neither whole nor DTensors.
 
     Returns:
-        The loss as a float, possibly not finite; a list of floats if `loss_fn` returned a sequence.
+        The loss, possibly not finite.
 
     Raises:
         ValueError: If `lr` is negative or not finite, no parameter has a gradient, the optimizer's step needs a
             closure, or the parameters are DTensors and `module` is None.
-        RuntimeError: If a step hook is registered on the optimizer: it might act twice or leave a trace. Or if the
-            optimizer acts on whole parameters and `shards` has parts. Or if the loss moves what cannot be put back:
-            an iterator, or a tensor that is no parameter and larger than all of them.
+        RuntimeError: If the optimizer has step hooks, which might act twice, or acts on whole parameters where
+            `shards` has parts; or if the loss moves what cannot be put back: an iterator, or a tensor that is no
+            parameter and larger than all of them.
     """
     if not 0 <= lr < float("inf"):
         raise ValueError(f"lr must be at least 0 and finite, got {lr}")
     shards = Shards(optimizer, module) if shards is None else shards
-    with _evaluating(shards, (module, loss_fn), _moved(shards, lr, copy_on_cpu) if lr > 0 else None):
-        losses = loss_fn()
-        return [float(loss) for loss in losses] if isinstance(losses, Sequence) else float(losses)
+    with _evaluating(shards, (module, loss_fn), _moved(shards, lr) if lr > 0 else None):
+        return float(loss_fn())
 
 
 def has_momentum(optimizer: Optimizer) -> bool:
@@ -112,9 +100,6 @@ def has_momentum(optimizer: Optimizer) -> bool:
     Example:
         >>> [has_momentum(make([torch.ones(1)])) for make in (torch.optim.AdamW, torch.optim.SGD)]
         [True, False]
-
-    Args:
-        optimizer: In accelerate's wrapper or not.
 
     Returns:
         Whether every parameter group has β1 or momentum. Not of schedule-free optimizers, which average weights.
@@ -162,12 +147,7 @@ def _evaluating(shards: Shards, roots: Sequence[Any], moved: AbstractContextMana
 
 @torch.no_grad()
 def update_slope(
-    optimizer: Optimizer,
-    lr: float,
-    *,
-    module: nn.Module | None = None,
-    copy_on_cpu: bool = False,
-    shards: Shards | None = None,
+    optimizer: Optimizer, lr: float, *, module: nn.Module | None = None, shards: Shards | None = None
 ) -> float:
     """The slope gᵀu at which the loss starts down along the step that `optimizer` would make now.
 
@@ -178,33 +158,23 @@ def update_slope(
         4.0
 
     Args:
-        optimizer: As for `loss_after_step`; its gradients must be those of the loss itself, not clipped.
-        lr: η at which the step is taken to measure u = (θ - step(η)(θ)) / η; any will do where u does not depend
-            on it. Of the size that is probed: rounding blurs a step that is far smaller than θ.
+        optimizer: As for `loss_after_step`, and so are the errors; its gradients must be those of the loss itself,
+            not clipped.
+        lr: η, positive, at which the step is taken to measure u = (θ - step(η)(θ)) / η, of the size that is probed:
+            rounding blurs a step that is far smaller than θ.
         module: The model, if it is one of FSDP2.
-        copy_on_cpu: Hold less at a time, in more and smaller steps; where an optimizer acts on more than each
-            element alone, as for `loss_after_step`.
         shards: As for `loss_after_step`.
 
     Returns:
         gᵀu, in units of the loss per learning rate; of parameters that are sharded this process's part of the sum.
         Costs an optimizer step, no forward pass, and leaves no trace.
-
-    Raises:
-        ValueError: If `lr` is not positive and finite, or the parameters are DTensors and `module` is None.
-        RuntimeError: As for `loss_after_step`.
     """
-    return _slope(optimizer, lr, torch.clone, module, copy_on_cpu, shards)
+    return _slope(optimizer, lr, torch.clone, module, shards)
 
 
 @torch.no_grad()
 def momentum_slope(
-    optimizer: Optimizer,
-    lr: float,
-    *,
-    module: nn.Module | None = None,
-    copy_on_cpu: bool = False,
-    shards: Shards | None = None,
+    optimizer: Optimizer, lr: float, *, module: nn.Module | None = None, shards: Shards | None = None
 ) -> float:
     """The slope gᵀu at which the loss starts down along the step that the momentum alone would make.
 
@@ -221,21 +191,10 @@ def momentum_slope(
         0.0
         -0.9
 
-    Args:
-        optimizer: As for `update_slope`. Clipped gradients change the slope's size and not its sign.
-        lr: As for `update_slope`.
-        module: As for `update_slope`.
-        copy_on_cpu: As for `update_slope`.
-        shards: As for `update_slope`.
-
     Returns:
-        As `update_slope`.
-
-    Raises:
-        ValueError: As `update_slope`.
-        RuntimeError: As `update_slope`.
+        As `update_slope`, with the same arguments and errors. Clipped gradients change its size and not its sign.
     """
-    return _slope(optimizer, lr, torch.zeros_like, module, copy_on_cpu, shards)
+    return _slope(optimizer, lr, torch.zeros_like, module, shards)
 
 
 def gradient_norm(shards: Shards) -> float:
@@ -245,7 +204,6 @@ def gradient_norm(shards: Shards) -> float:
 
 
 def _moving(optimizer: Optimizer, lr: float, module: nn.Module | None, shards: Shards | None) -> Shards:
-    """What a step of `lr`, which must be one, moves."""
     if not 0 < lr < float("inf"):
         raise ValueError(f"lr must be positive and finite, got {lr}")
     return Shards(optimizer, module) if shards is None else shards
@@ -256,24 +214,22 @@ def _slope(
     lr: float,
     gradient: Callable[[Tensor], Tensor],
     module: nn.Module | None,
-    copy_on_cpu: bool,
     shards: Shards | None,
 ) -> float:
     """gᵀu along the step that would be made with `gradient` of every gradient g."""
     shards = _moving(optimizer, lr, module, shards)
     if _is_elementwise(shards.optimizer):
-        return _inner(_updates(shards, lr, _PIECES if copy_on_cpu else _FEW_PIECES, gradient)) / lr
-    with _other_gradients(shards.optimizer, gradient) as grads, _moved(shards, lr, copy_on_cpu) as starts:
-        updates = (value.to(shard.tensor.device) - shard.tensor for shard, value in starts)
-        return _inner(zip(updates, map(local, grads), strict=True)) / lr
+        return _inner(_updates(shards, lr, gradient)) / lr
+    params = params_of(shards.optimizer)
+    grads = [local(p.grad) for p in params if p.grad is not None]
+    with hidden_gradients(params, gradient), _moved(shards, lr) as starts:
+        return _inner((value - shard.tensor, grad) for (shard, value), grad in zip(starts, grads, strict=True)) / lr
 
 
-def _updates(
-    shards: Shards, lr: float, num_pieces: int, gradient: Callable[[Tensor], Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _updates(shards: Shards, lr: float, gradient: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """The update, times `lr`, that is made with other gradients, and the gradient; the parameters stay in place."""
     _check_steps(shards)
-    for piece, parts in _pieces(shards, lr, num_pieces, gradient):
+    for piece, parts in _pieces(shards, lr, _FEW_PIECES, gradient):
         with _no_global_hooks():
             piece.step()
         yield from ((part.values - part.tensor, part.grad) for part in parts)
@@ -296,38 +252,12 @@ def along_step(
     module: nn.Module | None = None,
     shards: Shards | None = None,
 ) -> Iterator[tuple[Callable[[float], float], float]]:
-    """The loss along the line of the step that `optimizer` would make now, for many learning rates at little cost.
-
-    The step is made once, at `lr`, and gives u = (θ - step(lr)(θ)) / lr; a trial is then L(θ - η u): a forward pass
-    and nothing else. It is `loss_after_step` up to rounding where u does not depend on η, as for SGD, Adam and
-    AdamW, and holds two copies of the parameters where that holds one. Leaves no trace.
-
-    Example:
-        >>> import torch
-        >>> w = torch.ones(2, requires_grad=True)
-        >>> loss_fn = lambda: (w**2).sum() / 2
-        >>> loss_fn().backward()
-        >>> with along_step(torch.optim.SGD([w], lr=1.0), loss_fn, 0.1) as (loss_at, slope):
-        ...     round(loss_at(1.0), 6), round(slope, 6)
-        (0.0, 2.0)
-
-    Args:
-        optimizer: As for `loss_after_step`; with parameter groups of several learning rates the largest is meant.
-        loss_fn: As for `loss_after_step`, of one batch.
-        lr: The learning rate at which the step is made; of the size of those tried.
-        module: The model; needed if it is one of FSDP2.
-        shards: As for `loss_after_step`.
-
-    Yields:
-        The loss as a function of η, and the slope gᵀu at which it starts down, with the gradients that the
-        optimizer holds; of parameters that are sharded this process's part of the sum.
-
-    Raises:
-        ValueError: If `lr` is not positive and finite, or the parameters are DTensors and `module` is None.
-        RuntimeError: As for `loss_after_step`.
-    """
+    """The loss after a step as a function of η, at a forward pass each, and the slope gᵀu at which it starts."""
+    # The step is made once, at `lr`, and gives u = (θ - step(lr)(θ)) / lr; then L(θ - η u) is `loss_after_step` up
+    # to rounding where u does not depend on η, as for SGD, Adam and AdamW. Two copies of the parameters are held.
+    # Of parameters that are sharded the slope is this process's part of the sum.
     shards = _moving(optimizer, lr, module, shards)
-    with torch.no_grad(), _moved(shards, lr, copy_on_cpu=False) as starts:
+    with torch.no_grad(), _moved(shards, lr) as starts:
         updates = [(value - shard.tensor).div_(lr) for shard, value in starts]
     slope = _inner((u, shard.whole_grad()) for u, (shard, _) in zip(updates, starts, strict=True))
     tensors, values = [shard.tensor for shard, _ in starts], [value for _, value in starts]
@@ -348,31 +278,25 @@ def along_step(
     yield loss_at, slope
 
 
-def _lrs(optimizer: Optimizer, lr: float) -> list[float]:
-    """η for each group: the largest is meant, the others keep their ratio to it."""
-    bases = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
-    return [lr if base == max(bases) else lr * base / max(bases) for base in bases]
-
-
-def _with_lr(group: dict[str, Any], lr: float) -> dict[str, Any]:
+def _groups_at(optimizer: Optimizer, lr: float) -> list[dict[str, Any]]:
+    """The parameter groups with η in place of the largest learning rate; the others keep their ratio to it."""
+    groups = optimizer.param_groups
+    bases = [float(group.get("initial_lr", group["lr"])) for group in groups]
+    lrs = [lr if base == max(bases) else lr * base / max(bases) for base in bases]
     # A new tensor: the old one is what the group gets back.
-    return {**group, "lr": torch.full_like(group["lr"], lr) if isinstance(group["lr"], Tensor) else lr}
+    return [
+        {**group, "lr": torch.full_like(group["lr"], own) if isinstance(group["lr"], Tensor) else own}
+        for group, own in zip(groups, lrs, strict=True)
+    ]
 
 
 @contextmanager
-def _moved(shards: Shards, lr: float, copy_on_cpu: bool) -> Iterator[list[tuple[Shard, Tensor]]]:
-    """Make the step on the parameters alone; undo it on the way out, bit for bit.
-
-    Raises:
-        RuntimeError: If the optimizer has step hooks, or acts on more than the shards.
-
-    Yields:
-        Each shard and its value before the step.
-    """
+def _moved(shards: Shards, lr: float) -> Iterator[list[tuple[Shard, Tensor]]]:
+    """Make the step on the parameters alone, and undo it bit for bit; each shard and its value before the step."""
     _check_steps(shards)
     held = [shard for _, members in shards.groups() for shard in members]
     # Copied back: θ - ηu + ηu is not θ in floating point.
-    values = [shard.tensor.to("cpu", copy=True) if copy_on_cpu else shard.tensor.clone() for shard in held]
+    values = [shard.tensor.clone() for shard in held]
     # A forward pass may put another tensor in a weight's place, as one that is kept normalized.
     plain = [p for p in params_of(shards.optimizer) if type(p) in (Tensor, nn.Parameter)]
     places = [p.data for p in plain]
@@ -393,12 +317,7 @@ def _moved(shards: Shards, lr: float, copy_on_cpu: bool) -> Iterator[list[tuple[
 
 
 def _check_steps(shards: Shards) -> None:
-    """Refuse an optimizer whose step cannot be made and undone on `shards`.
-
-    Raises:
-        ValueError: If its step needs a closure, or there is no gradient.
-        RuntimeError: If it has step hooks, or acts on more than the shards.
-    """
+    """Refuse an optimizer whose step cannot be made and undone on `shards`."""
     optimizer = shards.optimizer
     name = type(optimizer).__name__
     if needs_closure(optimizer):
@@ -428,39 +347,31 @@ def _is_elementwise(optimizer: Optimizer) -> bool:
     return known and getattr(optimizer, "v0", None) != "random"
 
 
-@dataclass
-class _Part:
-    """Some elements of a shard.
+class _Part(NamedTuple):
+    """Some elements of a shard."""
 
-    Attributes:
-        values: Them, in their place.
-        grad: Their gradient, flat or in their shape.
-        tensor: What is stepped, with the gradient that the step sees: `values`, or a copy.
-        state: A copy of the optimizer's, of these elements.
-    """
-
-    values: Tensor
-    grad: Tensor
-    tensor: Tensor
-    state: dict[str, Any]
+    values: Tensor  # in their place
+    grad: Tensor  # flat, or in the shape of the shard
+    tensor: Tensor  # what is stepped, with the gradient that the step sees: `values`, or a copy
+    state: dict[str, Any]  # a copy of the optimizer's
 
 
 def _pieces(
     shards: Shards, lr: float, num_pieces: int, gradient: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[tuple[Optimizer, list[_Part]]]:
     """Optimizers like that of `shards`, each of some parts of them, with copies of their state."""
-    groups = shards.groups()
-    size = max(_PIECE, sum(shard.tensor.numel() for _, held in groups for shard in held) // num_pieces // 64 * 64)
-    for (group, held), group_lr in zip(groups, _lrs(shards.optimizer, lr), strict=True):
+    members = [held for _, held in shards.groups()]
+    size = max(_PIECE, sum(shard.tensor.numel() for held in members for shard in held) // num_pieces // 64 * 64)
+    for group, held in zip(_groups_at(shards.optimizer, lr), members, strict=True):
         piece: list[_Part] = []
         for part in _parts(held, size, gradient):
             piece.append(part)
             if sum(other.values.numel() for other in piece) >= size:
-                yield _like(shards.optimizer, group, group_lr, piece), piece
+                yield _like(shards.optimizer, group, piece), piece
                 piece = []
                 del part
         if piece:
-            yield _like(shards.optimizer, group, group_lr, piece), piece
+            yield _like(shards.optimizer, group, piece), piece
 
 
 def _parts(held: Iterable[Shard], size: int, gradient: Callable[[Tensor], Tensor] | None) -> Iterator[_Part]:
@@ -473,26 +384,20 @@ def _parts(held: Iterable[Shard], size: int, gradient: Callable[[Tensor], Tensor
         )
         for start in (0,) if whole else range(0, num_elements, size):
             stop = num_elements if whole else min(start + size, num_elements)
-
-            def cut(tensor: Tensor, start: int = start, stop: int = stop) -> Tensor:
-                return tensor.detach() if stop - start == tensor.numel() else tensor.detach().view(-1)[start:stop]
-
-            values, grad = cut(p), shard.grad(start, stop)
+            # Views, of what is contiguous.
+            values, grad = elements(p, start, stop), shard.grad(start, stop)
             tensor = values if gradient is None else values.clone()
             # A copy: some steps write into the gradient, as foreach SGD's with Nesterov's momentum does.
             tensor.grad = (gradient or torch.clone)(grad)
-            state = {k: cut(v).clone() if k in like_p else _copied(v) for k, v in shard.state.items()}
+            state = {k: elements(v, start, stop) if k in like_p else v for k, v in shard.state.items()}
+            # Of a small tensor, as a step count is, deepcopy takes thirty times as long.
+            state = {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
             yield _Part(values, grad, tensor, state)
 
 
-def _copied(value: Any) -> Any:
-    # Of a small tensor, as a step count is, deepcopy takes thirty times as long.
-    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-
-
-def _like(optimizer: Optimizer, group: dict[str, Any], lr: float, piece: list[_Part]) -> Optimizer:
+def _like(optimizer: Optimizer, group: dict[str, Any], piece: list[_Part]) -> Optimizer:
     twin = object.__new__(type(optimizer))
-    groups = [{**_with_lr(group, lr), "params": [part.tensor for part in piece]}]
+    groups = [{**group, "params": [part.tensor for part in piece]}]
     state = defaultdict(dict, {part.tensor: part.state for part in piece if part.state})
     twin.__setstate__({**optimizer.__getstate__(), "param_groups": groups, "state": state})
     return twin
@@ -503,38 +408,24 @@ def _step_and_restore_state(optimizer: Optimizer, lr: float) -> None:
     params = params_of(optimizer)
     with (
         traceless(vars(optimizer), optimizer, *map(vars, params), apart=params),
-        _other_gradients(optimizer, torch.clone),
+        hidden_gradients(params, torch.clone),
     ):
-        for group, group_lr in zip(optimizer.param_groups, _lrs(optimizer, lr), strict=True):
-            group.update(_with_lr(group, group_lr))
+        for group, other in zip(optimizer.param_groups, _groups_at(optimizer, lr), strict=True):
+            group.update(other)
         optimizer.step()
-
-
-@contextmanager
-def _other_gradients(optimizer: Optimizer, other: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Other tensors in the place of the gradients, which are given."""
-    params = [p for p in params_of(optimizer) if p.grad is not None]
-    grads = [p.grad for p in params]
-    try:
-        for p in params:
-            p.grad = other(p.grad)
-        yield grads
-    finally:
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = grad
 
 
 @contextmanager
 def _no_global_hooks() -> Iterator[None]:
     """Keep the hooks that torch calls at every optimizer's step from seeing steps that are undone."""
     hooks: list[Any] = [torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks]
-    held = [dict(named) for named in hooks]
+    held = [(named, dict(named)) for named in hooks]
     try:
         for named in hooks:
             named.clear()
         yield
     finally:
-        for named, before in zip(hooks, held, strict=True):
+        for named, before in held:
             named.update(before)
 
 

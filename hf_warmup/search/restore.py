@@ -36,57 +36,47 @@ import types
 import weakref
 from array import array
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# Elements of a container that are walked into every time; of a larger one see `earlier`.
-_MANY = 50_000
-# And of one in a data set.
-_MANY_DATA = 1_000
-# Bytes of a tensor that is always copied: buffers, counters, statistics.
-_SMALL = 2**20
-# Objects that are looked at to know how far an iterator is.
-_MOST_INSIDE = 1_000
+_MANY = 50_000  # elements of a container that are walked into every time; of a larger one see `earlier`
+_MANY_DATA = 1_000  # and of one in a data set
+_SMALL = 2**20  # bytes of a tensor that is always copied: buffers, counters, statistics
+_MOST_INSIDE = 1_000  # objects that are looked into to know how far an iterator is
+_CONTAINERS = (tuple, list, deque)
 _MISSING = object()
 _ATOMS = {int, float, complex, bool, str, bytes, type(None), type(...), types.CodeType}
 _ATOMS |= {slice, range, torch.dtype, torch.device, torch.Size, type(object.__init__)}
-# Parts of torch and of the standard library whose objects are data. Others hold locks, threads and caches.
-_DATA_MODULES = (
-    "torch.nn",
-    "torch.optim",
-    "torch.amp",
-    "torch.utils.data",
-    "collections",
-    "types",
-    "argparse",
-    "functools",
+# What objects refer to beside their attributes and elements, and never exchange.
+_FIXED: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    ((types.BuiltinMethodType, types.MethodWrapperType), ("__self__",)),
+    (types.MethodType, ("__self__", "__func__")),
+    ((staticmethod, classmethod), ("__func__",)),
+    (property, ("fget", "fset")),
+    (functools.partial, ("func", "args", "keywords")),
+    (defaultdict, ("default_factory",)),
 )
+# Parts of torch and of the standard library whose objects are data. Others hold locks, threads and caches.
+_DATA_MODULES = tuple("torch.nn torch.optim torch.amp torch.utils.data argparse collections functools types".split())
 # Libraries whose objects have threads, processes or devices behind them.
 _OPAQUE = {"accelerate", "comet_ml", "deepspeed", "hf_warmup", "mlflow", "tensorboard", "torch", "tqdm", "wandb"}
-
-
 # A module has some ten dictionaries of hooks, and hardly ever a hook.
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 
 
 class Snapshot:
-    """The state of all that can be reached from `roots`, as it is now.
+    """The state of all that can be reached from `roots`, but for what is `apart` or reached only through that.
 
-    Args:
-        roots: Objects to start from.
-        apart: Objects that are left alone, with all that is reached only through them.
-        most_bytes: Of tensors and arrays larger than a megabyte so many bytes are copied; of the others it is only
-            noticed when they change. No limit if None.
-        data: Data sets, wherever they are reached: their containers of more than 1,000 elements are kept, but not
-            walked into.
-        earlier: A snapshot of before, whose copies are shared where the values are still the same. Containers of
-            more than 50,000 elements in which nothing has changed since then are not walked into again.
+    Of tensors and arrays larger than a megabyte `most_bytes` are copied; of the others it is only noticed when they
+    change. In the data sets `data` containers of more than 1,000 elements are kept, but not walked into. `earlier`,
+    a snapshot of before, shares its copies where the values are still the same, and containers of more than 50,000
+    elements in which nothing has changed since then are not walked into again.
     """
 
     def __init__(
@@ -100,7 +90,7 @@ class Snapshot:
     ) -> None:
         self._numbers = RandomNumbers()
         self._left = math.inf if most_bytes is None else most_bytes
-        self._copies: dict[int, _Tensor] = {}
+        self._copies: dict[int, Tensor] = {}
         self._earlier = {} if earlier is None else earlier._copies
         self._quiet: dict[int, Any] = {} if earlier is None else earlier._quiet | earlier._unchanged()
         self._large: dict[int, tuple[Any, list[_Part]]] = {}
@@ -109,7 +99,7 @@ class Snapshot:
         self._apart_memory = {_memory(t) for t in apart if isinstance(t, Tensor)} - {None}
         self._seen: dict[int, Any] = {id(o): o for o in apart}  # holds them, so that no id is used again
         self._parts: list[tuple[_Part, _Path]] = []
-        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass(), _no_collection():
             data = list(data)
             self._later = {id(value) for value in data}
             self._walk(roots)
@@ -121,13 +111,14 @@ class Snapshot:
         """Put everything back, in the same objects, and the random numbers."""
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             for part, _ in self._parts:
-                part.put_back()
+                if part.put_back is not None and not part.is_same():
+                    part.put_back()
         self._numbers.restore()
 
     def moved(self) -> list[str]:
         """Where something has changed that cannot be put back, by the way from the root."""
         with torch.no_grad():
-            return [_name(path) for part, path in self._parts if part.has_moved()]
+            return [_name(path) for part, path in self._parts if part.put_back is None and not part.is_same()]
 
     def _unchanged(self) -> dict[int, Any]:
         """The large containers in which nothing has changed since."""
@@ -142,17 +133,18 @@ class Snapshot:
                 continue
             self._seen[id(value)] = value
             try:
-                if _is_iterator(value):
+                kind: Any = type(value)
+                if _iterates(kind):
                     iterators.append((value, path))
                     continue
-                parts = list(self._parts_of(value))
+                found = list(self._parts_of(value))
             except Exception:  # of an object that answers no question about itself nothing is kept
                 continue
-            for part in parts:
-                self._parts.append((part, path))
-                if large is not None:
-                    self._large[large][1].append(part)
-                children = part.children()
+            for part, children in found:
+                if part is not None:
+                    self._parts.append((part, path))
+                    if large is not None:
+                        self._large[large][1].append(part)
                 inside = large
                 if len(children) > most_elements:
                     continue
@@ -164,65 +156,56 @@ class Snapshot:
                         self._large[inside] = (value, [])
                 waiting.extend((child, (path, label), inside) for label, child in children)
         for value, path in iterators:
-            self._parts.append((_Iterator(value), path))
+            self._parts.append((_watched(functools.partial(_position, value), _is_as_far), path))
 
-    def _parts_of(self, value: Any) -> "Iterator[_Part]":
+    def _parts_of(self, value: Any) -> "Iterator[_Found]":
         kind: Any = type(value)
         if isinstance(value, Tensor):
             if _memory(value) not in self._apart_memory:
-                yield self._tensor(value)
+                yield from self._tensor(value)
             if vars(value):
-                yield _Dict(vars(value))
+                yield _dict(vars(value))
             return
+        for kinds, names in _FIXED:
+            if isinstance(value, kinds):
+                yield None, [(name, getattr(value, name)) for name in names]
         if isinstance(value, dict):
-            yield _Dict(value)
-            if isinstance(value, defaultdict):
-                yield _Fixed([("default_factory", value.default_factory)])
+            yield _dict(value)
         elif isinstance(value, (list, deque, set)):
-            yield _Elements(value)
+            yield _elements(value)
         elif isinstance(value, (bytearray, array)):
-            yield _Bytes(value)
+            before: Any = value[:]
+            yield _Part(lambda: bool(value == before), lambda: value.__setitem__(slice(None), before)), ()
         elif isinstance(value, (tuple, frozenset)):
             base: Any = tuple if isinstance(value, tuple) else frozenset
-            yield _Fixed(_referring(enumerate(base.__iter__(value))))
+            yield None, _referring(enumerate(base.__iter__(value)))
         elif isinstance(value, torch.Generator):
-            yield _State(value.get_state, value.set_state)
+            yield _generator(value.get_state, value.set_state)
         elif isinstance(value, random.Random):
-            yield _State(value.getstate, value.setstate)
+            yield _generator(value.getstate, value.setstate)
         elif isinstance(value, types.FunctionType):
             if not is_library(value.__module__):
                 yield from _parts_of_function(value)
-        elif isinstance(value, (types.BuiltinMethodType, types.MethodWrapperType)):
-            yield _Fixed([("__self__", value.__self__)])
-        elif isinstance(value, types.MethodType):
-            yield _Fixed([("__self__", value.__self__), ("__func__", value.__func__)])
-        elif isinstance(value, (staticmethod, classmethod)):
-            yield _Fixed([("__func__", value.__func__)])
-        elif isinstance(value, property):
-            yield _Fixed([("fget", value.fget), ("fset", value.fset)])
-        elif isinstance(value, functools.partial):
-            yield _Fixed([("func", value.func), ("args", value.args), ("keywords", value.keywords)])
         elif isinstance(value, types.CellType):
-            yield _Names(lambda: ["cell_contents"], _getter(value), _setter(value), _dropper(value))
+            yield _names(value, lambda: ["cell_contents"])
         elif isinstance(value, type):
+            named = vars(value)
             if not is_library(value.__module__):
-                named = vars(value)
-                yield _Names(
-                    lambda: [n for n, v in named.items() if n[:2] != "__" or isinstance(v, types.FunctionType)],
-                    lambda name: named.get(name, _MISSING),
-                    _setter(value),
-                    _dropper(value),
-                )
-                yield _Fixed([("base", base) for base in value.__bases__])
+
+                def own() -> list[str]:
+                    return [n for n, v in named.items() if n[:2] != "__" or isinstance(v, types.FunctionType)]
+
+                yield _names(value, own, named)
+                yield None, [("base", base) for base in value.__bases__]
             elif issubclass(value, nn.Module):
                 # What somebody has put in the place of a library's methods.
                 foreign = (types.FunctionType, property, staticmethod, classmethod)
-                methods = [(name, method) for name, method in vars(value).items() if isinstance(method, foreign)]
-                yield _Fixed([m for m in methods if not is_library(getattr(m[1], "__module__", None))])
+                methods = [(name, method) for name, method in named.items() if isinstance(method, foreign)]
+                yield None, [m for m in methods if not is_library(getattr(m[1], "__module__", None))]
             return
         elif isinstance(value, types.ModuleType):
             if not is_library(value.__name__):
-                yield _Dict(vars(value))
+                yield _dict(vars(value))
             return
         elif isinstance(value, Enum):
             return
@@ -231,20 +214,15 @@ class Snapshot:
         if _is_opaque(kind) and not isinstance(value, nn.Module):
             return
         if kind.__module__.partition(".")[0] == "deepspeed":
-            yield _Fixed([("module", value.module)])  # the engine's own attributes are not a model's
+            yield None, [("module", value.module)]  # the engine's own attributes are not a model's
             return
         if isinstance(attributes := getattr(value, "__dict__", None), dict) and attributes is not value:
             empty = {k for k in _HOOKS if not attributes.get(k, True)} if isinstance(value, nn.Module) else ()
-            yield _Dict(attributes, not_into=empty)
+            yield _dict(attributes, not_into=empty)
         if slots := _slots(kind):
-            yield _Names(lambda: slots, _getter(value), _setter(value), _dropper(value))
+            yield _names(value, lambda: slots)
         if isinstance(value, nn.Module) or not is_library(kind.__module__):
-            yield _Fixed([("__class__", kind)])
-
-    def _tensor(self, value: Tensor) -> "_Part":
-        copied = self._may_copy(value.numel() * value.element_size())
-        part = self._copies[id(value)] = _Tensor(value, copied, self._earlier.get(id(value)))
-        return part
+            yield None, [("__class__", kind)]
 
     def _may_copy(self, size: int) -> bool:
         """Whether that many bytes more are copied; counts them."""
@@ -254,244 +232,166 @@ class Snapshot:
         self._left -= size if copied else 0
         return copied
 
-    def _numpy(self, value: Any) -> "Iterator[_Part]":
-        random_numbers = sys.modules["numpy"].random
-        if isinstance(value, random_numbers.Generator):
-            yield _Fixed([("bit_generator", value.bit_generator)])
-        elif isinstance(value, random_numbers.BitGenerator):
-            yield _State(lambda: value.state, functools.partial(setattr, value, "state"))
-        elif isinstance(value, random_numbers.RandomState):
-            yield _State(value.get_state, value.set_state)
-        elif isinstance(value, sys.modules["numpy"].ndarray) and value.flags.writeable:
-            if value.dtype.hasobject:
-                yield _Fixed(list(enumerate(value.flat)))
-                yield _Array(value, True)
-            else:
-                yield _Array(value, self._may_copy(value.nbytes))
+    def _tensor(self, value: Tensor) -> "Iterator[_Found]":
+        """Values, their place in memory, and the gradient."""
+        grad = value.grad if value.is_leaf else None
+        # `data` counts no versions, so a graph that has saved the tensor is not disturbed.
+        place = value.data
+        plain, copied = _is_plain(place), self._may_copy(value.numel() * value.element_size())
+        has_values = not value.is_meta and not _overlaps(value)
+        copy: Tensor | None = None
+        if copied and has_values:
+            copy = self._earlier.get(id(value))
+            copy = self._copies[id(value)] = copy if copy is not None and _are_equal(copy, place) else place.clone()
+
+        def is_there() -> bool:
+            return not plain or (value.data_ptr(), value.shape) == (place.data_ptr(), place.shape)
+
+        def is_same() -> bool:
+            same_grad = not value.is_leaf or value.grad is grad
+            return is_there() and same_grad and (copy is None or _are_equal(copy, value.data))
+
+        def put_back() -> None:
+            if not is_there():
+                value.data = place
+            # Not where nothing has changed: memory that is mapped from a file may be read-only.
+            if copy is not None and not _are_equal(copy, place):
+                (place if plain else value).copy_(copy)
+            if value.is_leaf and value.grad is not grad:
+                value.grad = grad
+
+        # Where elements share memory, what they share it with is written to.
+        base = value._base if _overlaps(value) else None
+        yield _Part(is_same, put_back), [(name, t) for name, t in (("grad", grad), ("base", base)) if t is not None]
+        if has_values and not copied:
+            # Of what a library has packed (quantized weights) torch's own count of changes has to do.
+            look = (lambda: checksum(value.data)) if plain else (lambda: torch.tensor(value._version))
+            yield _watched(look, torch.equal), ()
+
+    def _numpy(self, value: Any) -> "Iterator[_Found]":
+        numpy = sys.modules["numpy"]
+        if isinstance(value, numpy.random.Generator):
+            yield None, [("bit_generator", value.bit_generator)]
+        elif isinstance(value, numpy.random.BitGenerator):
+            yield _generator(lambda: value.state, functools.partial(setattr, value, "state"))
+        elif isinstance(value, numpy.random.RandomState):
+            yield _generator(value.get_state, value.set_state)
+        elif isinstance(value, numpy.ndarray) and value.flags.writeable:
+            has_objects = value.dtype.hasobject
+            if not has_objects and not self._may_copy(value.nbytes):
+                flat = lambda: torch.from_numpy(value.reshape(-1).view("uint8"))  # noqa: E731
+                yield _watched(lambda: checksum(flat()), torch.equal), ()
+                return
+            before = value.copy()
+
+            def put_back() -> None:
+                value.flags.writeable = True
+                value[...] = before
+
+            children = list(enumerate(value.flat)) if has_objects else ()
+            yield _Part(lambda: bool((value == before).all()), put_back), children
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect no garbage: what is kept is much, and none of it, but each collection would look at all of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class _Part(NamedTuple):
+    """Whether something is as it was, and what makes it so; None if nothing can."""
+
+    is_same: Callable[[], bool]
+    put_back: Callable[[], Any] | None
 
 
 _Path = tuple[Any, Any]  # the one of the parent, and a label
-_Children = Sequence[tuple[Any, Any]]
+_Children = Sequence[tuple[Any, Any]]  # what an object refers to, each with a label
+_Found = tuple[_Part | None, _Children]  # what is kept of an object; None if it always refers to the same ones
 
 
-class _Part:
-    """What is kept of one object."""
-
-    def children(self) -> _Children:
-        """What it refers to, each with a label."""
-        return ()
-
-    def is_same(self) -> bool:
-        """Whether it is as it was."""
-        return True
-
-    def put_back(self) -> None:
-        """Make it so."""
-
-    def has_moved(self) -> bool:
-        """Whether it has changed in a way that cannot be undone."""
-        return False
+def _watched(look: Callable[[], Any], same: Callable[[Any, Any], bool]) -> _Part:
+    """What is only looked at: how far an iterator is, the checksum of a large tensor."""
+    seen = look()
+    return _Part(lambda: same(look(), seen), None)
 
 
-class _Fixed(_Part):
-    """An object that always refers to the same ones."""
-
-    def __init__(self, children: _Children) -> None:
-        self._children = children
-
-    def children(self) -> _Children:
-        return self._children
+def _generator(get: Callable[[], Any], put: Callable[[Any], Any]) -> _Found:
+    """A generator of random numbers, whose state is not worth a comparison: nested, and of several types."""
+    state = get()
+    return _Part(lambda: False, lambda: put(state)), ()
 
 
-class _Dict(_Part):
+def _dict(value: dict[Any, Any], not_into: Container[str] = ()) -> _Found:
     """A dictionary, or the attributes of an object."""
+    kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict  # a subclass may have methods of its own
+    keys, values = list(kind.keys(value)), list(kind.values(value))
 
-    def __init__(self, value: dict[Any, Any], not_into: Container[str] = ()) -> None:
-        self.value, self.not_into = value, not_into
-        # A subclass may have methods of its own.
-        self._kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
-        self.keys, self.values = list(self._kind.keys(value)), list(self._kind.values(value))
+    def put_back() -> None:
+        kind.clear(value)
+        for key, element in zip(keys, values, strict=True):
+            kind.__setitem__(value, key, element)
 
-    def children(self) -> _Children:
-        found = _referring(zip(self.keys, self.values, strict=True), self.values)
-        if self.not_into:
-            found = [(key, value) for key, value in found if key not in self.not_into]
-        return [*found, *(("key", key) for key in self.keys if type(key) not in _ATOMS)]
-
-    def is_same(self) -> bool:
-        now, kind = self.value, self._kind
-        return _are_same(kind.values(now), self.values) and _are_same(kind.keys(now), self.keys)
-
-    def put_back(self) -> None:
-        if not self.is_same():
-            self._kind.clear(self.value)
-            for key, value in zip(self.keys, self.values, strict=True):
-                self._kind.__setitem__(self.value, key, value)
+    found = _referring(zip(keys, values, strict=True), values)
+    if not_into:
+        found = [(key, element) for key, element in found if key not in not_into]
+    children = [*found, *(("key", key) for key in keys if type(key) not in _ATOMS)]
+    return _Part(lambda: _are(kind.values(value), values) and _are(kind.keys(value), keys), put_back), children
 
 
-class _Elements(_Part):
+def _elements(value: Any) -> _Found:
     """A list, deque or set."""
+    kind: Any = next(kind for kind in (list, deque, set) if isinstance(value, kind))  # as for a dictionary
+    elements = list(kind.__iter__(value))
 
-    def __init__(self, value: Any) -> None:
-        # A subclass may have methods of its own.
-        self._kind: Any = next(kind for kind in (list, deque, set) if isinstance(value, kind))
-        self.value, self.elements = value, list(self._kind.__iter__(value))
-
-    def children(self) -> _Children:
-        return _referring(enumerate(self.elements), self.elements)
-
-    def is_same(self) -> bool:
-        if self._kind.__len__(self.value) != len(self.elements):
-            return False
+    def is_same() -> bool:
         # Also of a set, which keeps its order if nothing changes.
-        return all(map(operator.is_, self._kind.__iter__(self.value), self.elements))
+        same_length = kind.__len__(value) == len(elements)
+        return same_length and all(map(operator.is_, kind.__iter__(value), elements))
 
-    def put_back(self) -> None:
-        if not self.is_same():
-            self._kind.clear(self.value)
-            add = self._kind.update if self._kind is set else self._kind.extend
-            add(self.value, self.elements)
+    def put_back() -> None:
+        kind.clear(value)
+        (kind.update if kind is set else kind.extend)(value, elements)
 
-
-class _Bytes(_Part):
-    """A bytearray, or an array of Python."""
-
-    def __init__(self, value: Any) -> None:
-        self.value, self.copy = value, value[:]
-
-    def is_same(self) -> bool:
-        return bool(self.value == self.copy)
-
-    def put_back(self) -> None:
-        if not self.is_same():
-            self.value[:] = self.copy
+    return _Part(is_same, put_back), _referring(enumerate(elements), elements)
 
 
-class _Names(_Part):
+def _names(owner: Any, names: Callable[[], Iterable[str]], named: Mapping[str, Any] | None = None) -> _Found:
     """Things that an owner has by name: slots, the attributes of a class, global variables, a cell's content."""
 
-    def __init__(
-        self,
-        names: Callable[[], Iterable[str]],
-        get: Callable[[str], Any],
-        put: Callable[[str, Any], Any],
-        drop: Callable[[str], Any],
-    ) -> None:
-        self.names, self.get, self.put, self.drop = names, get, put, drop
-        self.held = {name: get(name) for name in names()}
+    def get(name: str) -> Any:
+        if named is not None:
+            return named.get(name, _MISSING)
+        try:
+            return getattr(owner, name)
+        except (AttributeError, ValueError):  # a slot or a cell that is empty
+            return _MISSING
 
-    def children(self) -> _Children:
-        return [(name, child) for name, child in self.held.items() if child is not _MISSING]
+    held = {name: get(name) for name in names()}
 
-    def is_same(self) -> bool:
-        return all(self.get(name) is self.held.get(name, _MISSING) for name in {*self.held, *self.names()})
+    def changed() -> list[str]:
+        return [name for name in {*held, *names()} if get(name) is not held.get(name, _MISSING)]
 
-    def put_back(self) -> None:
-        for name in {*self.held, *self.names()}:
-            now, before = self.get(name), self.held.get(name, _MISSING)
-            if now is before:
-                continue
-            if before is _MISSING:
-                self.drop(name)
+    def put_back() -> None:
+        # A frozen dataclass refuses its own way of setting.
+        kind: Any = type if isinstance(owner, type) else object
+        put, drop = kind.__setattr__, kind.__delattr__
+        if isinstance(owner, dict):  # of global variables
+            put, drop = dict.__setitem__, dict.__delitem__
+        for name in changed():
+            if name in held and held[name] is not _MISSING:
+                put(owner, name, held[name])
             else:
-                self.put(name, before)
+                drop(owner, name)
 
-
-class _State(_Part):
-    """A generator of random numbers."""
-
-    def __init__(self, get: Callable[[], Any], put: Callable[[Any], Any]) -> None:
-        self.put, self.state = put, get()
-
-    def is_same(self) -> bool:
-        return False  # not worth a comparison: such states are nested and of several types
-
-    def put_back(self) -> None:
-        self.put(self.state)
-
-
-class _Tensor(_Part):
-    """Values, their place in memory, and the gradient."""
-
-    def __init__(self, value: Tensor, copied: bool, same: "_Tensor | None") -> None:
-        self.value, self.grad = value, value.grad if value.is_leaf else None
-        # `data` counts no versions, so a graph that has saved the tensor is not disturbed.
-        self.place = value.data
-        self.copy: Tensor | None = None
-        self.sum: Tensor | None = None
-        if value.is_meta or _overlaps(value):
-            return
-        if not copied:
-            # Of what a library has packed (quantized weights) torch's own count of changes has to do.
-            self.sum = checksum(self.place) if _is_plain(self.place) else torch.tensor(value._version)
-        elif same is not None and same.copy is not None and _are_equal(same.copy, self.place):
-            self.copy = same.copy
-        else:
-            self.copy = self.place.clone()
-
-    def children(self) -> _Children:
-        # Where elements share memory, what they share it with is written to.
-        base = self.value._base if _overlaps(self.value) else None
-        return [(name, held) for name, held in (("grad", self.grad), ("base", base)) if held is not None]
-
-    def is_same(self) -> bool:
-        now = self.value.data
-        return not self.has_moved() and (self.copy is None or _are_equal(self.copy, now))
-
-    def put_back(self) -> None:
-        value = self.value
-        if _is_plain(self.place) and (value.data_ptr(), value.shape) != (self.place.data_ptr(), self.place.shape):
-            value.data = self.place
-        # Not where nothing has changed: memory that is mapped from a file may be read-only.
-        if self.copy is not None and not _are_equal(self.copy, self.place):
-            (self.place if _is_plain(self.place) else value).copy_(self.copy)
-        if value.is_leaf and value.grad is not self.grad:
-            value.grad = self.grad
-
-    def has_moved(self) -> bool:
-        if self.sum is None:
-            return False
-        plain = _is_plain(self.place)
-        return not torch.equal(self.sum, checksum(self.value.data) if plain else torch.tensor(self.value._version))
-
-
-class _Array(_Part):
-    """A numpy array."""
-
-    def __init__(self, value: Any, copied: bool) -> None:
-        self.value = value
-        self.copy = value.copy() if copied else None
-        self.sum = None if copied else self._checksum()
-
-    def _checksum(self) -> Tensor:
-        return checksum(torch.from_numpy(self.value.reshape(-1).view("uint8")))
-
-    def is_same(self) -> bool:
-        if self.copy is None:
-            return not self.has_moved()
-        return bool((self.value == self.copy).all())
-
-    def put_back(self) -> None:
-        if self.copy is not None and not self.is_same():
-            self.value.flags.writeable = True
-            self.value[...] = self.copy
-
-    def has_moved(self) -> bool:
-        return self.sum is not None and not torch.equal(self.sum, self._checksum())
-
-
-class _Iterator(_Part):
-    """How far an iterator is: what it refers to, and what the iterators inside it do."""
-
-    def __init__(self, value: Any) -> None:
-        self.value, self.state = value, _position(value)
-
-    def is_same(self) -> bool:
-        return not self.has_moved()
-
-    def has_moved(self) -> bool:
-        now = _position(self.value)
-        return len(now) != len(self.state) or not all(map(_is_same, now, self.state))
+    children = [(name, child) for name, child in held.items() if child is not _MISSING]
+    return _Part(lambda: not changed(), put_back), children
 
 
 def _referring(pairs: Iterable[tuple[Any, Any]], values: Sequence[Any] | None = None) -> _Children:
@@ -501,42 +401,42 @@ def _referring(pairs: Iterable[tuple[Any, Any]], values: Sequence[Any] | None = 
     return [(label, value) for label, value in pairs if type(value) not in _ATOMS]
 
 
-def _are_same(now: Any, before: Sequence[Any]) -> bool:
+def _are(now: Any, before: Sequence[Any]) -> bool:
     return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
-def _is_same(left: Any, right: Any) -> bool:
-    return left is right or (type(left) in (int, str) and type(left) is type(right) and left == right)
+def _is_as_far(now: Sequence[Any], before: Sequence[Any]) -> bool:
+    return len(now) == len(before) and all(
+        a is b or (type(a) in (int, str) and type(a) is type(b) and a == b) for a, b in zip(now, before, strict=True)
+    )
 
 
-def _position(iterator: Any, seen: set[int] | None = None) -> list[Any]:
-    """What an iterator refers to, and the iterators and containers among that."""
-    seen = {id(iterator)} if seen is None else seen
+def _position(value: Any, seen: set[int] | None = None) -> list[Any]:
+    """What an iterator refers to, and the iterators and containers among that; of a container its elements."""
+    seen = set() if seen is None else seen
+    seen.add(id(value))
+    containers = () if isinstance(value, _CONTAINERS) else _CONTAINERS  # none inside another
     held: list[Any] = []
-    if isinstance(iterator, types.GeneratorType):
-        if (frame := iterator.gi_frame) is not None:
-            held = [frame.f_lasti, iterator.gi_yieldfrom, *frame.f_locals.values()]
+    if not containers:
+        held = [len(value), *value]
+    elif isinstance(value, types.GeneratorType):
+        if (frame := value.gi_frame) is not None:
+            held = [frame.f_lasti, value.gi_yieldfrom, *frame.f_locals.values()]
     else:
-        held = [*(getattr(iterator, "__dict__", None) or {}).values(), *gc.get_referents(iterator)]
-        if isinstance(iterator, io.IOBase):
+        held = [*(getattr(value, "__dict__", None) or {}).values(), *gc.get_referents(value)]
+        if isinstance(value, io.IOBase):
             with suppress(OSError, ValueError):
-                held.append(os.lseek(iterator.fileno(), 0, os.SEEK_CUR))
-        elif hasattr(iterator, "__length_hint__"):
-            held.append(iterator.__length_hint__())
-        elif type(iterator) is itertools.count:
-            held.append(repr(iterator))
-    for value in list(held):
-        if id(value) in seen or len(seen) > _MOST_INSIDE:
+                held.append(os.lseek(value.fileno(), 0, os.SEEK_CUR))
+        elif hasattr(value, "__length_hint__"):
+            held.append(value.__length_hint__())
+        elif type(value) is itertools.count:
+            held.append(repr(value))
+    for inner in list(held):
+        if id(inner) in seen or len(seen) > _MOST_INSIDE:
             continue
-        seen.add(id(value))
-        if _is_iterator(value):
-            held += _position(value, seen)
-        elif isinstance(value, (tuple, list, deque)) and len(value) <= _MOST_INSIDE:
-            held += [len(value), *value]
-            for element in value:
-                if _is_iterator(element) and id(element) not in seen:
-                    seen.add(id(element))
-                    held += _position(element, seen)
+        kind: Any = type(inner)
+        if _iterates(kind) or (isinstance(inner, containers) and len(inner) <= _MOST_INSIDE):
+            held += _position(inner, seen)
     return held
 
 
@@ -573,40 +473,14 @@ def _memory(tensor: Tensor) -> int | None:
         return None
 
 
-def _getter(owner: Any) -> Callable[[str], Any]:
-    def get(name: str) -> Any:
-        try:
-            return getattr(owner, name)
-        except (AttributeError, ValueError):  # a slot or a cell that is empty
-            return _MISSING
-
-    return get
-
-
-def _setter(owner: Any) -> Callable[[str, Any], None]:
-    # A frozen dataclass refuses its own way of setting.
-    put = type.__setattr__ if isinstance(owner, type) else object.__setattr__
-    return functools.partial(put, owner)
-
-
-def _dropper(owner: Any) -> Callable[[str], None]:
-    drop = type.__delattr__ if isinstance(owner, type) else object.__delattr__
-    return functools.partial(drop, owner)
-
-
-def _parts_of_function(function: types.FunctionType) -> Iterator[_Part]:
+def _parts_of_function(function: types.FunctionType) -> Iterator[_Found]:
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    yield _Fixed([*(("variable", c) for c in function.__closure__ or ()), *(("default", d) for d in defaults)])
-    yield _Dict(vars(function))
+    yield None, [*(("variable", c) for c in function.__closure__ or ()), *(("default", d) for d in defaults)]
+    yield _dict(vars(function))
     names, variables = _names_in(function.__code__), function.__globals__
     # What is imported inside the function.
-    yield _Fixed([(name, sys.modules[name]) for name in names if name in sys.modules])
-    yield _Names(
-        lambda: [name for name in names if name in variables or not hasattr(builtins, name)],
-        lambda name: variables.get(name, _MISSING),
-        variables.__setitem__,
-        variables.__delitem__,
-    )
+    yield None, [(name, sys.modules[name]) for name in names if name in sys.modules]
+    yield _names(variables, lambda: [n for n in names if n in variables or not hasattr(builtins, n)], variables)
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -616,14 +490,9 @@ def _names_in(code: types.CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*code.co_names, *inside]))
 
 
-def _is_iterator(value: Any) -> bool:
-    """Whether it can only be moved forward; one of a class of the user's is an object like others."""
-    kind: Any = type(value)
-    return _iterates(kind)
-
-
 @functools.cache
 def _iterates(kind: Any) -> bool:
+    """Whether objects of that class can only be moved forward; those of a user's class are objects like others."""
     return hasattr(kind, "__next__") and is_library(kind.__module__) and kind not in weakref.ProxyTypes
 
 
@@ -680,26 +549,14 @@ def _name(path: _Path) -> str:
 
 
 @contextmanager
-def traceless(*roots: Any, apart: Iterable[Any] = (), most_bytes: int | None = None) -> Iterator[None]:
-    """Put everything that can be reached from `roots` back on the way out.
-
-    Args:
-        roots: The model, a loss function, an optimizer's attributes.
-        apart: As for `Snapshot`.
-        most_bytes: As for `Snapshot`.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        RuntimeError: If something has changed that cannot be put back.
-    """
+def traceless(*roots: Any, apart: Iterable[Any] = (), most_bytes: int | None = None) -> Iterator[Snapshot]:
+    """Put what can be reached from `roots` back on the way out, or raise a RuntimeError if that cannot be."""
     before = Snapshot(roots, apart=apart, most_bytes=most_bytes)
     try:
         for root in roots:
             if isinstance(root, nn.Module):
                 keep_buffers(root)
-        yield
+        yield before
     finally:
         before.restore()
     if moved := before.moved():
@@ -707,33 +564,23 @@ def traceless(*roots: Any, apart: Iterable[Any] = (), most_bytes: int | None = N
 
 
 def keep_buffers(model: nn.Module) -> None:
-    """Have DDP send no buffers around; what puts the model's attributes back undoes it.
-
-    DDP sends them before a forward pass and, after one without autograd, not before the next. The step that is
-    measured has sent them, so no pass that measures it does, and what the next step does is left as it was.
-
-    Args:
-        model: In DDP's wrapper or not.
-    """
+    """Have DDP send no buffers around; what puts the model's attributes back undoes it."""
+    # DDP sends them before a forward pass and, after one without autograd, not before the next. The step that is
+    # measured has sent them, so no pass that measures it does, and what the next step does is left as it was.
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             module.require_forward_param_sync = False
 
 
 @contextmanager
-def hidden_gradients(params: Iterable[Tensor]) -> Iterator[None]:
-    """Let code run that may read, clear or add to gradients: it sees none, and they are the same objects after it.
-
-    Args:
-        params: Parameters.
-
-    Yields:
-        Nothing.
-    """
+def hidden_gradients(
+    params: Iterable[Tensor], shown: Callable[[Tensor], Tensor | None] = lambda grad: None
+) -> Iterator[None]:
+    """Let code run that reads, clears or adds to gradients: it sees those `shown`; all are put back after it."""
     held = [(p, p.grad) for p in params]
     try:
-        for p, _ in held:
-            p.grad = None
+        for p, grad in held:
+            p.grad = None if grad is None else shown(grad)
         yield
     finally:
         for p, grad in held:
@@ -744,20 +591,17 @@ class RandomNumbers:
     """The state of every random number generator when this was made: Python's, numpy's (if loaded), torch's."""
 
     def __init__(self) -> None:
-        numpy = sys.modules.get("numpy")
-        self._python, self._numpy = random.getstate(), numpy.random.get_state() if numpy else None
-        self._cpu = torch.get_rng_state()
-        self._devices = [_device_module().get_rng_state(i) for i in range(torch.accelerator.device_count())]
+        sources: list[tuple[Any, Any]] = [(random.getstate, random.setstate)]
+        if numpy := sys.modules.get("numpy"):
+            sources.append((numpy.random.get_state, numpy.random.set_state))
+        sources.append((torch.get_rng_state, torch.set_rng_state))
+        for i in range(torch.accelerator.device_count()):
+            device = torch.get_device_module(torch.accelerator.current_accelerator())
+            get, put = functools.partial(device.get_rng_state, i), functools.partial(device.set_rng_state, device=i)
+            sources.append((get, put))
+        self._states = [(put, get()) for get, put in sources]
 
     def restore(self) -> None:
         """Set every generator to that state."""
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        for i, state in enumerate(self._devices):
-            _device_module().set_rng_state(state, i)
-
-
-def _device_module() -> Any:
-    return torch.get_device_module(torch.accelerator.current_accelerator())
+        for put, state in self._states:
+            put(state)

@@ -105,7 +105,7 @@ class Curve:
         """The η to try next."""
         if math.isfinite(self.lower) and math.isfinite(self.upper):
             return math.exp(self._between())
-        return math.exp(self._down() if math.isfinite(self.upper) else self._up())
+        return math.exp(self._beyond(self.upper, -1) if math.isfinite(self.upper) else self._beyond(self.lower, 1))
 
     def _line(self, slope: float) -> list[tuple[float, float]]:
         """The points as (x, G)."""
@@ -144,23 +144,16 @@ class Curve:
         # A line that is right brings G near its root; one that only creeps there is wrong.
         return end - g / steepness, abs(g) < 0.5 * abs(nearest[1][1])
 
-    def _down(self) -> float:
-        estimate, trusted = self._outside(self.upper)
-        if estimate is not None and self.upper - estimate > _FAR and len(self.points) == 1 and trusted:
-            return estimate + _ASIDE * self.width  # if this is a parabola, a second rise closes the bracket
+    def _beyond(self, end: float, side: int) -> float:
+        """Where to try next above (`side` 1) or below (-1) the one end there is."""
+        (estimate, trusted), is_first, width = self._outside(end), len(self.points) == 1, self.width
         if estimate is not None and trusted:
-            x = min(estimate - _ASIDE * self.width, self.upper - 0.9 * self.width)
+            if side < 0 and is_first and end - estimate > _FAR:
+                return estimate + _ASIDE * width  # if this is a parabola, a second rise closes the bracket
+            x = side * max(side * estimate + _ASIDE * width, side * end + 0.9 * width)
         else:
-            x = self.upper - (_FIRST_JUMP if len(self.points) == 1 else _NEXT_JUMP_DOWN)
-        return max(x, self.upper - _LARGEST_JUMP)
-
-    def _up(self) -> float:
-        estimate, trusted = self._outside(self.lower)
-        if estimate is not None and trusted:
-            x = max(estimate + _ASIDE * self.width, self.lower + 0.9 * self.width)
-        else:
-            x = self.lower + (_FIRST_JUMP if len(self.points) == 1 else _NEXT_JUMP_UP)
-        return min(x, self.lower + _LARGEST_JUMP)
+            x = end + side * (_FIRST_JUMP if is_first else _NEXT_JUMP_UP if side > 0 else _NEXT_JUMP_DOWN)
+        return side * min(side * x, side * end + _LARGEST_JUMP)
 
     def _between(self) -> float:
         width, wanted = self.upper - self.lower, self.width

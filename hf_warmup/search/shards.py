@@ -15,18 +15,11 @@ from hf_warmup.distributed import is_dtensor, is_fsdp, local
 
 @dataclass
 class Shard:
-    """A parameter, or this process's part of one.
+    """A parameter, or this process's part of one."""
 
-    Attributes:
-        tensor: Its values, in their place.
-        grad: Gives the elements of its gradient from `start` to `stop`, counted in the flat order of `tensor`: flat,
-            or in the shape of `tensor` if they are all.
-        state: Of the optimizer, with tensors of the same elements.
-    """
-
-    tensor: Tensor
-    grad: Callable[[int, int], Tensor]
-    state: dict[str, Any]
+    tensor: Tensor  # its values, in their place
+    grad: Callable[[int, int], Tensor]  # gives `elements` of its gradient
+    state: dict[str, Any]  # of the optimizer, with tensors of the same elements
 
     def whole_grad(self) -> Tensor:
         """Its gradient, of all elements."""
@@ -41,13 +34,6 @@ class Shards:
     Args:
         optimizer: The optimizer, in accelerate's wrapper or not.
         module: The model; needed if it is one of FSDP2, whose modules may hold gathered weights.
-
-    Attributes:
-        optimizer: The optimizer, out of its wrappers.
-        module: The model.
-
-    Raises:
-        ValueError: If the parameters are DTensors and `module` is None.
     """
 
     def __init__(self, optimizer: Optimizer, module: nn.Module | None = None) -> None:
@@ -64,18 +50,12 @@ class Shards:
         ]
 
     def _shard(self, p: Tensor) -> Shard:
-        grad, state = local(p.grad), self.optimizer.state.get(p, {})
-        assert grad is not None
-
-        def cut(start: int, stop: int) -> Tensor:
-            return grad.detach() if stop - start == grad.numel() else grad.detach().reshape(-1)[start:stop]
-
-        return Shard(local(p.detach()), cut, {name: local(value) for name, value in state.items()})
+        state = {name: local(value) for name, value in self.optimizer.state.get(p, {}).items()}
+        return Shard(local(p.detach()), functools.partial(elements, local(p.grad)), state)
 
     def largest_gradient(self) -> float:
         """The largest magnitude in this process's gradients; not finite if one is not, 0 if there are none."""
-        grads = [shard.whole_grad() for _, shards in self.groups() for shard in shards]
-        return largest_magnitude(grads)
+        return largest_magnitude([shard.whole_grad() for _, shards in self.groups() for shard in shards])
 
     def changed(self) -> None:
         """Carry the values to whatever the model computes with; called after every change of them."""
@@ -93,6 +73,11 @@ class Shards:
         return [] if self.module is None else [m for m in self.module.modules() if is_fsdp(m)]
 
 
+def elements(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """The elements of a tensor from `start` to `stop` in its flat order: flat, or, if they are all, in its shape."""
+    return tensor.detach() if stop - start == tensor.numel() else tensor.detach().reshape(-1)[start:stop]
+
+
 def largest_magnitude(tensors: Sequence[Tensor]) -> float:
     """The largest magnitude of all elements, in one device sync; NaN if there is one, 0 if there are none."""
     if not (held := [t for t in tensors if t.numel() > 0]):
@@ -107,16 +92,8 @@ def params_of(optimizer: Optimizer) -> list[Any]:
 
 
 def unwrap_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer inside wrappers that keep it as `optimizer` and step it, as accelerate's and DeepSpeed's do.
-
-    An optimizer that makes something else of another's steps (Lookahead) is none of them.
-
-    Args:
-        optimizer: In wrappers or not.
-
-    Returns:
-        The one whose `step` is what training does.
-    """
+    """The optimizer inside wrappers that keep it as `optimizer` and step it, as accelerate's and DeepSpeed's do."""
+    # An optimizer that makes something else of another's steps (Lookahead) is none of them.
     while hasattr(optimizer, "optimizer") and (
         not isinstance(optimizer, Optimizer)
         or type(optimizer).__module__.partition(".")[0] in ("accelerate", "deepspeed")

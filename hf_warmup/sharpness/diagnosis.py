@@ -1,33 +1,27 @@
 """Does this training need warmup? What can be known before it, in the time of 16 to 28 steps.
 
 At θ_0, on the batch of the first step and with the preconditioner P that Adam would have there, λ is λ^(P⁻¹H), or
-λ^H for SGD, and η_c the critical learning rate of the first step. Two measures of η_trgt follow, which do not agree:
+λ^H for SGD, and η_c the critical learning rate of the first step. Two measures of η_trgt follow:
 
     stability ratio    λ over the threshold at η_trgt (`stability_threshold`): the linear theory, of all directions
     η_trgt / η_c       what one step along the optimizer's own update bears
 
-Measured on small GPTs the first is far too careful for Adam and the second far too generous, so η_trgt is safe if
-both allow it, needs warmup if neither does, and lies between otherwise.
+On small GPTs the first is far too careful for Adam and the second far too generous, so η_trgt is safe if both allow
+it, needs warmup if neither does, and lies between otherwise.
 
-A few steps at a stable learning rate then say where training is going without being forced [1]:
-
-    progressive sharpening   λ rises, up to the threshold of the learning rate that is reached
-    sharpness reduction      λ falls by itself
-
-P changes in these steps as well, by its factor 1-β1^t and by averaging over more gradients, and λ^(P⁻¹H) falls with
-it while θ stands still. So λ is compared with one P, that of the last of these steps, and what P does is said apart.
-
-In the first, warmup meets the threshold again and again while η is small, where an instability (a catapult) is mild
-and leaves a flatter region; in the second, it waits until λ has fallen below the threshold of η_trgt.
+A few steps at a stable learning rate then say where λ is going without being forced [1]. In progressive sharpening
+it rises, up to the threshold of the learning rate that is reached: warmup meets the threshold again and again while
+η is small, where an instability (a catapult) is mild and leaves a flatter region. In sharpness reduction it falls by
+itself: warmup waits until λ is below the threshold of η_trgt. P changes in these steps as well, and λ^(P⁻¹H) falls
+with it while θ stands still. So λ is compared with one P, that of the last step, and what P does is said apart.
 
 [1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements", NeurIPS 2024,
-    arXiv:2406.09405, section 4. The measures' limits are ours, of the README's "Why the start is capped".
+    arXiv:2406.09405, section 4. The measures' limits are ours.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +37,7 @@ from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.sharpness.hessian import gradient_differences
 from hf_warmup.sharpness.measures import (
     adam_preconditioner,
+    groups_of,
     inverse_root,
     sharpness_of,
     stability_threshold,
@@ -105,47 +100,24 @@ class Diagnosis:
         lower, upper = self.critical_lr.lower, self.critical_lr.upper
         # One end of the bracket is open where the search ended at η_trgt.
         critical = f"between {lower:.3g} and {upper:.3g}" if math.isfinite(upper) else f"above {lower:.3g}"
+        alone = f"P alone takes {name} to {self.before:.3g} in {self.num_steps} steps, as it averages gradients. "
         return (
             f"{verdict} {name} = {self.sharpness:.3g} is {self.stability_ratio:.3g} times the threshold of a first "
             f"step with it, and η_c of that step is {critical}. "
-            f"{self._explanation(name)}"
-        )
-
-    def _explanation(self, name: str) -> str:
-        if self.kind == "hessian":
-            return explain(name, self.before, self.after)
-        return (
-            f"P alone takes {name} to {self.before:.3g} in {self.num_steps} steps, as it averages gradients. "
-            f"With that P, {explain(name, self.before, self.after)}"
+            f"{alone + 'With that P, ' if self.kind == 'preconditioned' else ''}"
+            f"{explain(name, self.before, self.after)}"
         )
 
 
 def regime_of(first: float, later: float) -> Regime:
-    """Where the sharpness is going.
-
-    Args:
-        first: λ of the earlier measurement.
-        later: λ of the later one.
-
-    Returns:
-        The regime; `neither` if λ has changed by less than a quarter, or is not positive.
-    """
+    """Where a sharpness is going that was `first` and is `later`: `neither` within a quarter, or if not positive."""
     if first > 0 and later > _CHANGE * first:
         return "progressive sharpening"
     return "sharpness reduction" if 0 < later < first / _CHANGE else "neither"
 
 
 def explain(name: str, first: float, later: float) -> str:
-    """What the regime means for warmup, in words.
-
-    Args:
-        name: What to call λ.
-        first: λ of the earlier measurement.
-        later: λ of the later one.
-
-    Returns:
-        A sentence or two.
-    """
+    """What that regime means for warmup, in a sentence or two that call λ `name`."""
     change = f"{name} goes from {first:.3g} to {later:.3g}"
     return {
         "progressive sharpening": f"{change}, progressive sharpening: it rises until training is at the edge of "
@@ -195,19 +167,13 @@ def diagnose(
         raise ValueError("loss_fns must hold at least one function, got none")
     num_steps, max_hvps = whole("num_steps", num_steps, 1), whole("max_hvps", max_hvps, 2)
     inner = unwrap_optimizer(optimizer)
-    if not hasattr(inner, "param_groups"):
-        raise ValueError(f"optimizer must be SGD, Adam, AdamW or GIAdamW, got {type(inner).__name__}")
-    params = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
+    params = [p for group in groups_of(inner) for p in group["params"] if p.requires_grad]
     adam = isinstance(inner, torch.optim.Adam)
-    with ExitStack() as restored:
+    # The weights, as much again of the model, and what the optimizer may hold.
+    most_bytes = 4 * sum(p.nbytes for p in params)
+    grads = [p.grad for p in params if p.grad is not None]  # never written to
+    with traceless(*params, module, vars(inner), apart=grads, most_bytes=most_bytes) as start:
         numbers = RandomNumbers()
-        restored.callback(numbers.restore)
-        if module is not None:
-            size = sum(p.nbytes for p in params)
-            restored.enter_context(traceless(module, apart=params, most_bytes=size))
-        restored.enter_context(traceless(vars(inner), apart=params))
-        start = [(p, p.detach().clone(), p.grad) for p in params]
-        restored.callback(_give_back, start)
         for group in inner.param_groups:
             group["lr"] = target_lr
 
@@ -219,11 +185,15 @@ def diagnose(
                     raise RuntimeError(f"the loss is {float(hessian.loss)} at the start: check the data and the model")
                 for q, g in zip(params, hessian.gradient, strict=True):
                     q.grad = None if g is None else g.to(q)
-                p = _inverse_root(inner, params, like) if p is None and adam else p
+                if p is None and adam:
+                    diagonal = adam_preconditioner(inner)  # infinite where the step would move nothing
+                    p = inverse_root([diagonal.get(q, torch.full_like(q, math.inf)) for q in params], like)
                 if last is None:
                     # The gradient lies in directions of large curvature; half at random, as it may miss one.
-                    steepest = _flat(hessian.gradient, params, like).mul_(1.0 if p is None else p)
-                    begin = start_vector(like, steepest, fresh=1.0)
+                    pairs = zip(hessian.gradient, params, strict=True)
+                    parts = [(torch.zeros_like(q) if g is None else g).reshape(-1).to(like) for g, q in pairs]
+                    steepest = torch.cat(parts)
+                    begin = start_vector(like, steepest.mul_(1.0 if p is None else p), fresh=1.0)
                 else:
                     begin = start_vector(like, last)
                 found = sharpness_of(hessian, begin, p, tol=tol, max_products=max_hvps)
@@ -253,34 +223,7 @@ def diagnose(
         after, vectors, p_later = measured(last=vectors)
         before = first
         if adam:
-            _give_back(start)
+            start.restore()
             before, _, _ = measured(p_later, vectors)
-    return Diagnosis(
-        "preconditioned" if adam else "hessian",
-        first,
-        num_steps,
-        before,
-        after,
-        target_lr,
-        first / threshold,
-        critical,
-    )
-
-
-def _flat(tensors: list[Tensor | None], params: list[Tensor], like: Tensor) -> Tensor:
-    """One after another, in one vector; zeros for None."""
-    parts = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, params, strict=True)]
-    return torch.cat([part.reshape(-1).to(like) for part in parts])
-
-
-def _inverse_root(optimizer: Optimizer, params: list[Tensor], like: Tensor) -> Tensor:
-    """P^-½ of the step that would be made now; 0 for parameters that it would not move."""
-    diagonal = adam_preconditioner(optimizer)
-    return inverse_root([diagonal.get(p, torch.full_like(p, math.inf)) for p in params], like)
-
-
-@torch.no_grad()
-def _give_back(before: list[tuple[Tensor, Tensor, Tensor | None]]) -> None:
-    for p, value, grad in before:
-        p.copy_(value)
-        p.grad = grad
+    kind: Literal["hessian", "preconditioned"] = "preconditioned" if adam else "hessian"
+    return Diagnosis(kind, first, num_steps, before, after, target_lr, first / threshold, critical)

@@ -35,8 +35,6 @@ from hf_warmup.distributed import is_dtensor
 from hf_warmup.search.restore import RandomNumbers, traceless
 
 LossFn = Callable[[], Tensor] | Sequence[Callable[[], Tensor]]
-
-
 # Of √u, for the length of a difference: truncation has a larger constant than rounding.
 _DIFFERENCE = 0.1
 
@@ -45,23 +43,7 @@ _DIFFERENCE = 0.1
 def hessian_products(
     loss_fn: LossFn, params: Sequence[Tensor], *, module: nn.Module | None = None
 ) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """Give the function v ↦ H v. On the way out everything is as it was, bit for bit.
-
-    Args:
-        loss_fn: Returns the loss of a fixed batch, a 0-d tensor with its graph. Or a sequence of such, one per
-            micro-batch, whose losses add up to that of the batch. The graph of a single one is kept from product to
-            product; in a sequence each is computed again, so that memory holds one at a time.
-        params: Parameters θ, all of which require a gradient.
-        module: The model, to restore its buffers and train/eval mode. Needed if parameters are in half precision.
-
-    Raises:
-        ValueError: If there are no parameters, one is there twice or is a DTensor (FSDP2 has no second derivative),
-            or `module` is missing.
-
-    Yields:
-        The function, of vectors over the elements of all parameters one after another; and an empty vector of their
-        shape (n,), device and precision: single, or double if a parameter is.
-    """
+    """Give v ↦ H v, of flat vectors, and an empty one of their shape, device and precision; leave no trace."""
     with _prepared(params, module) as (leaves, numbers, like), sdpa_kernel(SDPBackend.MATH):
         yield _Hessian(loss_fn, leaves, numbers), like
 
@@ -90,12 +72,8 @@ def _prepared(
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
     numbers = RandomNumbers()
     with ExitStack() as restored:
-        restored.callback(numbers.restore)
-        twins: dict[Tensor, Tensor] = {}
-        if module is not None:
-            size = sum(p.nbytes for p in params)
-            restored.enter_context(traceless(module, apart=params, most_bytes=size))
-            twins = restored.enter_context(_in_single_precision(module))
+        restored.enter_context(traceless(module, apart=params, most_bytes=sum(p.nbytes for p in params)))
+        twins = {} if module is None else restored.enter_context(_in_single_precision(module))
         leaves = [twins.get(p, p) for p in params]
         if any(_is_half(p) for p in leaves):
             raise ValueError("module must be the model that the half-precision parameters belong to")
@@ -106,50 +84,36 @@ def _prepared(
 
 
 class _Hessian:
+    """v ↦ H v."""
+
     def __init__(self, loss_fn: LossFn, leaves: list[Tensor], numbers: RandomNumbers) -> None:
         self._losses = [loss_fn] if callable(loss_fn) else list(loss_fn)
         self._keeps_graph = callable(loss_fn)
-        self._kept: list[Tensor | None] | None = None
+        self._kept: tuple[Tensor, ...] = ()
         self._leaves, self._numbers = leaves, numbers
 
     def __call__(self, v: Tensor) -> Tensor:
-        total = torch.zeros_like(v)
-        parts = [part.view_as(p).to(p) for part, p in zip(self._split(v), self._leaves, strict=True)]
+        leaves, sizes, total = self._leaves, [p.numel() for p in self._leaves], torch.zeros_like(v)
+        parts = [part.view_as(p).to(p) for part, p in zip(v.split(sizes), leaves, strict=True)]
         self._numbers.restore()
         with torch.enable_grad():
             for loss_fn in self._losses:
-                gradient = self._kept or self._gradient(loss_fn)
-                if self._keeps_graph:
-                    self._kept = gradient
+                gradient = self._kept or torch.autograd.grad(loss_fn(), leaves, create_graph=True, allow_unused=True)
+                self._kept = gradient if self._keeps_graph else ()
                 # A gradient that does not depend on the parameters has no graph, and no part in H.
-                pairs = [
-                    (g, part) for g, part in zip(gradient, parts, strict=True) if g is not None and g.requires_grad
-                ]
-                for sum_, row in zip(self._split(total), self._rows(pairs), strict=True):
+                pairs = [(g, u) for g, u in zip(gradient, parts, strict=True) if g is not None and g.requires_grad]
+                if not pairs:
+                    continue
+                g, u = zip(*pairs, strict=True)
+                rows = torch.autograd.grad(g, leaves, u, retain_graph=self._keeps_graph, allow_unused=True)
+                for sum_, row in zip(total.split(sizes), rows, strict=True):
                     if row is not None:
                         sum_ += row.reshape(-1).to(sum_)
         return total
 
-    def _split(self, v: Tensor) -> tuple[Tensor, ...]:
-        return v.split([p.numel() for p in self._leaves])
-
-    def _gradient(self, loss_fn: Callable[[], Tensor]) -> list[Tensor | None]:
-        return list(torch.autograd.grad(loss_fn(), self._leaves, create_graph=True, allow_unused=True))
-
-    def _rows(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, ...]:
-        if not pairs:
-            return (None,) * len(self._leaves)
-        gradient, v = zip(*pairs, strict=True)
-        return torch.autograd.grad(gradient, self._leaves, v, retain_graph=self._keeps_graph, allow_unused=True)
-
 
 class GradientDifferences:
-    """v ↦ (g(θ + εv) - g(θ)) / ε.
-
-    Attributes:
-        loss: L(θ).
-        gradient: g(θ) of each parameter; None where the loss does not depend on it.
-    """
+    """v ↦ (g(θ + εv) - g(θ)) / ε, with L(θ) and g(θ), which is None where the loss does not depend on θ."""
 
     def __init__(self, loss_fn: Callable[[], Tensor], leaves: list[Tensor], numbers: RandomNumbers) -> None:
         self._loss_fn, self._leaves, self._numbers = loss_fn, leaves, numbers
@@ -190,13 +154,7 @@ class GradientDifferences:
 
 @contextmanager
 def _in_single_precision(module: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
-    """Put copies in place of all half-precision parameters and buffers.
-
-    In the modules' tables, not in the parameters' `data`: a new dtype there would cost them their gradient hooks.
-
-    Yields:
-        The copy of each; a tied weight has one.
-    """
+    """Put copies in place of all half-precision parameters and buffers; the copy of each, one of a tied weight."""
     tables: list[dict[str, Any]] = [table for m in module.modules() for table in (m._parameters, m._buffers)]
     entries = [(table, name, t) for table in tables for name, t in table.items() if t is not None and _is_half(t)]
     twins = {t: t.detach().float().requires_grad_(t.requires_grad) for t in {t: t for _, _, t in entries}}

@@ -1,4 +1,4 @@
-"""The extreme eigenvalues of a symmetric matrix that is only known by its products with vectors.
+"""The largest eigenvalues of a symmetric matrix that is only known by its products with vectors.
 
 Lanczos with full reorthogonalisation and thick restarts [1]. From q_1 a basis of the Krylov space is built, whose
 next member is what A q_j has outside the basis Q = (q_1 ... q_j):
@@ -12,10 +12,9 @@ The columns h make the projected matrix T = Qᵀ A Q. An eigenpair (θ, s) of T 
 its residual: some eigenvalue of A lies within it of θ. When the basis is full, its best estimates and w start the
 next.
 
-Why not a solver that exists: `torch.lobpcg` wants the matrix itself. ARPACK (`scipy.sparse.linalg.eigsh`, as
-curvlinops is used) works in numpy: every vector goes from the device to the host and back, it sees one process's
-part only, and looks whether it has converged after 20 products, also from a vector that was right.
-Power iteration (PyHessian) finds the eigenvalue of the largest magnitude, which may be the negative one.
+Why not a solver that exists: `torch.lobpcg` wants the matrix itself. ARPACK (`scipy.sparse.linalg.eigsh`) works in
+numpy, sees one process's part only, and looks whether it has converged after 20 products, also from a vector that
+was right. Power iteration (PyHessian) finds the eigenvalue of the largest magnitude, which may be the negative one.
 
 Vectors are flat, in single precision (double if A is), on any device, and may be split over processes: then
 `reduce_dots` adds up. Sums over them and T are in double precision, so a single precision A limits the result, not
@@ -28,12 +27,9 @@ the solver. Memory: `num_vectors` + 1 vectors, and what a product takes.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
-
-End = Literal["largest", "smallest", "both"]
 
 # Elements of each vector that are in double precision at a time: 17 MB with a basis of 8.
 _CHUNK = 2**18
@@ -43,24 +39,15 @@ _ROUNDING = 128
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Eigenvalues at the ends of a spectrum, in algebraic order, and how well they are known.
+    """The largest eigenvalues and how well they are known."""
 
-    Attributes:
-        values: From the largest on down; NaN if a product was not finite.
-        vectors: An eigenvector of norm 1 in each row.
-        residuals: ‖A x - θ x‖ of each: an eigenvalue lies within it of θ, most often within its square over the
-            distance to the next one.
-        num_products: Products of A and a vector that were made.
-        converged: Whether all residuals are small enough.
-        asymmetry: Largest |xᵀA y - yᵀA x| met between vectors x and y of the basis, relative to the largest
-            eigenvalue in magnitude: rounding, unless A is not one symmetric matrix.
-    """
-
-    values: tuple[float, ...]
-    vectors: Tensor
-    residuals: tuple[float, ...]
-    num_products: int
-    converged: bool
+    values: tuple[float, ...]  # from the largest on down; NaN if a product was not finite
+    vectors: Tensor  # an eigenvector of norm 1 in each row
+    residuals: tuple[float, ...]  # ‖A x - θ x‖ of each: an eigenvalue lies within it of θ
+    num_products: int  # that were made
+    converged: bool  # whether all residuals are small enough
+    # Largest |xᵀA y - yᵀA x| met between vectors x and y of the basis, relative to the largest eigenvalue in
+    # magnitude: rounding, unless A is not one symmetric matrix.
     asymmetry: float
 
 
@@ -70,54 +57,50 @@ def extreme_eigenpairs(
     start: Tensor,
     *,
     k: int = 1,
-    end: End = "largest",
     tol: float = 1e-3,
     max_products: int = 100,
     num_vectors: int | None = None,
-    num_starts: int | None = None,
     reduce_dots: Callable[[Tensor], Tensor] | None = None,
 ) -> Eigenpairs:
-    """The `k` largest eigenvalues of A (algebraically, not in magnitude), the `k` smallest, or both.
+    """The `k` largest eigenvalues of A, algebraically, not in magnitude.
 
     Args:
         product: A times a vector of shape (n,), in a new tensor.
         start: The first vector, shape (n,), not zero, best random: eigenvectors orthogonal to it are not found.
-        k: Eigenvalues wanted at an end. One that repeats counts as often as it does.
-        end: Which end of the spectrum.
-        tol: Largest residual wanted, relative to |θ|. No unit. The rounding of the largest eigenvalue in magnitude
-            is good enough too: next to it an eigenvalue near zero can't be told from zero.
+        k: Eigenvalues wanted, as many as the space has dimensions at most. One that repeats counts as often as it
+            does.
+        tol: Largest residual wanted, relative to |θ|. The rounding of the largest eigenvalue in magnitude is good
+            enough too: next to it an eigenvalue near zero can't be told from zero.
         max_products: Most products to make.
         num_vectors: Vectors in the basis, at least 2 + twice the number of eigenvalues wanted; 8 or 4 + twice that
             number if None. Fewer take more products, more hardly fewer.
-        num_starts: Krylov spaces that must end (w = 0) before that is an answer: a space has only one eigenvector
-            of an eigenvalue that repeats, and from a special `start` it has not all eigenvalues. `k` if None.
         reduce_dots: If vectors are split over processes, the sum over these of the tensor it gets (float64, on the
             device). If every process holds the whole, their mean, so that all decide the same.
 
     Returns:
-        The eigenpairs, with as many as the space has dimensions if `k` is more.
+        The eigenpairs.
 
     Raises:
         ValueError: If `num_vectors`, `k`, `tol` or `max_products` is too small, or `start` is zero.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    if end not in ("largest", "smallest", "both"):
-        raise ValueError(f'end must be "largest", "smallest" or "both", got {end!r}')
-    num_wanted = 2 * k if end == "both" else k
-    num_vectors = max(8, 2 * num_wanted + 4) if num_vectors is None else num_vectors
-    if num_vectors < 2 * num_wanted + 2:
-        raise ValueError(f"num_vectors must be at least {2 * num_wanted + 2} for k={k}, got {num_vectors}")
+    num_vectors = max(8, 2 * k + 4) if num_vectors is None else num_vectors
+    if num_vectors < 2 * k + 2:
+        raise ValueError(f"num_vectors must be at least {2 * k + 2} for k={k}, got {num_vectors}")
     if not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}")
-    if max_products < num_wanted:
-        raise ValueError(f"max_products must be at least {num_wanted} for k={k}, got {max_products}")
+    if max_products < k:
+        raise ValueError(f"max_products must be at least {k} for k={k}, got {max_products}")
     reduce_dots = reduce_dots or (lambda dots: dots)
     dimension = round(reduce_dots(torch.tensor([start.numel()], dtype=torch.float64, device=start.device)).item())
     basis = _Basis(start, num_vectors, reduce_dots)
     projected = torch.zeros(num_vectors, num_vectors, dtype=torch.float64)
     generator = torch.Generator(start.device).manual_seed(0x1A2C05)  # not likely to be that of `start`
-    num_wanted, starts_left = min(num_wanted, dimension), k if num_starts is None else num_starts
+    num_wanted = min(k, dimension)
+    # Krylov spaces that must end (w = 0) before that is an answer: a space has only one eigenvector of an eigenvalue
+    # that repeats.
+    starts_left = k
     w = start.clone()
     if not basis.orthogonalise(w)[1] > 0:
         raise ValueError("start must not be zero")
@@ -138,8 +121,8 @@ def extreme_eigenpairs(
         projected[size - 1, :size] = projected[:size, size - 1] = h
         values, s = torch.linalg.eigh(projected[:size, :size])
         rounding = _ROUNDING * torch.finfo(start.dtype).eps * float(values.abs().max())
-        order = _from_the_ends(size, end)
-        wanted = sorted(order[:num_wanted], reverse=True)
+        order = range(size)[::-1]  # of the ascending eigenvalues
+        wanted = list(order[:num_wanted])
         residuals = beta * s[-1, wanted].abs()
         is_enough = size >= num_wanted and bool((residuals <= (tol * values[wanted].abs()).clamp(min=rounding)).all())
         if size == dimension:
@@ -155,7 +138,7 @@ def extreme_eigenpairs(
         coupling = torch.zeros(size, dtype=torch.float64)
         coupling[-1] = beta if beta > rounding else 0.0
         if size == num_vectors:
-            kept = order[: num_wanted + (num_vectors - num_wanted) // 2]
+            kept = list(order[: num_wanted + (num_vectors - num_wanted) // 2])
             basis.rotate(s[:, kept])
             coupling = coupling @ s[:, kept]
             projected.zero_()
@@ -169,13 +152,6 @@ def extreme_eigenpairs(
         is_enough,
         asymmetry / float(values.abs().max()) if asymmetry else 0.0,
     )
-
-
-def _from_the_ends(size: int, end: End) -> list[int]:
-    """Positions in ascending order of `size` values, from the wanted end, or both in turn, inwards."""
-    if end == "both":
-        return [i // 2 if i % 2 else size - 1 - i // 2 for i in range(size)]
-    return list(range(size)) if end == "smallest" else list(range(size))[::-1]
 
 
 class _Basis:

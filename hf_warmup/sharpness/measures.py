@@ -11,10 +11,8 @@ divides by,
 Largest is meant algebraically. At a standard initialization the largest eigenvalue in magnitude is often negative,
 and no instability. P⁻¹H is not symmetric; P^-½ H P^-½ is, and has the same eigenvalues.
 
-H is known by its products with vectors, d/dθ (gᵀ v): a second backward pass through the first. Their eigenvalues are
-found by `hf_warmup.sharpness.lanczos`. The products are computed in single precision at least, also of a bf16 model;
-with one set of random numbers, so that dropout is the same in each; one micro-batch at a time; and with the
-mathematical form of scaled dot-product attention, as the fused kernels have no second derivative.
+H is known by its products with vectors (`hf_warmup.sharpness.hessian`), whose eigenvalues are found by
+`hf_warmup.sharpness.lanczos`.
 
 On a quadratic loss of curvature λ an optimizer's iterates grow above a threshold (`stability_threshold`), and λ over
 the threshold is the stability ratio: 1 is the edge of stability [2]. With w the weight decay, which is part of the
@@ -42,7 +40,7 @@ of which one is -1 at the threshold. λ_c is another quantity: the curvature alo
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,34 +53,31 @@ from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.sharpness.hessian import LossFn, hessian_products
-from hf_warmup.sharpness.lanczos import End, extreme_eigenpairs
+from hf_warmup.sharpness.lanczos import Eigenpairs, extreme_eigenpairs
 
 # Of the start: what is drawn at random beside the vectors of the last measurement, relative to them.
 _FRESH = 0.1
 
 
 @dataclass(frozen=True)
-class Sharpness:
+class Sharpness(Eigenpairs):
     """Eigenvalues of the Hessian, or the pre-conditioned one, and what they cost.
 
     Attributes:
-        values: From the largest on down, in loss / parameter²; pre-conditioned in 1 / lr. With both ends the k
-            largest, then the k smallest. NaN if a product was not finite.
+        values: From the largest on down, in loss / parameter²; pre-conditioned in 1 / lr. NaN if a product was not
+            finite.
         vectors: An eigenvector of norm 1 in each row, over the elements of all parameters that require a gradient
             one after another; pre-conditioned those of P^-½ H P^-½.
-        hvps: Products of the Hessian of the whole batch and a vector.
         residuals: Norm of (H - λ) times the vector, of each: an eigenvalue lies within it of λ.
         converged: Whether all residuals are as small as was asked.
-        asymmetry: Largest |xᵀH y - yᵀH x| met, relative to the largest eigenvalue in magnitude: rounding, unless
-            the loss is not the same in every product, or is rounded too much.
+        asymmetry: Largest |xᵀH y - yᵀH x| met, relative to the largest eigenvalue in magnitude: rounding, unless the
+            loss is not the same in every product, or is rounded too much.
     """
 
-    values: tuple[float, ...]
-    vectors: Tensor
-    hvps: int
-    residuals: tuple[float, ...]
-    converged: bool
-    asymmetry: float
+    @property
+    def hvps(self) -> int:
+        """Products of the Hessian of the whole batch and a vector."""
+        return self.num_products
 
 
 def sharpness(
@@ -91,7 +86,6 @@ def sharpness(
     *,
     preconditioner: Mapping[Tensor, Tensor] | None = None,
     k: int = 1,
-    end: End = "largest",
     tol: float = 1e-3,
     max_hvps: int = 100,
     num_vectors: int | None = None,
@@ -117,18 +111,16 @@ def sharpness(
         params: Parameters θ. Those that do not require a gradient are held fixed.
         preconditioner: P, as a positive tensor of the parameter's shape for each: `adam_preconditioner(optimizer)`.
             Parameters without an entry are held fixed.
-        k: Eigenvalues wanted at an end.
-        end: Which end of the spectrum, in algebraic order.
-        tol: Largest residual wanted, relative to |λ|. No unit. λ itself is mostly far closer.
+        k: Eigenvalues wanted, in algebraic order; those of the other end are of the loss times -1.
+        tol: Largest residual wanted, relative to |λ|. λ itself is mostly far closer.
         max_hvps: Most products to spend.
         num_vectors: Copies of the parameters, in single precision, that the solver holds; 8, or 4 + twice the number
-            of eigenvalues wanted, if None. Three more, and two with `preconditioner`, are held while a product is
-            computed, beside what a backward pass with its graph takes.
+            of eigenvalues wanted, if None. Up to five more, and what a backward pass with its graph takes, are held
+            while a product is computed.
         start: `vectors` of an earlier measurement, to start from. Sets the cost, not the answer.
         module: The model, to restore its buffers and train/eval mode. Needed if it has parameters in half precision:
             it is then computed in single precision, with a copy of its weights.
-        reduce: Under DDP, the mean over processes of the tensor it gets, of single or double precision. Every
-            process then has the same answer.
+        reduce: Under DDP, the mean over processes of the tensor it gets. Every process then has the same answer.
 
     Returns:
         Eigenvalues, vectors and cost. A product takes about 3.5 forward and backward passes, or 2 if `loss_fn` is a
@@ -145,33 +137,14 @@ def sharpness(
         raise ValueError(f"start must be of shape (k, {num_elements}), got {tuple(start.shape)}")
     with hessian_products(loss_fn, free, module=module) as (hessian, like):
         scale = None if preconditioner is None else inverse_root([preconditioner[p] for p in free], like)
-        return sharpness_of(
-            hessian,
-            start_vector(like, start),
-            scale,
-            k=k,
-            end=end,
-            tol=tol,
-            max_products=max_hvps,
-            num_vectors=num_vectors,
-            reduce_dots=reduce,
-        )
+        options = {"k": k, "tol": tol, "max_products": max_hvps, "num_vectors": num_vectors}
+        return sharpness_of(hessian, start_vector(like, start), scale, reduce_dots=reduce, **options)
 
 
 def sharpness_of(
     hessian: Callable[[Tensor], Tensor], start: Tensor, scale: Tensor | None, **options: Any
 ) -> Sharpness:
-    """The same, of products that are there already.
-
-    Args:
-        hessian: v ↦ H v, of flat vectors.
-        start: The first vector.
-        scale: P^-½, or None without a pre-conditioner.
-        **options: Of `extreme_eigenpairs`. With `reduce_dots` the products are reduced by it too.
-
-    Returns:
-        As for `sharpness`.
-    """
+    """The same of flat products v ↦ H v, with P^-½ as `scale` and the options of `extreme_eigenpairs`."""
     reduce = options.get("reduce_dots")
 
     def product(v: Tensor) -> Tensor:
@@ -179,10 +152,7 @@ def sharpness_of(
         result = result if reduce is None else reduce(result)
         return result if scale is None else result.mul_(scale)
 
-    found = extreme_eigenpairs(product, start, **options)
-    return Sharpness(
-        found.values, found.vectors, found.num_products, found.residuals, found.converged, found.asymmetry
-    )
+    return Sharpness(**vars(extreme_eigenpairs(product, start, **options)))
 
 
 @torch.no_grad()
@@ -251,11 +221,8 @@ def stability_threshold(optimizer: Optimizer, *, first_step: bool | None = None)
         ValueError: If the optimizer is another, or its groups differ in learning rate or momentum.
     """
     inner = unwrap_optimizer(optimizer)
-    if not hasattr(inner, "param_groups"):
-        raise ValueError(f"optimizer must be SGD, Adam, AdamW or GIAdamW, got {type(inner).__name__}")
-    thresholds = [
-        _threshold(inner, group, not inner.state if first_step is None else first_step) for group in inner.param_groups
-    ]
+    first_step = not getattr(inner, "state", {}) if first_step is None else first_step
+    thresholds = [_threshold(inner, group, first_step) for group in groups_of(inner)]
     for name in ("lr", "betas", "momentum"):
         if any(group.get(name) != inner.param_groups[0].get(name) for group in inner.param_groups):
             raise ValueError(f"{name} must be the same in all parameter groups: there is no one threshold")
@@ -264,12 +231,10 @@ def stability_threshold(optimizer: Optimizer, *, first_step: bool | None = None)
 
 @dataclass(frozen=True)
 class CriticalSharpness:
-    """Curvature along the step to come.
+    """Curvature along the step to come, in 1 / lr, and the search for η_c.
 
-    Attributes:
-        value: λ_c = 2 / η_c, in 1 / lr: 0 if no learning rate raises the loss, infinity if every one does; if the
-            search ended at its target or its budget, λ_c is less than this.
-        search: The search for η_c.
+    Where the search ended at its target or its budget λ_c is less than this. It is 0 if no learning rate raises the
+    loss, infinity if every one does.
     """
 
     value: float
@@ -277,15 +242,7 @@ class CriticalSharpness:
 
 
 def critical_sharpness(
-    loss_at: Callable[[float], float | Sequence[float]],
-    *,
-    previous: float | None = None,
-    target: float | None = None,
-    slope: float | None = None,
-    start: float | None = None,
-    steepness: float | None = None,
-    rtol: float = 1 / 16,
-    max_evals: int = 40,
+    loss_at: Callable[[float], float], *, previous: float | None = None, **options: Any
 ) -> CriticalSharpness:
     """λ_c = 2 / η_c by forward passes alone. Not the sharpness: it knows one direction.
 
@@ -294,34 +251,16 @@ def critical_sharpness(
         20
 
     Args:
-        loss_at: As for `find_critical_lr`.
+        loss_at: As for `find_critical_lr`, and so are the options and errors.
         previous: The last λ_c, where the search starts.
-        target: The largest learning rate that matters: the search ends there.
-        slope: As for `find_critical_lr`.
-        start: As for `find_critical_lr`.
-        steepness: As for `find_critical_lr`, of the last search (`search.steepness`).
-        rtol: Relative width of the bracket wanted.
-        max_evals: Most forward passes to spend.
+        **options: `target`, `slope`, `start`, `steepness`, `rtol`, `max_evals`.
 
     Returns:
         λ_c and the search: 4 to 6 forward passes from a good `previous`, one less with `start`, and `slope`; only
         one with `steepness` too, if λ_c has hardly changed.
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
     last = math.inf if previous is None else number("previous", previous)
-    guess = 2 / last if 0 < last < math.inf else None
-    search = find_critical_lr(
-        loss_at,
-        guess=guess,
-        target=target,
-        slope=slope,
-        start=start,
-        steepness=steepness,
-        rtol=rtol,
-        max_evals=max_evals,
-    )
+    search = find_critical_lr(loss_at, guess=2 / last if 0 < last < math.inf else None, **options)
     return CriticalSharpness(2 / search.value if search.value else math.inf, search)
 
 
@@ -348,19 +287,21 @@ def _born(optimizer: GIAdamW) -> GIAdamW:
     """A twin with the same state, in which parameters that are new have the v_0 that the next step gives them."""
     twin = copy.copy(optimizer)
     twin.process_group, twin._waiting = optimizer.process_group, optimizer._waiting
-    unborn = [
-        p
-        for p in optimizer._parameters()
-        if p.grad is not None and (p in twin._waiting or not optimizer._has_state(p))
-    ]
     # v_0 is written in place.
     state = {
         p: {name: t.clone() for name, t in s.items()} if p in twin._waiting else s for p, s in optimizer.state.items()
     }
     twin.state = defaultdict(dict, {p: s for p, s in state.items() if s})
-    if unborn:
+    if unborn := optimizer._unborn():
         twin._give_birth(unborn)
     return twin
+
+
+def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The parameter groups of what must be an optimizer."""
+    if not hasattr(optimizer, "param_groups"):
+        raise ValueError(f"optimizer must be SGD, Adam, AdamW or GIAdamW, got {type(optimizer).__name__}")
+    return optimizer.param_groups
 
 
 def _threshold(optimizer: Optimizer, group: dict[str, Any], first_step: bool) -> float:

@@ -22,42 +22,28 @@ optimizer step on copies per training step until the valley, and no forward pass
 
 with t* = min(0.22 N, 120) steps in a run of N (with Muon 0.03 N, but not less than 6 and not more than that). L/G is
 Polyak's step: the learning rate that would bring the loss to zero if it fell on at its present slope; 0.3 of it is
-about what is left of the first descent. A straight line that starts at 0 and makes the way Ŝ in t* steps is at
-2 √(Ŝ s)/t* when it has made s of it, which is the third line. If the estimate is off by a factor of 2, the overshoot
-comes after t*/√2 or √2 t* steps.
+about what is left of the first descent. If the estimate is off by a factor of 2, the overshoot comes after t*/√2 or
+√2 t* steps. A training without such a descent, as fine-tuning mostly is, has a small G beside its loss: the line is
+steep, and reaches `learning_rate` within a few steps.
 
-In the valley a model has learned how often each token comes. A decoder goes on at once. A masked model may stay on
-that plateau for hundreds of steps, and a learning rate that rises meanwhile can lose it for good; hence the wait.
-
-Muon's steps make every direction of a matrix equally long. None of them is too steep, and a ramp saves it from
-nothing: there warmup is what it takes to measure S.
-
-A training without such a descent, as fine-tuning mostly is, has a small G beside its loss. The line is steep then,
-and reaches `learning_rate` within a few steps.
-
-The rule is ours. Its constants were chosen on the development settings of `recipes/studies`, whose tables show what
-each is good for; L/G is of Polyak, "Introduction to Optimization" (1987), and the line's reason the sharpness that
-warmup reduces: Kalra and Barkeshli, "Why Warmup the Learning Rate?", NeurIPS 2024, arXiv:2406.09405.
+The rule is ours; `hf_warmup/README.md` says why each part is there and where its constant comes from. L/G is of
+Polyak, "Introduction to Optimization" (1987), and the line's reason the sharpness that warmup reduces: Kalra and
+Barkeshli, "Why Warmup the Learning Rate?", NeurIPS 2024, arXiv:2406.09405.
 """
 
 import math
 from statistics import fmean
 from typing import Any
 
-from hf_warmup.numeric import boolean, number, positive, shown, whole
-from hf_warmup.warmup.rule import Saved, Step
-
-ENDS = ("learning_rate", "peak", "half of the run")
-_OPTIONS = ("num_training_steps", "learning_rate", "ramp_steps", "wait")
-_DESCENT = ("num_steps", "lr", "path", "slopes", "mean_slope", "first_loss", "last_loss")
-_VALLEY = ("overshoot_step", "overshoot_lr", "overshoot_path", "valley_loss", "climb_step", "ended_by")
-_SAVED = _OPTIONS + _DESCENT + _VALLEY
+from hf_warmup.numeric import boolean, not_negative, number, positive, shown, whole
+from hf_warmup.warmup.rule import Rule, Step
 
 
-class GuidedWarmup(Saved):
+class GuidedWarmup(Rule):
     """The learning rate of a run whose warmup nobody chooses.
 
-    For training from scratch without a learning rate, and for any training with one that may be too high.
+    For training from scratch without a learning rate, and for any training with one that may be too high. The first
+    step's loss must be positive and finite and fall along the step, and the optimizer must have a momentum.
 
     Example:
         >>> rule = GuidedWarmup(1000, learning_rate=1e-2)
@@ -74,16 +60,9 @@ class GuidedWarmup(Saved):
         wait: Whether the climb waits for the loss to fall again. No for a decoder, which does not need it.
 
     Attributes:
-        num_training_steps: N.
-        learning_rate: The bound.
-        ramp_steps: t*.
-        wait: Whether there is a wait.
-        num_steps: Steps decided so far.
-        lr: η of the last step decided.
         path: s, the sum of η so far.
         overshoot_step: t_o, counted from 0; None before.
         overshoot_lr: η_o; None before.
-        ended_by: `learning_rate`, `peak` or `half of the run`; None during warmup.
         news: Of the last step decided: `overshoot_lr` where it overshot, `expected_peak_lr` where `learning_rate`
             ended warmup.
         will_probe: False: it asks for no loss at a learning rate.
@@ -101,8 +80,13 @@ class GuidedWarmup(Saved):
     FALL = 0.1  # of the first descent: how far the loss falls again before the climb
     STEEPEST = 3  # of the climb, in slopes of the line before it
 
-    kind, will_probe, overrun = "guided", False, 0.0
-    options, saved = _OPTIONS, _SAVED
+    kind, ends, will_probe = "guided", ("learning_rate", "peak", "half of the run"), False
+    options = ("num_training_steps", "learning_rate", "ramp_steps", "wait")
+    saved = (
+        *options,
+        *("num_steps", "lr", "path", "slopes", "mean_slope", "first_loss", "last_loss", "overshoot_step"),
+        *("overshoot_lr", "overshoot_path", "valley_loss", "climb_step", "ended_by"),
+    )
 
     def __init__(
         self,
@@ -112,47 +96,25 @@ class GuidedWarmup(Saved):
         ramp_steps: float | None = None,
         wait: bool = True,
     ) -> None:
-        self.num_training_steps = whole("num_training_steps", num_training_steps, 1)
+        super().__init__(num_training_steps)
         usual = self.usual_ramp_steps(self.num_training_steps)
         self.ramp_steps = usual if ramp_steps is None else positive("ramp_steps", ramp_steps)
         self.learning_rate = None if learning_rate is None else positive("learning_rate", learning_rate)
         self.wait = boolean("wait", wait)
-        self.num_steps = 0
-        self.lr = self.path = 0.0
+        self.lr = self.path = self.overshoot_path = 0.0
         self.slopes: list[float] = []
         self.mean_slope = self.first_loss = self.last_loss = self.valley_loss = 0.0
         self.overshoot_step: int | None = None
         self.overshoot_lr: float | None = None
-        self.overshoot_path = 0.0
         self.climb_step: int | None = None
-        self.ended_by: str | None = None
-        self.news: dict[str, Any] = {}
 
-    def __call__(self, step: Step) -> float:
-        """Decide the learning rate of the step that is about to be made.
-
-        Args:
-            step: Of which the loss is asked for until the climb, and a slope until the overshoot.
-
-        Returns:
-            η_t; once warmup has ended, its last.
-
-        Raises:
-            RuntimeError: If the loss of the first step is not positive and finite, or does not fall along the step;
-                or if nothing has bounded η by half of the run.
-            ValueError: If the optimizer has no momentum.
-        """
-        self.news = {}
-        if self.ended_by is not None:
-            return self.lr
+    def _decide(self, step: Step) -> None:
         if self.climb_step is None:
             self._before_the_climb(step)
         if self.climb_step is not None:
             self._climb()
         self._end()
         self.path += self.lr
-        self.num_steps += 1
-        return self.lr
 
     @classmethod
     def usual_ramp_steps(cls, num_training_steps: int, optimizer: str = "") -> float:
@@ -283,15 +245,13 @@ class GuidedWarmup(Saved):
                 )
 
     @classmethod
-    def check_values(cls, state: dict[str, Any]) -> None:
-        """Refuse values that no run has left."""
+    def _check_values(cls, state: dict[str, Any]) -> None:
         num_steps = state["num_steps"]
         boolean("wait", state["wait"])
         for name in ("learning_rate",) * (state["learning_rate"] is not None) + ("ramp_steps",):
             positive(name, state[name])
         for name in ("lr", "path", "overshoot_path"):
-            if not 0 <= number(name, state[name]) < math.inf:
-                raise ValueError(f"{name} must be at least 0 and finite, got {state[name]}")
+            not_negative(name, state[name])
         for name in ("mean_slope", "first_loss", "last_loss", "valley_loss"):
             number(name, state[name])
         if not isinstance(state["slopes"], list) or len(state["slopes"]) > cls.SLOPES:
@@ -306,5 +266,3 @@ class GuidedWarmup(Saved):
                 raise ValueError(f"overshoot_step must be from 1 to {num_steps - 1}, got {state['overshoot_step']}")
         if state["climb_step"] is not None:
             whole("climb_step", state["climb_step"], state["overshoot_step"] or 0)
-        if state["ended_by"] not in (None, *ENDS):
-            raise ValueError(f"ended_by must be {' or '.join(ENDS)}, got {shown(state['ended_by'])}")

@@ -19,20 +19,18 @@ import logging
 import math
 from typing import Any
 
-from hf_warmup.numeric import number, positive, shown, whole
+from hf_warmup.numeric import not_negative, positive, shown, whole
 from hf_warmup.search.critical_lr import CriticalLR, find_critical_lr
-from hf_warmup.warmup.rule import Saved, Step
+from hf_warmup.warmup.rule import Rule, Step
 
 logger = logging.getLogger(__name__)
 
 # Most that `auto` starts at, of the target. With Adam on a Transformer η_c of the first step is often above the
 # target, and a training that starts there fails.
 _MOST = 0.1
-_OPTIONS = ("num_training_steps", "learning_rate", "warmup_steps", "asked_init_lr")
-_SAVED = (*_OPTIONS, "num_steps", "lr", "init_lr", "ended_by")
 
 
-class LinearWarmup(Saved):
+class LinearWarmup(Rule):
     """Linear warmup that begins at a learning rate which the first step is measured to bear.
 
     For a training whose warmup has a length already, and which is to save the part of it below η_c.
@@ -47,18 +45,12 @@ class LinearWarmup(Saved):
         learning_rate: η_trgt.
         warmup_steps: T_wrm, in optimizer steps.
         init_lr: η_init; `catapult` for η_c, which takes forward passes in the first step; `auto` for that, but at
-            most a tenth of η_trgt.
+            most a tenth of η_trgt. The step must be given then, and its loss be finite.
 
     Attributes:
-        num_training_steps: N.
-        learning_rate: η_trgt.
-        warmup_steps: T_wrm.
         asked_init_lr: `init_lr` as it was given.
         init_lr: η_init; None before the first step.
-        num_steps: Steps decided so far.
-        lr: η of the last step decided.
         found: The search, in the run that made it; else None.
-        ended_by: `learning_rate`; None during warmup.
         news: In the first step what the search found.
         overrun: How much of a step before the last one decided the target was reached.
 
@@ -66,55 +58,36 @@ class LinearWarmup(Saved):
         ValueError: If an argument is out of range.
     """
 
-    kind = "linear"
-    options, saved = _OPTIONS, _SAVED
+    kind, ends = "linear", ("learning_rate",)
+    options = ("num_training_steps", "learning_rate", "warmup_steps", "asked_init_lr")
+    saved = (*options, "num_steps", "lr", "init_lr", "ended_by")
 
     def __init__(
         self, num_training_steps: int, learning_rate: float, warmup_steps: int, *, init_lr: float | str = "auto"
     ) -> None:
-        self.num_training_steps = whole("num_training_steps", num_training_steps, 1)
+        super().__init__(num_training_steps)
         self.learning_rate = positive("learning_rate", learning_rate)
         self.warmup_steps = whole("warmup_steps", warmup_steps)
         if not 1 <= self.warmup_steps <= self.num_training_steps:
             raise ValueError(f"warmup_steps must be between 1 and {num_training_steps} steps, got {warmup_steps}")
-        self.asked_init_lr: float | str
-        if isinstance(init_lr, str) and init_lr in ("auto", "catapult"):
-            self.asked_init_lr = init_lr
-        elif (given := positive("init_lr", init_lr)) <= self.learning_rate:
-            self.asked_init_lr = given
-        else:
+        named = isinstance(init_lr, str) and init_lr in ("auto", "catapult")
+        self.asked_init_lr = init_lr if named else positive("init_lr", init_lr)
+        if not isinstance(self.asked_init_lr, str) and self.asked_init_lr > self.learning_rate:
             raise ValueError(
-                f"init_lr must be at most the optimizer's learning rate, {learning_rate:g}, got {init_lr}"
+                f"init_lr must be at most the optimizer's learning rate, {self.learning_rate:g}, got {init_lr}"
             )
-        self.num_steps = 0
         self.lr = self.overrun = 0.0
         self.init_lr: float | None = None
         self.found: CriticalLR | None = None
-        self.ended_by: str | None = None
-        self.news: dict[str, Any] = {}
 
     @property
     def will_probe(self) -> bool:
         """Whether the next call searches for η_c."""
         return self.init_lr is None and isinstance(self.asked_init_lr, str)
 
-    def __call__(self, step: Step | None = None) -> float:
-        """Decide the learning rate of the step that is about to be made.
-
-        Args:
-            step: Of which losses are asked for, in the first step, unless `init_lr` is a number.
-
-        Returns:
-            η_t; once warmup has ended, its last.
-
-        Raises:
-            RuntimeError: If the loss before the first step is not finite.
-        """
-        self.news = {}
-        if self.ended_by is not None:
-            return self.lr
+    def _decide(self, step: Step | None) -> None:
         if self.init_lr is None:
-            self.init_lr = self._start(step) if isinstance(self.asked_init_lr, str) else float(self.asked_init_lr)
+            self.init_lr = self._start(step) if isinstance(self.asked_init_lr, str) else self.asked_init_lr
             self.news = self._news_of_the_start()
         first = min(1.0, self.init_lr / self.learning_rate)
         part = first + self.num_steps / self.warmup_steps
@@ -122,8 +95,6 @@ class LinearWarmup(Saved):
         if part >= 1:
             self.ended_by = "learning_rate"
             self.overrun = self.num_steps - self.warmup_steps * (1 - first)
-        self.num_steps += 1
-        return self.lr
 
     def steps_saved(self) -> float:
         """T_save: optimizer steps, negative where the search cost more than it saved; 0 before the first step."""
@@ -160,15 +131,11 @@ class LinearWarmup(Saved):
         return least
 
     @classmethod
-    def check_values(cls, state: dict[str, Any]) -> None:
-        """Refuse values that no run has left."""
+    def _check_values(cls, state: dict[str, Any]) -> None:
         whole("warmup_steps", state["warmup_steps"], 1)
         positive("learning_rate", state["learning_rate"])
         if state["num_steps"] > 0:
             positive("init_lr", state["init_lr"])
         elif state["init_lr"] is not None:
             raise ValueError(f"init_lr must be None before the first step, got {shown(state['init_lr'])}")
-        if not 0 <= number("lr", state["lr"]) < math.inf:
-            raise ValueError(f"lr must be at least 0 and finite, got {state['lr']}")
-        if state["ended_by"] not in (None, "learning_rate"):
-            raise ValueError(f"ended_by must be learning_rate, got {shown(state['ended_by'])}")
+        not_negative("lr", state["lr"])

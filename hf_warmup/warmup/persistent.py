@@ -7,16 +7,14 @@ arXiv:2406.09405, Algorithm 3.
 import math
 from typing import Any
 
-from hf_warmup.numeric import number, positive, shown, whole
+from hf_warmup.numeric import number, positive, whole
 from hf_warmup.search.critical_lr import find_critical_lr
-from hf_warmup.warmup.rule import Saved, Step
+from hf_warmup.warmup.rule import Rule, Step
 
 _LATEST = 0.5  # of the run
-_OPTIONS = ("num_training_steps", "learning_rate", "init_lr", "delta")
-_SAVED = (*_OPTIONS, "num_steps", "num_trials", "num_searches", "lr", "loss", "critical_lr", "ended_by")
 
 
-class PersistentCatapult(Saved):
+class PersistentCatapult(Rule):
     """One catapult after another, until the target learning rate: the paper's persistent catapult.
 
     At θ* the search of Algorithms 1 and 2 gives η = η_c, the upper end of its bracket; training goes on at η until
@@ -34,62 +32,41 @@ class PersistentCatapult(Saved):
     Args:
         num_training_steps: N, all steps of the run.
         learning_rate: η_trgt.
-        init_lr: The first learning rate that is tried.
+        init_lr: The first learning rate that is tried. The loss of the first step must be finite, and fall at some
+            rate.
         delta: δ of BIN_SEARCH; the paper advises about 0.01 for Adam.
 
     Attributes:
-        num_training_steps: N.
-        learning_rate: η_trgt.
-        init_lr: The first learning rate that is tried.
-        delta: δ.
-        num_steps: Steps decided so far.
         num_trials: Forward passes spent so far.
         num_searches: Searches made so far.
-        lr: η.
         loss: L(θ*); infinite before the first step.
         critical_lr: What the last search gave; NaN before the first.
-        ended_by: `learning_rate` or `half of the run`; None during warmup.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    kind, overrun = "persistent", 0.0
-    options, saved = _OPTIONS, _SAVED
+    kind, ends = "persistent", ("learning_rate", "half of the run")
+    options = ("num_training_steps", "learning_rate", "init_lr", "delta")
+    saved = (*options, "num_steps", "num_trials", "num_searches", "lr", "loss", "critical_lr", "ended_by")
 
     def __init__(
         self, num_training_steps: int, learning_rate: float, *, init_lr: float = 1e-4, delta: float = 0.1
     ) -> None:
-        self.num_training_steps = whole("num_training_steps", num_training_steps, 1)
+        super().__init__(num_training_steps)
         self.learning_rate = positive("learning_rate", learning_rate)
         self.delta = positive("delta", delta)
         self.init_lr = positive("init_lr", init_lr)
         self.lr = min(self.init_lr, self.learning_rate)
-        self.num_steps = self.num_trials = self.num_searches = 0
+        self.num_trials = self.num_searches = 0
         self.loss, self.critical_lr = math.inf, math.nan
-        self.ended_by: str | None = None
-        self.news: dict[str, Any] = {}
 
     @property
     def will_probe(self) -> bool:
         """Whether the next call may ask for losses at learning rates."""
         return self.ended_by is None
 
-    def __call__(self, step: Step) -> float:
-        """Decide the learning rate of the step that is about to be made.
-
-        Args:
-            step: Of which losses are asked for, until warmup has ended.
-
-        Returns:
-            η.
-
-        Raises:
-            RuntimeError: If the loss before the first step is not finite, or rises at every rate tried.
-        """
-        self.news = {}
-        if self.ended_by is not None:
-            return self.lr
+    def _decide(self, step: Step) -> None:
         before = step.loss()
         if self.num_steps == 0 or before < self.loss:
             self.loss = before
@@ -98,8 +75,6 @@ class PersistentCatapult(Saved):
             self.ended_by = "learning_rate"
         elif self.num_steps + 1 >= _LATEST * self.num_training_steps:
             self.ended_by = "half of the run"
-        self.num_steps += 1
-        return self.lr
 
     def _search(self, step: Step, before: float) -> None:
         found = find_critical_lr(
@@ -123,16 +98,12 @@ class PersistentCatapult(Saved):
             )
 
     @classmethod
-    def check_values(cls, state: dict[str, Any]) -> None:
-        """Refuse values that no run has left."""
-        num_steps = state["num_steps"]
+    def _check_values(cls, state: dict[str, Any]) -> None:
         for name in ("num_trials", "num_searches"):
             whole(name, state[name], 0)
         for name in ("learning_rate", "init_lr", "delta", "lr"):
             positive(name, state[name])
         if math.isnan(number("loss", state["loss"])):
             raise ValueError("loss must be a number, got nan")
-        if not (number("critical_lr", state["critical_lr"]) >= 0 or num_steps == 0):
+        if not (number("critical_lr", state["critical_lr"]) >= 0 or state["num_steps"] == 0):
             raise ValueError(f"critical_lr must be at least 0, got {state['critical_lr']}")
-        if state["ended_by"] not in (None, "learning_rate", "half of the run"):
-            raise ValueError(f"ended_by must be learning_rate or half of the run, got {shown(state['ended_by'])}")

@@ -24,18 +24,10 @@ class Step(Protocol):
         """The loss of the step's batch after the step at `lr`, for a forward pass; at 0 that before it, for none."""
 
     def slope(self) -> float:
-        """How fast the batch's loss falls per learning rate, at first, along the step that would be made.
-
-        Returns:
-            gᵀu / max(1, ‖g‖), with u what is subtracted from the weights at a learning rate of 1.
-        """
+        """How fast its batch's loss falls at first along the step: gᵀu / max(1, ‖g‖), with u the update at η = 1."""
 
     def momentum_slope(self) -> float | None:
-        """The same along the step that the momentum alone would make, in which this batch had no part.
-
-        Returns:
-            None of an optimizer without momentum.
-        """
+        """The same of the step that the momentum alone would make, in which this batch had no part; None without."""
 
 
 class Warmup(Protocol):
@@ -72,15 +64,33 @@ class Warmup(Protocol):
         """Go on exactly where `state_dict` was taken."""
 
 
-class Saved:
-    """The state of a rule: plain attributes, and among them the options that it was made with.
+class Rule:
+    """What the rules share: when they decide, and their state, which is plain attributes."""
 
-    A rule names them, and says in `check_values` which values no run has left.
-    """
+    kind: str
+    ends: ClassVar[tuple[str, ...]]  # the words that `ended_by` may be
+    options: ClassVar[tuple[str, ...]]  # names of the attributes that it was made with,
+    saved: ClassVar[tuple[str, ...]]  # and of all that are its state, these too
+    overrun = 0.0
+    lr: float
 
-    options: ClassVar[tuple[str, ...]]
-    saved: ClassVar[tuple[str, ...]]  # options too
-    ended_by: str | None
+    def __init__(self, num_training_steps: int) -> None:
+        self.num_training_steps = whole("num_training_steps", num_training_steps, 1)
+        self.num_steps = 0
+        self.ended_by: str | None = None
+        self.news: dict[str, Any] = {}
+
+    def __call__(self, step: Any = None) -> float:
+        """The learning rate of the step that is about to be made; once warmup has ended, its last."""
+        self.news = {}
+        if self.ended_by is None:
+            self._decide(step)
+            self.num_steps += 1
+        return self.lr
+
+    def _decide(self, step: Any) -> None:
+        """Set `lr`, and `ended_by` if warmup ends with it."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """The state, in plain numbers, words and lists of them, with the options it was made with."""
@@ -88,44 +98,25 @@ class Saved:
 
     @classmethod
     def check_state(cls, state: Any) -> None:
-        """Refuse a state that no rule of this class has left.
-
-        Args:
-            state: As of `state_dict`.
-
-        Raises:
-            ValueError: With the number's name, or if it was made by another rule.
-        """
+        """Refuse a state that no rule of this class has left, with the number's name."""
         if not isinstance(state, dict) or state.keys() != set(cls.saved):
             got = ", ".join(map(str, state)) if isinstance(state, dict) else shown(state)
             raise ValueError(f"the state must be of a {cls.__name__}, with {', '.join(cls.saved)}, got {got}")
         whole("num_training_steps", state["num_training_steps"], 1)
         whole("num_steps", state["num_steps"], 0)
-        cls.check_values(state)
+        cls._check_values(state)
+        if state["ended_by"] not in (None, *cls.ends):
+            raise ValueError(f"ended_by must be {' or '.join(cls.ends)}, got {shown(state['ended_by'])}")
 
     @classmethod
-    def check_values(cls, state: dict[str, Any]) -> None:
-        """Refuse values that no run has left.
-
-        Args:
-            state: With the right names.
-
-        Raises:
-            ValueError: With the number's name.
-        """
+    def _check_values(cls, state: dict[str, Any]) -> None:
+        """Refuse values that no run has left, in a state with the right names."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken.
-
-        Args:
-            state: Made by a rule with the same options.
-
-        Raises:
-            ValueError: If it was made with others and warmup has not ended, or holds what no run leaves; nothing is
-                loaded then.
-        """
+        """Go on exactly where `state_dict` was taken, or load nothing and raise a ValueError."""
         self.check_state(state)
         for name in self.options:
+            # Once warmup has ended other options change nothing.
             if state["ended_by"] is None and state[name] != getattr(self, name):
                 given = name.removeprefix("asked_")  # init_lr, of which an attribute is what was found
                 raise ValueError(f"{given} must be {state[name]} as in the checkpoint, got {getattr(self, name)}")

@@ -17,57 +17,26 @@ from typing import Any
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from hf_warmup.numeric import number, shown, whole
+from hf_warmup.numeric import not_negative, number, shown, whole
 from hf_warmup.warmup.rule import Step, Warmup
 
 _LOOKS = 20  # steps along a run where a factor is asked for, to see whether it rises
 
 
 def checkpoint_of(scheduler: Any) -> str | None:
-    """The warmup that a schedule has, or that the checkpoint had which was loaded into it.
-
-    Args:
-        scheduler: Of any kind.
-
-    Returns:
-        The kind of its rule; None if it has, and had, none.
-    """
+    """The kind of rule of the warmup that a schedule has, or had in the checkpoint that was loaded; else None."""
     # A factor that is no function is loaded by updating its __dict__, whatever wrote that.
     kinds = (getattr(factor, "__dict__", {}).get("warmup_kind") for factor in getattr(scheduler, "lr_lambdas", ()))
     return next((kind for kind in kinds if kind is not None), None)
 
 
 def unchanged(scheduler: Any) -> Any:
-    """Undo in a schedule what an earlier run may have left in its factors.
-
-    Args:
-        scheduler: Of any kind. The factor of a `LambdaLR` may be a function that lives as long as the process does.
-
-    Returns:
-        The same object.
-    """
+    """The same schedule, without what an earlier run may have left in its factors."""
     if isinstance(scheduler, LambdaLR):
         scheduler.lr_lambdas = [f.inner if isinstance(f, _Factor) else f for f in scheduler.lr_lambdas]
         for factor in scheduler.lr_lambdas:
             getattr(factor, "__dict__", {}).pop("warmup_kind", None)
     return scheduler
-
-
-def _rise(factor: Callable[[Any], float], num_training_steps: int) -> int | None:
-    """A step at which the factor is larger than at the first one; None if it never is."""
-    highest = max(((num_training_steps - 1) * k // _LOOKS for k in range(_LOOKS + 1)), key=factor)
-    # Not 1: cosine_warmup_with_min_lr is at its peak before its first step.
-    return highest if factor(0) < 0.9 * factor(highest) else None
-
-
-def _check_fraction(factor: Callable[[Any], float], step: float) -> None:
-    try:
-        factor(step)
-    except (TypeError, LookupError) as error:
-        raise ValueError(
-            "the schedule's factor must accept a fractional step, as its decay is stretched, got "
-            f"{type(error).__name__} at step {step}: {error}"
-        ) from error
 
 
 class WarmupSchedule:
@@ -94,11 +63,6 @@ class WarmupSchedule:
             takes the place of.
         kind: That of the rule, by which a checkpoint of another is told.
 
-    Attributes:
-        scheduler: The schedule.
-        num_training_steps: N.
-        warmup_steps: W.
-
     Raises:
         ValueError: If `scheduler` is no `LambdaLR`, if a factor rises, is not 1 at W or takes whole steps only, or
             if W is not between 0 and N.
@@ -117,30 +81,39 @@ class WarmupSchedule:
         if not 0 <= self.warmup_steps <= self.num_training_steps:
             raise ValueError(f"warmup_steps must be between 0 and {num_training_steps} steps, got {warmup_steps}")
         self.scheduler = unchanged(scheduler)
-        self._check(scheduler.lr_lambdas)
+        for factor in scheduler.lr_lambdas if self.warmup_steps < self.num_training_steps else ():
+            self._check(factor)
         self._factors = [_Factor(f, self.num_training_steps, self.warmup_steps, kind) for f in scheduler.lr_lambdas]
         scheduler.lr_lambdas = list(self._factors)
         self._known: dict[str, Any] = self.state
 
-    def _check(self, factors: list[Callable[[Any], float]]) -> None:
-        for factor in factors if self.warmup_steps < self.num_training_steps else ():
-            _check_fraction(factor, self.warmup_steps + 0.5)
-            if self.warmup_steps == 0:
-                if (highest := _rise(factor, self.num_training_steps)) is not None:
-                    raise ValueError(
-                        f"the schedule's factor must not rise, as this warmup needs one without a warmup of its own, "
-                        f"got {factor(0):.4g} at step 0 and {factor(highest):.4g} at {highest}: set warmup_steps to "
-                        "the length of its warmup, or warmup=none to keep it as it is"
-                    )
-                continue
-            # cosine_warmup_with_min_lr is at its peak one step earlier.
-            peak = max(factor(self.warmup_steps - 1), factor(self.warmup_steps))
-            if not math.isclose(peak, 1.0, rel_tol=1e-6):
+    def _check(self, factor: Callable[[Any], float]) -> None:
+        """Refuse a factor that takes whole steps only, or has its peak elsewhere."""
+        steps, warmup_steps = self.num_training_steps, self.warmup_steps
+        try:
+            factor(warmup_steps + 0.5)
+        except (TypeError, LookupError) as error:
+            raise ValueError(
+                "the schedule's factor must accept a fractional step, as its decay is stretched, got "
+                f"{type(error).__name__} at step {warmup_steps + 0.5}: {error}"
+            ) from error
+        if warmup_steps == 0:
+            highest = max(((steps - 1) * k // _LOOKS for k in range(_LOOKS + 1)), key=factor)
+            # Not 1: cosine_warmup_with_min_lr is at its peak before its first step.
+            if factor(0) < 0.9 * factor(highest):
                 raise ValueError(
-                    f"the schedule's factor must be 1 when warmup ends, got {peak} at warmup_steps="
-                    f"{self.warmup_steps}: a schedule of your own is kept as it is, so warmup_steps has to be the "
-                    "length of its warmup"
+                    f"the schedule's factor must not rise, as this warmup needs one without a warmup of its own, "
+                    f"got {factor(0):.4g} at step 0 and {factor(highest):.4g} at {highest}: set warmup_steps to "
+                    "the length of its warmup, or warmup=none to keep it as it is"
                 )
+            return
+        # cosine_warmup_with_min_lr is at its peak one step earlier.
+        peak = max(factor(warmup_steps - 1), factor(warmup_steps))
+        if not math.isclose(peak, 1.0, rel_tol=1e-6):
+            raise ValueError(
+                f"the schedule's factor must be 1 when warmup ends, got {peak} at warmup_steps={warmup_steps}: a "
+                "schedule of your own is kept as it is, so warmup_steps has to be the length of its warmup"
+            )
 
     @property
     def target(self) -> float:
@@ -171,15 +144,12 @@ class WarmupSchedule:
         """Have the rule decide the learning rate of the step that is about to be made, once the gradients are there.
 
         Args:
-            rule: The same in every step.
+            rule: The same in every step; a checkpoint that was loaded must be of it.
             step: What the rule may ask; not needed by one that asks nothing.
 
         Returns:
             The learning rate that the rule decided, which is its last where the decay began before this step; None
             once warmup has ended, or if the optimizer left out the step that was decided last.
-
-        Raises:
-            ValueError: If the state of the checkpoint is not of this rule, or the rule has no number to give.
         """
         if self.ended:
             return None
@@ -190,9 +160,7 @@ class WarmupSchedule:
         if now == self._factors[0].decided:
             return None
         # A rule that asks nothing may be given no step, which the protocol does not say of all.
-        lr = number("the learning rate of the rule", rule(step))  # type: ignore[arg-type]
-        if not 0 <= lr < math.inf:
-            raise ValueError(f"the learning rate of the rule must be at least 0 and finite, got {lr}")
+        lr = not_negative("the learning rate of the rule", rule(step))  # type: ignore[arg-type]
         self._known = rule.state_dict()
         for factor in self._factors:
             if factor.fraction is None:
@@ -203,27 +171,15 @@ class WarmupSchedule:
         return lr
 
     def check_state(self) -> None:
-        """Refuse numbers of a checkpoint that no run has left.
-
-        Raises:
-            ValueError: With the number's name.
-        """
+        """Refuse numbers of a checkpoint that no run has left, by name."""
         now = whole("last_epoch", self.scheduler.last_epoch, 0)
         for base in self.scheduler.base_lrs:
-            if not 0 <= number("base_lrs", base) < math.inf:
-                raise ValueError(f"base_lrs must be at least 0 and finite, got {base}")
+            not_negative("base_lrs", base)
         for factor in self._factors:
             factor.check_state(now)
 
     def skip(self, num_steps: int) -> None:
-        """Go on after that many steps, which were made with another schedule: warmup has the rest of the run.
-
-        Args:
-            num_steps: From the start of the run. Before the first `warm_up`.
-
-        Raises:
-            ValueError: If they are not between 0 and `num_training_steps`.
-        """
+        """Before the first `warm_up`: go on after so many steps of another schedule; warmup has the rest."""
         if whole("num_steps", num_steps, 0) > self.num_training_steps:
             raise ValueError(f"num_steps must be at most {self.num_training_steps}, got {num_steps}")
         self.scheduler.last_epoch = num_steps
@@ -289,16 +245,13 @@ class _Factor:
         return self.fraction * self.inner(self.warmup_steps + stretched)
 
     def check_state(self, now: int) -> None:
-        """Refuse numbers that no run has left at that step."""
-        if whole("first_step", self.first_step, 0) > now:
-            raise ValueError(f"first_step must be at most last_epoch={now}, got {self.first_step}")
-        if whole("decided", self.decided, -1) > now:
-            raise ValueError(f"decided must be at most last_epoch={now}, got {self.decided}")
-        if self.fraction is not None and not 0 <= number("fraction", self.fraction) < math.inf:
-            raise ValueError(f"fraction must be at least 0 and finite, got {self.fraction}")
+        for name, least in {"first_step": 0, "decided": -1, "began": 0}.items():
+            value = getattr(self, name)
+            if not (name == "began" and value is None) and whole(name, value, least) > now:
+                raise ValueError(f"{name} must be at most last_epoch={now}, got {value}")
+        if self.fraction is not None:
+            not_negative("fraction", self.fraction)
         if self.ramp_end is not None and not self.first_step <= number("ramp_end", self.ramp_end) <= now:
             raise ValueError(f"ramp_end must be from {self.first_step} to last_epoch={now}, got {self.ramp_end}")
         if not isinstance(self.rule, dict):
             raise ValueError(f"rule must be a dict, got {shown(self.rule)}")
-        if self.began is not None and whole("began", self.began, 0) > now:
-            raise ValueError(f"began must be at most last_epoch={now}, got {self.began}")

@@ -1,6 +1,5 @@
 import copy
 import io
-import math
 import pickle
 
 import pytest
@@ -405,7 +404,6 @@ def test_an_empty_state_that_someone_left_behind_by_looking_is_not_a_birth():
     (p,) = parameters((3,))
     optimizer = GIAdamW([p])
     assert optimizer.state[p] == {}
-    assert optimizer.own_warmup == pytest.approx(0.001**0.5)
     p.grad = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     optimizer.step()
     torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], p.grad.square())
@@ -535,27 +533,3 @@ def test_autograd_goes_through_a_differentiable_step():
 def test_bad_v0_is_named(v0):
     with pytest.raises(ValueError, match="v0 must be"):
         GIAdamW(parameters((2,)), v0=v0)
-
-
-@pytest.mark.parametrize("beta2", [0.95, 0.999])
-def test_own_warmup_is_the_length_of_the_step_to_come_on_a_constant_gradient(beta2):
-    theta = torch.zeros(3, requires_grad=True, dtype=torch.float64)
-    optimizer = GIAdamW([theta], lr=1.0, betas=(0.9, beta2), eps=0.0, weight_decay=0.0)
-    for t in range(1, 30):
-        expected, before = optimizer.own_warmup, theta.detach().clone()
-        assert expected == pytest.approx(math.sqrt(1 - beta2**t), rel=1e-12)
-        theta.grad = torch.tensor([1e-3, -2.0, 5.0], dtype=torch.float64)
-        optimizer.step()
-        torch.testing.assert_close((theta.detach() - before).abs(), torch.full_like(theta, expected))
-
-
-def test_own_warmup_is_of_a_parameter_that_has_had_gradients():
-    # As of a vision tower that no batch of text reaches.
-    idle, once, waiting, p = (torch.zeros(3, requires_grad=True) for _ in range(4))
-    optimizer = GIAdamW([idle, once, waiting, p])
-    for t in range(5):
-        once.grad = torch.ones(3) if t == 0 else None
-        waiting.grad, p.grad = torch.zeros(3), torch.ones(3)
-        optimizer.step()
-    assert optimizer.clock() == (5.0, 0.999)
-    assert optimizer.own_warmup == pytest.approx(math.sqrt(1 - 0.999**6))

@@ -1,6 +1,5 @@
 import dataclasses
 import math
-import statistics
 
 import pytest
 import torch
@@ -130,18 +129,6 @@ def test_a_finite_cliff_ends_at_the_safe_end():
     found = find_critical_lr(lambda lr: 1.0 - lr if lr < 0.3 else 50.0, guess=1e-3, method="paper", max_evals=60)
     assert found.status == "found"
     assert found.value == found.lower < 0.3 <= found.upper
-
-
-@METHODS
-def test_several_batches_are_averaged_and_their_spread_reported(method):
-    # Parabolas of the same slope: the mean's crossing is the harmonic mean of theirs.
-    criticals = [0.9, 1.0, 1.1]
-    curves = [lambda lr, c=c: 10 * (5 - lr + lr**2 / c) for c in criticals]
-    found = find_critical_lr(lambda lr: [f(lr) for f in curves], method=method, rtol=1e-3, delta=1e-4, max_evals=60)
-    assert found.value == pytest.approx(statistics.harmonic_mean(criticals), rel=1e-3)
-    assert found.spread == pytest.approx(statistics.stdev(criticals), rel=0.05)
-    assert found.evals[0] == (0.0, pytest.approx(50.0))
-    assert find_critical_lr(curves[0], method=method).spread is None
 
 
 @METHODS
@@ -335,22 +322,3 @@ def test_bad_method_and_budget_are_named():
         find_critical_lr(lambda lr: 1.0, method="newton")
     with pytest.raises(ValueError, match="max_evals must be at least 2, got 1"):
         find_critical_lr(lambda lr: 1.0, max_evals=1)
-
-
-@pytest.mark.parametrize("target", [None, 0.02])
-def test_plot_shows_trials_bracket_and_target(target, tmp_path):
-    loss_at, _ = quadratic(40.0 * torch.eye(3, dtype=torch.float64))
-    found = find_critical_lr(loss_at, guess=1e-3)
-    axes = found.plot(target=target)
-    assert axes.get_xscale() == "log"
-    (tried,) = [line for line in axes.lines if line.get_label() == "loss after the step"]
-    assert list(tried.get_xdata()) == sorted(lr for lr, _ in found.evals if lr > 0)
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert ("target" in labels) == (target is not None)
-    assert "bracket" in labels
-    axes.figure.savefig(tmp_path / "plot.png")
-
-
-@pytest.mark.parametrize("loss_at", [lambda lr: math.nan, lambda lr: 1.0, lambda lr: math.inf if lr else 1.0])
-def test_plot_of_a_search_that_found_nothing(loss_at):
-    assert find_critical_lr(loss_at, target=1.0).plot().get_ylabel() == "loss"

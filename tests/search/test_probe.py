@@ -13,8 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hf_warmup import GIAdamW, find_critical_lr, has_momentum, loss_after_step, momentum_slope, update_slope
-from hf_warmup.search import along_step
-from hf_warmup.search.probe import gradient_norm
+from hf_warmup.search.probe import along_step, gradient_norm
 from hf_warmup.search.shards import Shards
 
 OPTIMIZERS = {
@@ -117,13 +116,12 @@ def test_the_loss_is_that_after_a_real_step_bit_for_bit(make, num_steps):
 
 @every_optimizer
 @after
-@pytest.mark.parametrize("on_cpu", [False, True])
-def test_the_momentums_slope_is_that_along_a_real_step_with_zero_gradients(make, num_steps, on_cpu):
+def test_the_momentums_slope_is_that_along_a_real_step_with_zero_gradients(make, num_steps):
     model, optimizer, loss_fn = training(make)
     train(model, optimizer, loss_fn, num_steps)
     optimizer.zero_grad()
     loss_fn().backward()
-    slope = momentum_slope(optimizer, 0.1, module=model, copy_on_cpu=on_cpu)
+    slope = momentum_slope(optimizer, 0.1, module=model)
 
     twin_model, twin = copy.deepcopy((model, optimizer))
     for q in twin_model.parameters():
@@ -248,8 +246,7 @@ def test_the_loss_along_a_step_is_that_after_it_up_to_rounding(make, num_steps):
     after = [loss_after_step(optimizer, loss_fn, lr, module=model) for lr in lrs]
     assert along == pytest.approx(after, rel=2e-5)
     # Not -(along[1] - along[0]) / 1e-3: in single precision its rounding is too coarse.
-    for on_cpu in (False, True):  # more and smaller pieces
-        assert update_slope(optimizer, 0.1, module=model, copy_on_cpu=on_cpu) == pytest.approx(slope, rel=1e-5)
+    assert update_slope(optimizer, 0.1, module=model) == pytest.approx(slope, rel=1e-5)
     assert_same(everything(model, optimizer), before)
     g, u = (torch.cat([t.flatten() for t in ts]).double() for ts in (grads(optimizer), update(optimizer, 0.1)))
     assert slope == pytest.approx(float(g @ u), rel=1e-4)
@@ -307,20 +304,10 @@ def test_a_probe_holds_one_copy_of_the_parameters_and_nothing_afterwards(name, n
     size = sum(p.nbytes for p in model.parameters())
     assert size < peak < 1.1 * size
     assert left == 0
-    for on_cpu, most in ((False, 1.1), (True, 0.12)):  # a slope moves copies of a few parameters at a time
-        for measure in (momentum_slope, update_slope):
-            peak, left = memory(lambda on_cpu=on_cpu, of=measure: of(optimizer, 1e-3, copy_on_cpu=on_cpu))
-            assert 0 < peak < most * size
-            assert left == 0
-
-
-def test_the_copy_may_lie_on_the_cpu():
-    model, optimizer, loss_fn = training(OPTIMIZERS["GIAdamW"])
-    loss_fn().backward()
-    before = copy.deepcopy(everything(model, optimizer))
-    losses = [loss_after_step(optimizer, loss_fn, 0.5, module=model, copy_on_cpu=where) for where in (False, True)]
-    assert losses[0] == losses[1]
-    assert_same(everything(model, optimizer), before)
+    for measure in (momentum_slope, update_slope):  # which move copies of a few parameters at a time
+        peak, left = memory(lambda of=measure: of(optimizer, 1e-3))
+        assert 0 < peak < 1.1 * size
+        assert left == 0
 
 
 def test_a_loss_is_computed_without_autograd():
@@ -394,7 +381,7 @@ def test_groups_keep_the_ratio_of_their_learning_rates():
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)  # lr is 0 now, initial_lr is not
     for p in params:
         p.grad = torch.ones_like(p)
-    seen = loss_after_step(optimizer, lambda: [p[0] for p in params], 2.0)
+    seen = [loss_after_step(optimizer, lambda p=p: p[0], 2.0) for p in params]
     assert seen == pytest.approx([1 - 0.5, 1 - 2.0])
     assert [float(group["lr"]) for group in optimizer.param_groups] == [0.0, 0.0]
 
