@@ -327,7 +327,11 @@ def make_optimizer(name: str, setting: Setting, model: nn.Module) -> Any:
         return torch.optim.RAdam(groups, 1.0, betas, decoupled_weight_decay=True)
     if name in V0:
         return GIAdamW(groups, 1.0, betas, v0=V0[name])
-    return torch.optim.AdamW(groups, 1.0, betas) if name == "AdamW" else make_peer(name, model, groups, betas)
+    return (
+        torch.optim.AdamW(groups, 1.0, betas)
+        if name == "AdamW"
+        else make_peer(name, model, groups, betas, setting.steps)
+    )
 
 
 def train(setting: Setting, optimizer_name: str, rule: Rule, seed: int) -> dict[str, Any]:
@@ -350,7 +354,8 @@ def train(setting: Setting, optimizer_name: str, rule: Rule, seed: int) -> dict[
         after = RandomNumbers()
         optimizer.zero_grad()
         loss.backward()
-        if setting.clip:
+        polyak = hasattr(optimizer, "loss")  # its step is the loss over the gradient's norm
+        if setting.clip and not polyak:
             nn.utils.clip_grad_norm_(model.parameters(), setting.clip)
         value = loss.item()
         first = value if step == 0 else first
@@ -377,6 +382,8 @@ def train(setting: Setting, optimizer_name: str, rule: Rule, seed: int) -> dict[
             break
         for group in optimizer.param_groups:
             group["lr"] = lr
+        if polyak:
+            optimizer.loss = value
         optimizer.step()
         peak = max(peak, lr)
         if not math.isfinite(value):

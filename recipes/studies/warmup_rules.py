@@ -8,12 +8,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_warmup import GuidedWarmup, PersistentCatapult, has_momentum, momentum_slope, update_slope
 from hf_warmup.warmup import Warmup
 
-from warmup_cases import LossAt, Rule, Setting
+from warmup_cases import LossAt, Rule, Setting, make_model
 
 
 def cosine(step: float, steps: float) -> float:
@@ -111,11 +112,30 @@ def persistent(setting: Setting, optimizer: str, target: float, delta: float = 0
     return Ruled(setting, PersistentCatapult(setting.steps, target, delta=delta))
 
 
+def formula(lr: Callable[[int, int], float]) -> Callable[..., Rule]:
+    """Linear warmup over a token per parameter, at most half of the run, to a formula's learning rate.
+
+    Args:
+        lr: Of the number of parameters and that of tokens in the run.
+    """
+
+    def make(setting: Setting, optimizer: str, target: float) -> Rule:
+        with torch.device("meta"):
+            size = sum(p.numel() for p in make_model(setting).parameters())
+        tokens = setting.batch * setting.context
+        return linear(setting, optimizer, lr(size, tokens * setting.steps), min(0.5, size / tokens / setting.steps))
+
+    return make
+
+
 RULES: dict[str, Callable[..., Rule]] = {
     "linear": linear,
     "ramp": ramp,
     "guided": guided,
     "persistent": persistent,
+    # After Porian et al., arXiv:2406.19146, as OLMo-core's ladder has it; Li et al., arXiv:2503.04715.
+    "OLMo formula": formula(lambda size, tokens: 0.0047 * (size / 108e6) ** (-1 / 3) / 2),
+    "Step Law": formula(lambda size, tokens: 1.79 * size**-0.713 * tokens**0.307),
     "sqrt(1-b2^t)": factor(lambda beta2, t: math.sqrt(1 - beta2**t)),
     "untuned linear": factor(lambda beta2, t: min(1.0, t * (1 - beta2) / 2)),
     "untuned exponential": factor(lambda beta2, t: 1 - math.exp(-(1 - beta2) * t)),

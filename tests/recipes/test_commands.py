@@ -80,7 +80,9 @@ def test_a_command_that_needs_no_hub_runs(line, tmp_path):
     assert launcher[:2] == ["accelerate", "launch"]
     if "deepspeed" not in line and "--num_processes" in launcher:
         launcher += ["--main_process_port", "0"]  # others may be running
-    short = ["--smoke", "--max_steps", "3", "--warmup_steps", "2", "--eval_steps", "3"]
+    text = tmp_path / "short.txt"
+    text.write_text((ROOT / "recipes" / "tiny" / "shakespeare.txt").read_text()[:100_000])
+    short = ["--smoke", "--max_steps", "3", "--warmup_steps", "2", "--eval_steps", "3", "--text", str(text)]
     short += ["--output_dir", str(tmp_path / "run")]
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launcher[2:], script, *argv, *short],

@@ -279,20 +279,34 @@ def test_v0_is_of_another_batch_or_a_multiple():
         torch.testing.assert_close(-theta.detach(), torch.full((3,), (0.05 / (0.95 * alpha + 0.05)) ** 0.5))
 
 
-def test_muon_moves_the_matrices_inside_and_adamw_the_rest():
-    if peer_optimizers.missing("Muon"):
-        pytest.skip("this torch has no Muon")
-    model = make_model(TINY)
-    muon = make_optimizer("Muon", TINY, model)
-    inner, rest = ([p for group in part.param_groups for p in group["params"]] for part in muon.parts)
-    names = {p: name for name, p in model.named_parameters()}
-    assert {names[p].split(".")[-1] for p in inner} == {"weight"}
-    assert not any("wte" in names[p] or "wpe" in names[p] or "ln" in names[p] for p in inner)
-    assert len({*inner, *rest}) == len(names)
-    made = train(TINY, "Muon", linear(TINY, "Muon", 1e-2), 0)
+@pytest.mark.parametrize("name", ["Muon", "ScheduleFree+"])
+def test_an_optimizer_of_others_trains(name):
+    if peer_optimizers.missing(name):
+        pytest.skip(f"{name} is not installed")
+    made = train(TINY, name, lambda step, loss_at: 1e-2, 0)
     assert made["loss"] < made["first"]
+
+
+def test_an_optimizer_that_is_not_known_is_refused():
     with pytest.raises(ValueError, match="no optimizer is called 'Adam2'"):
-        make_optimizer("Adam2", TINY, model)
+        make_optimizer("Adam2", TINY, make_model(TINY))
+
+
+def test_schedule_free_plus_steps_by_polyaks_step():
+    """At first x = y = z, so η = f / (√(π/2) ‖g‖₁), and Adam's step is η in every element."""
+    weights = torch.nn.ParameterList([torch.ones(3, dtype=torch.float64)])
+    optimizer = make_optimizer("ScheduleFree+", replace(TINY, steps=100), weights)
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1.0
+    optimizer.train()
+    loss = weights[0] @ torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64) + 5
+    loss.backward()
+    optimizer.loss = loss.item()
+    optimizer.step()
+    step = 5 / (math.sqrt(math.pi / 2) * 6)
+    expected = 1 - step * torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)
+    for at in (optimizer.eval, optimizer.train):
+        at()
+        torch.testing.assert_close(weights[0].detach(), expected, rtol=1e-7, atol=0.0)
 
 
 def test_a_cnn_with_norms_has_one_behind_every_convolution():

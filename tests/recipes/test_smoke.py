@@ -40,6 +40,10 @@ def command(path, folder):
     recipe = yaml.safe_load(path.read_text())
     if "warmup_steps" in recipe:
         options += ["--warmup_steps", "2"]
+    if "text" in recipe:
+        short = folder / "short.txt"
+        short.write_text(TEXT.read_text()[:100_000])
+        options += ["--text", str(short)]
     if "dataset" in recipe:
         plays = folder / "plays.jsonl"
         parts = TEXT.read_text()[:300_000].split("\n\n")
