@@ -5,7 +5,7 @@ try:
     from hf_warmup.trainer.callback import WarmupCallback
     from hf_warmup.trainer.compare import Comparison, compare_runs
     from hf_warmup.trainer.optimizers import GIAdamWFactory
-    from hf_warmup.trainer.report import warmup_report
+    from hf_warmup.trainer.report import Report, warmup_report
     from hf_warmup.trainer.sharpness import SharpnessCallback
     from hf_warmup.trainer.suggest import LearningRate, suggest_lr
 except ModuleNotFoundError as error:
@@ -17,6 +17,7 @@ __all__ = [
     "Comparison",
     "GIAdamWFactory",
     "LearningRate",
+    "Report",
     "SharpnessCallback",
     "WarmupArguments",
     "WarmupCallback",

@@ -22,14 +22,14 @@ from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.trainer.arguments import WarmupArguments, check_names
 from hf_warmup.trainer.checks import check_kind, check_optimizer, check_same_options, check_setup
-from hf_warmup.trainer.console import begins, ends, gi_adam_warning
+from hf_warmup.trainer.console import begins, ends, gi_adam_warning, log, say
 from hf_warmup.trainer.deepspeed import prepare_optimizer
-from hf_warmup.trainer.logs import log, say
 from hf_warmup.trainer.model_card import RunCard
 from hf_warmup.trainer.optimizers import use_gi_adam
-from hf_warmup.trainer.report import FAR_BELOW, has_trained, warmup_report
+from hf_warmup.trainer.report import has_trained, warmup_report
 from hf_warmup.trainer.sharpness import SharpnessCallback
 from hf_warmup.trainer.step import NotMeasurable, TrainerStep
+from hf_warmup.trainer.words import FAR_BELOW
 from hf_warmup.trainer.wrapping import wrap
 from hf_warmup.warmup import GuidedWarmup, LinearWarmup, PersistentCatapult, Warmup, WarmupSchedule
 from hf_warmup.warmup.schedule import checkpoint_of, unchanged
@@ -196,7 +196,7 @@ class WarmupCallback(TrainerCallback):
             rule.load_state_dict(schedule.state)
         self._lrs, self._stride = [], 1
         self._step, self._stop = TrainerStep.watch(self.trainer, lambda: rule.will_probe, self._before_step)
-        say(self.trainer, *begins(self.trainer, self.arguments, rule))
+        say(self.trainer, begins(self.trainer, self.arguments, rule))
 
     def _make_rule(self, schedule: WarmupSchedule) -> Warmup:
         # Those that waited for a gradient are in it.
@@ -352,23 +352,20 @@ class WarmupCallback(TrainerCallback):
     ) -> None:
         """Say what warmup did, and write it down."""
         self._stop_watching()
-        if self._schedule is not None and self._schedule.started and has_trained(self.trainer):
-            if self.rule is not None and self.rule.ended_by is None:
-                # Before the Trainer's own last entry, which scripts look for at the end.
-                record: dict[str, Any] = {
-                    "warmup/mode": self.rule.kind,
-                    "warmup/lrs": self._lrs,
-                    "step": state.global_step,
-                }
-                state.log_history.insert(len(state.log_history) - 1, record)
-            self._report()
-        elif self._card is not None:
-            self._card.write()
-
-    def _report(self) -> None:
-        written = None if self._card is None else self._card.write()
+        if not has_trained(self.trainer):
+            return
+        started = self._schedule is not None and self._schedule.started
+        if started and self.rule is not None and self.rule.ended_by is None:
+            record = {"warmup/mode": self.rule.kind, "warmup/lrs": self._lrs, "step": state.global_step}
+            # Before the Trainer's own last entry, which scripts look for at the end.
+            state.log_history.insert(len(state.log_history) - 1, record)
+        if not self.trainer.is_world_process_zero():
+            return
         try:
-            say(self.trainer, *ends(self.trainer, warmup_report(self.trainer), written))
+            report = warmup_report(self.trainer)
+            written = None if self._card is None else self._card.write(report)
+            if started:
+                say(self.trainer, ends(report, written))
         except Exception as error:  # nothing of ours ends a training
             logger.warning(f"hf-warmup could not say what warmup did: {type(error).__name__}, {error}")
 

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
-from hf_warmup.trainer.report import SHARPNESS_NAMES, SharpnessKind, evaluation_prefix
+from hf_warmup.trainer.report import evaluation_prefix, sharpness_kind
+from hf_warmup.trainer.words import SHARPNESS_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +25,7 @@ def run_figure(history: History, title: str = "") -> "Figure":
     """
     evals: list[Any] = next((e["warmup/evals"] for e in reversed(history) if "warmup/evals" in e), [])
     search = sorted((lr, loss) for lr, loss in evals if lr > 0 and loss is not None)
-    kind = next((k for k in get_args(SharpnessKind) if any(f"sharpness/{k}" in e for e in history)), None)
+    kind = sharpness_kind(history)
     rows = 2 + (kind is not None)
     heights = [2.5 * rows] + [2.0] * (len(search) > 1)
     figure = new_figure(sum(heights))
