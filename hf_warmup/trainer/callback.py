@@ -146,13 +146,7 @@ class WarmupCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make the rule, at its start or for the checkpoint that is resumed.
-
-        Raises:
-            ValueError: If the trainer made another optimizer than GIAdamW although `gi_adam` is on, if the
-                checkpoint is of another warmup or of other options or holds numbers that no run left, if `init_lr`
-                is above the learning rate of the optimizer, or if another trainer than that of `attach` trains.
-        """
+        """Make the rule, at its start or for the checkpoint that is resumed."""
         if state is not self.trainer.state:
             raise ValueError(_COPY)
         self._stop_watching()
@@ -215,11 +209,7 @@ class WarmupCallback(TrainerCallback):
         return PersistentCatapult(steps, target, init_lr=arguments.fixed_init_lr or min(1e-4, target))
 
     def _check_checkpoint(self) -> None:
-        """Refuse a checkpoint of another warmup: its numbers mean something else here.
-
-        Raises:
-            ValueError: If `warmup`, or whether there is any, is not as it was, or a number is one that no run left.
-        """
+        """Refuse a checkpoint of another warmup: its numbers mean something else here."""
         scheduler = self.trainer.lr_scheduler
         made = checkpoint_of(getattr(scheduler, "scheduler", scheduler))  # accelerate's wrapper has it inside
         if made is not None and made != self._kind:
@@ -240,21 +230,13 @@ class WarmupCallback(TrainerCallback):
             ) from error
 
     def _check_auto_lr(self, state: dict[str, Any]) -> None:
-        """Refuse to go on with a bound where there was none, or without one.
-
-        Raises:
-            ValueError: If `auto_lr` is not as it was.
-        """
+        """Refuse to go on with a bound where there was none, or without one."""
         now = self.arguments.auto_lr
         if self._kind == "guided" and (before := state["learning_rate"] is None) != now:
             raise ValueError(f"auto_lr must be {before} as in the checkpoint, got {now}")
 
     def _check_target(self, schedule: WarmupSchedule) -> None:
-        """Say so if the learning rate is not the one that was asked for.
-
-        Raises:
-            ValueError: If it is none.
-        """
+        """Say so if the learning rate is not the one that was asked for; refuse one that is none."""
         target, asked = schedule.target, self.trainer.args.learning_rate
         if not 0 < target < math.inf:
             raise ValueError(f"the optimizer's learning rate must be positive and finite, got {target:g}")
@@ -265,12 +247,7 @@ class WarmupCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Have the rule decide what the step is made with.
-
-        Raises:
-            RuntimeError: If the training loss or the gradients are not finite before the first update, or another
-                process failed.
-        """
+        """Have the rule decide what the step is made with."""
         if self._step is not None and not self._step.backend.steps_in_backward:
             self._before_step()
 
@@ -356,7 +333,11 @@ class WarmupCallback(TrainerCallback):
             return
         started = self._schedule is not None and self._schedule.started
         if started and self.rule is not None and self.rule.ended_by is None:
-            record = {"warmup/mode": self.rule.kind, "warmup/lrs": self._lrs, "step": state.global_step}
+            record: dict[str, Any] = {
+                "warmup/mode": self.rule.kind,
+                "warmup/lrs": self._lrs,
+                "step": state.global_step,
+            }
             # Before the Trainer's own last entry, which scripts look for at the end.
             state.log_history.insert(len(state.log_history) - 1, record)
         if not self.trainer.is_world_process_zero():

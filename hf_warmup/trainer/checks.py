@@ -22,11 +22,7 @@ _KEEP = "warmup=none keeps it as it is"
 
 
 def check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
-    """Refuse what would fail, or silently do something else, once training runs.
-
-    Raises:
-        ValueError: With the option and its value.
-    """
+    """Refuse what would fail, or silently do something else, once training runs."""
     args = trainer.args
     check_processes(trainer)
     if trainer.optimizer is not None and trainer.state.global_step > 0:
@@ -57,11 +53,7 @@ def check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
 
 
 def check_kind(arguments: WarmupArguments, kind: str, warmup_steps: float) -> None:
-    """Refuse options that contradict the warmup that is meant.
-
-    Raises:
-        ValueError: With the option and its value.
-    """
+    """Refuse options that contradict the warmup that is meant."""
     if kind == "linear" and not warmup_steps > 0:
         raise ValueError(
             f"warmup_steps must be positive with warmup=linear, got {warmup_steps}: set it, or warmup=guided, which "
@@ -118,11 +110,7 @@ def _check_schedule(trainer: Trainer, arguments: WarmupArguments, kind: str) -> 
 
 
 def check_optimizer(optimizer: Any, kind: str) -> None:
-    """Refuse an optimizer whose steps no learning rate of a schedule reaches, or that this warmup cannot measure.
-
-    Raises:
-        ValueError: With the option of the optimizer.
-    """
+    """Refuse an optimizer whose steps no schedule reaches, or that this warmup cannot measure."""
     made = unwrap_optimizer(optimizer)
     name = type(made).__name__
     for group in made.param_groups:
@@ -146,15 +134,7 @@ def check_optimizer(optimizer: Any, kind: str) -> None:
 
 
 def check_same_options(trainer: Trainer, options: Any) -> None:
-    """Refuse options that differ between processes: each would train a model of its own.
-
-    Args:
-        trainer: The trainer.
-        options: A dataclass with plain values.
-
-    Raises:
-        ValueError: With the first option that differs.
-    """
+    """Refuse options that differ between processes: each would train a model of its own."""
     if trainer.args.world_size == 1:
         return
     names = [option.name for option in fields(WarmupArguments)]
@@ -165,11 +145,7 @@ def check_same_options(trainer: Trainer, options: Any) -> None:
 
 
 def check_processes(trainer: Trainer) -> None:
-    """Refuse what would silently be something else on this trainer's processes.
-
-    Raises:
-        ValueError: With the option and its value.
-    """
+    """Refuse what would silently be something else on this trainer's processes."""
     kind = trainer.accelerator.distributed_type
     # Where accelerate ignores it, the trainer knows nothing of it.
     asked = trainer.is_fsdp_enabled or trainer.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
@@ -196,9 +172,9 @@ def check_processes(trainer: Trainer) -> None:
 def unsupported_reason(trainer: Trainer) -> str | None:
     """Why learning rates cannot be tried on this trainer's processes; None if they can."""
     kind = trainer.accelerator.distributed_type
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    if parallelism is not None and (sizes := _other_parallelism(parallelism)):
-        return f"under parallelism of {', '.join(sizes)} it was never tried"
+    for size in ("tp_size", "cp_size", "sp_size"):
+        if (value := getattr(trainer.accelerator.parallelism_config, size, 1)) > 1:
+            return f"under parallelism of {size}={value} it was never tried"
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         return "on a model that transformers has sharded while loading it was never tried"
     if kind is DistributedType.FSDP:
@@ -222,8 +198,3 @@ def unsupported_reason(trainer: Trainer) -> str | None:
         if (value := zero.get(option)) not in (None, False, -1, 1):
             return f"with DeepSpeed's {option}={value} it was never tried"
     return None
-
-
-def _other_parallelism(config: Any) -> list[str]:
-    sizes = {name: getattr(config, name, 1) for name in ("tp_size", "cp_size", "sp_size")}
-    return [f"{name}={size}" for name, size in sizes.items() if size > 1]

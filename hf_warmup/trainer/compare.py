@@ -110,12 +110,10 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 def _names(folders: list[Path]) -> list[str]:
     paths = [folder.resolve().parts for folder in folders]
-    length = next(n for n in range(1, max(map(len, paths)) + 1) if n == max(map(len, paths)) or _distinct(paths, n))
+    longest = max(map(len, paths))
+    # As few of their last parts as tell all of them apart.
+    length = next((n for n in range(1, longest) if len({path[-n:] for path in paths}) == len(paths)), longest)
     return ["/".join(path[-length:]) for path in paths]
-
-
-def _distinct(paths: list[tuple[str, ...]], length: int) -> bool:
-    return len({path[-length:] for path in paths}) == len(paths)
 
 
 def _row(report: Report | None, history: History) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ _INSIDES = {
 class ZeroBackend(Backend):
     """DeepSpeed's ZeRO."""
 
-    steps_in_backward = True
+    steps_in_backward = skips_overflows = True  # the latter in any precision
 
     def __init__(self, trainer: Trainer) -> None:
         self.engine: Any = trainer.model_wrapped
@@ -69,35 +69,24 @@ class ZeroBackend(Backend):
         self._shards = by_stage[kind]
         super().__init__(trainer, collective_forward=self._shards is Zero3Shards)
 
-    @property
-    def skips_overflows(self) -> bool:
-        """Whether a step whose gradients are not finite is left out: DeepSpeed does so in any precision."""
-        return True
-
     def shards(self) -> Shards:
         """This process's partitions."""
         return self._shards(self.zero)
 
-    def watch_step(self, before: Callable[[], None]) -> None:
+    def watch_step(self, before: Callable[[], None]) -> Callable[[], None]:
         """Have `before` called by the engine, when the gradients are reduced and nothing else is done."""
 
         def watched(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             before()
             return step(*args, **kwargs)
 
-        self._unwatch = wrap(self.engine, "step", watched)
-
-    def unwatch_step(self) -> None:
-        """Undo `watch_step`."""
-        self._unwatch()
+        return wrap(self.engine, "step", watched)
 
 
 class ZeroShards(Shards):
-    """The flat partitions of the single-precision weights that ZeRO gives this process.
+    """The flat partitions of the single-precision weights that ZeRO gives this process."""
 
-    Args:
-        zero: DeepSpeed's optimizer, with the reduced gradients of a whole step. All processes make theirs at once.
-    """
+    # Made of the reduced gradients of a whole step; all processes make theirs at once.
 
     def __init__(self, zero: Any) -> None:
         super().__init__(zero)

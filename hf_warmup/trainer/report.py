@@ -210,7 +210,10 @@ def warmup_report(trainer: Trainer) -> Report:
         "seed": args.seed,
         "versions": {name: version(name) for name in ("hf-warmup", "torch", "transformers", "accelerate")},
     }
-    return Report(**{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()})
+    for name, value in numbers.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            numbers[name] = None
+    return Report(**numbers)
 
 
 def has_trained(trainer: Trainer) -> bool:
@@ -287,7 +290,7 @@ def sharpness_report(history: Sequence[Mapping[str, Any]], optimizer: Any) -> Sh
         for e in (first, later)
     )
     ratios = [e for e in entries if "sharpness/stability_ratio" in e]
-    highest = max(ratios, key=lambda e: e["sharpness/stability_ratio"], default=None)
+    highest: Any = max(ratios, key=lambda e: e["sharpness/stability_ratio"], default=None)
     return SharpnessReport(
         kind=kind,
         first=before,

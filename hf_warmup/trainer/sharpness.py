@@ -96,12 +96,7 @@ class SharpnessCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Be ready.
-
-        Raises:
-            RuntimeError: If the callback was added to a trainer but not attached.
-            ValueError: If there is no such sharpness for the optimizer.
-        """
+        """Be ready."""
         if self.trainer is None:
             raise RuntimeError(
                 "SharpnessCallback replays the trainer's own step, so it must know it: "
