@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.trainer.arguments import WarmupArguments, check_names
-from hf_warmup.trainer.checks import check_kind, check_optimizer, check_same_options, check_setup
+from hf_warmup.trainer.checks import check_checkpoint, check_kind, check_optimizer, check_same_options, check_setup
 from hf_warmup.trainer.console import begins, ends, gi_adam_warning, log, say
 from hf_warmup.trainer.deepspeed import prepare_optimizer
 from hf_warmup.trainer.model_card import RunCard
@@ -32,7 +32,7 @@ from hf_warmup.trainer.step import NotMeasurable, TrainerStep
 from hf_warmup.trainer.words import FAR_BELOW
 from hf_warmup.trainer.wrapping import wrap
 from hf_warmup.warmup import GuidedWarmup, LinearWarmup, PersistentCatapult, Warmup, WarmupSchedule
-from hf_warmup.warmup.schedule import checkpoint_of, unchanged
+from hf_warmup.warmup.schedule import unchanged
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ _COPY = (
     "callbacks: attach to the one that trains, or copy with copy.deepcopy"
 )
 _MOST_LRS = 400  # learning rates that are noted for the plot
-_RULES = {rule.kind: rule for rule in (LinearWarmup, GuidedWarmup, PersistentCatapult)}
 
 
 class WarmupCallback(TrainerCallback):
@@ -161,8 +160,8 @@ class WarmupCallback(TrainerCallback):
         if (warning := gi_adam_warning(self.trainer)) is not None:
             logger.warning(warning)
         check_same_options(self.trainer, self.arguments)
-        self._check_checkpoint()
         schedule = self._schedule
+        check_checkpoint(self.trainer, self.arguments, schedule)
         if schedule is None:
             return
         if schedule.began is None and schedule.scheduler.last_epoch == 0 < state.global_step:
@@ -186,7 +185,6 @@ class WarmupCallback(TrainerCallback):
             return
         rule = self.rule = self._make_rule(schedule)
         if schedule.started:
-            self._check_auto_lr(schedule.state)
             rule.load_state_dict(schedule.state)
         self._lrs, self._stride = [], 1
         self._step, self._stop = TrainerStep.watch(self.trainer, lambda: rule.will_probe, self._before_step)
@@ -207,33 +205,6 @@ class WarmupCallback(TrainerCallback):
             bound = None if arguments.auto_lr else target
             return GuidedWarmup(steps, bound, ramp_steps=arguments.ramp_steps, wait=not _is_decoder(self.trainer))
         return PersistentCatapult(steps, target, init_lr=arguments.fixed_init_lr or min(1e-4, target))
-
-    def _check_checkpoint(self) -> None:
-        """Refuse a checkpoint of another warmup: its numbers mean something else here."""
-        scheduler = self.trainer.lr_scheduler
-        made = checkpoint_of(getattr(scheduler, "scheduler", scheduler))  # accelerate's wrapper has it inside
-        if made is not None and made != self._kind:
-            raise ValueError(
-                f"warmup must be {made} as in the checkpoint, got {self._kind} (warmup={self.arguments.warmup}, "
-                f"warmup_steps={self.trainer.args.warmup_steps:g}): to train its model with another warmup, start "
-                "anew from its weights"
-            )
-        if self._schedule is None:
-            return
-        try:
-            self._schedule.check_state()
-            if self._schedule.started:
-                _RULES[self._kind].check_state(self._schedule.state)
-        except ValueError as error:
-            raise ValueError(
-                f"scheduler.pt of the checkpoint holds what no run left, {error}: resume from an earlier checkpoint"
-            ) from error
-
-    def _check_auto_lr(self, state: dict[str, Any]) -> None:
-        """Refuse to go on with a bound where there was none, or without one."""
-        now = self.arguments.auto_lr
-        if self._kind == "guided" and (before := state["learning_rate"] is None) != now:
-            raise ValueError(f"auto_lr must be {before} as in the checkpoint, got {now}")
 
     def _check_target(self, schedule: WarmupSchedule) -> None:
         """Say so if the learning rate is not the one that was asked for; refuse one that is none."""

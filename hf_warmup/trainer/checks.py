@@ -12,13 +12,16 @@ from hf_warmup.numeric import number
 from hf_warmup.search.probe import has_momentum, needs_closure
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.trainer.arguments import WarmupArguments
-from hf_warmup.trainer.replay import unsupported_replay_reason
+from hf_warmup.trainer.replay import INSTEAD, unsupported_replay_reason
+from hf_warmup.warmup import GuidedWarmup, LinearWarmup, PersistentCatapult, WarmupSchedule
+from hf_warmup.warmup.schedule import checkpoint_of
 
 # Where every process holds the whole model.
 _REPLICATED = tuple(kind for kind in DistributedType if kind is DistributedType.NO or kind.value.startswith("MULTI_"))
 # Schedules that follow the loss. The second came after transformers 5.0.
 _FOLLOW_THE_LOSS = ("reduce_lr_on_plateau", "greedy")
 _KEEP = "warmup=none keeps it as it is"
+_RULES = {rule.kind: rule for rule in (LinearWarmup, GuidedWarmup, PersistentCatapult)}
 
 
 def check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
@@ -45,11 +48,10 @@ def check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
     _check_schedule(trainer, arguments, kind)
     if kind != "linear" or arguments.fixed_init_lr is None:
         asked = f"warmup={kind}" if kind != "linear" else f"init_lr={arguments.init_lr}"
-        instead = "set warmup=linear with warmup_steps, and init_lr to a number, or warmup=none"
         if (reason := unsupported_reason(trainer)) is not None:
-            raise ValueError(f"{asked} cannot measure the step here: {reason}; or {instead}")
+            raise ValueError(f"{asked} cannot measure the step here: {reason}; or {INSTEAD}")
         if kind != "guided" and (reason := unsupported_replay_reason(trainer)) is not None:
-            raise ValueError(f"{asked} does not run with {type(trainer).__name__}: {reason}; {instead}")
+            raise ValueError(f"{asked} does not run with {type(trainer).__name__}: {reason}; {INSTEAD}")
 
 
 def check_kind(arguments: WarmupArguments, kind: str, warmup_steps: float) -> None:
@@ -131,6 +133,32 @@ def check_optimizer(optimizer: Any, kind: str) -> None:
             f"warmup=guided needs an optimizer with momentum (betas or momentum), got {name} without: nothing else "
             f"tells how far to go; give it one, or set warmup_steps for linear warmup; {_KEEP}"
         )
+
+
+def check_checkpoint(trainer: Trainer, arguments: WarmupArguments, schedule: WarmupSchedule | None) -> None:
+    """Refuse a checkpoint of another warmup, whose numbers mean something else here, or with what no run left."""
+    scheduler, kind = trainer.lr_scheduler, arguments.kind(trainer.args.warmup_steps)
+    made = checkpoint_of(getattr(scheduler, "scheduler", scheduler))  # accelerate's wrapper has it inside
+    if made is not None and made != kind:
+        raise ValueError(
+            f"warmup must be {made} as in the checkpoint, got {kind} (warmup={arguments.warmup}, "
+            f"warmup_steps={trainer.args.warmup_steps:g}): to train its model with another warmup, start "
+            "anew from its weights"
+        )
+    if schedule is None:
+        return
+    try:
+        schedule.check_state()
+        if schedule.started:
+            _RULES[kind].check_state(schedule.state)
+    except ValueError as error:
+        raise ValueError(
+            f"scheduler.pt of the checkpoint holds what no run left, {error}: resume from an earlier checkpoint"
+        ) from error
+    goes_on = schedule.started and not schedule.ended
+    # The rule itself would speak of a learning rate that is None.
+    if kind == "guided" and goes_on and (before := schedule.state["learning_rate"] is None) != arguments.auto_lr:
+        raise ValueError(f"auto_lr must be {before} as in the checkpoint, got {arguments.auto_lr}")
 
 
 def check_same_options(trainer: Trainer, options: Any) -> None:

@@ -16,6 +16,7 @@ from transformers import Trainer
 from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.shards import Shard, Shards, largest_magnitude, unwrap_optimizer
 from hf_warmup.trainer.processes import Backend
+from hf_warmup.trainer.replay import INSTEAD
 from hf_warmup.trainer.wrapping import wrap
 
 # What is reached of DeepSpeed's own optimizers, by their class, as it was seen in version 0.19.8.
@@ -59,7 +60,7 @@ class ZeroBackend(Backend):
         if kind not in by_stage:
             raise ValueError(
                 f"learning rates can be tried with DeepSpeed's ZeRO stages 1, 2 and 3, but its optimizer is {kind}: "
-                "set warmup=linear with warmup_steps and init_lr to a number, or warmup=none"
+                f"{INSTEAD}"
             )
         if missing := [name for name in _INSIDES[kind] if not hasattr(self.zero, name)]:
             raise RuntimeError(
