@@ -13,7 +13,7 @@ from tabulate import tabulate
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_warmup.trainer import warmup_report
-from hf_warmup.trainer.report import number, target_words
+from hf_warmup.trainer.words import number, target_words
 
 from arguments import Parser, as_dataclasses, one_line
 from running import carry_out, leave, warmup_rows
@@ -213,8 +213,8 @@ def summary(trainer: Trainer) -> str:
     evaluations = [e for e in trainer.state.log_history if "eval_loss" in e]
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     rows = [
-        ("optimizer", report["optimizer"]),
-        ("initial learning rate η_init", number(report["init_lr"]) + " (capped)" * report["capped"]),
+        ("optimizer", report.optimizer),
+        ("initial learning rate η_init", number(report.init_lr) + " (capped)" * report.capped),
         ("target learning rate η_trgt", target_words(report)),
         *warmup_rows(report),
         *(

@@ -28,7 +28,7 @@ from hf_warmup.trainer import (
     muon_cls_and_kwargs,
     warmup_report,
 )
-from hf_warmup.trainer.report import critical_words, number, target_words
+from hf_warmup.trainer.words import critical_words, number, target_words
 
 from arguments import RecipeArguments, make_config, one_line, parse, read_recipe
 from collator import Collator, Numbered
@@ -139,7 +139,7 @@ def summary(trainer: Trainer, entropy: float) -> str:
     before, after = evaluations[0], evaluations[-1]
     rows = [
         ("critical learning rate η_c", critical_words(report)),
-        ("initial learning rate η_init", number(report["init_lr"]) + " (capped)" * report["capped"]),
+        ("initial learning rate η_init", number(report.init_lr) + " (capped)" * report.capped),
         ("target learning rate η_trgt", target_words(report)),
         *warmup_rows(report),
         ("validation loss before / after", f"{before['eval_loss']:.3f} / {after['eval_loss']:.3f}"),
@@ -156,7 +156,7 @@ def summary(trainer: Trainer, entropy: float) -> str:
         ),
         ("token accuracy before / after", f"{before['eval_accuracy']:.3f} / {after['eval_accuracy']:.3f}"),
         ("unigram entropy of the held-out text", f"{entropy:.3f}"),
-        ("optimizer", report["optimizer"]),
+        ("optimizer", report.optimizer),
         ("parameters", f"{trainer.model.num_parameters():,}"),
         ("processes", str(trainer.args.world_size)),
         ("output folder", trainer.args.output_dir),

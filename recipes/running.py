@@ -31,8 +31,9 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from hf_warmup.trainer.report import peak_words
+from hf_warmup.trainer import Report
 from hf_warmup.trainer.secrets import hide_known, hide_secrets
+from hf_warmup.trainer.words import peak_words, taken_words
 
 from collator import Numbered
 
@@ -516,19 +517,19 @@ def _carry_out(
     return 0 if stop.received is None else 128 + stop.received
 
 
-def warmup_rows(report: dict) -> list[tuple[str, str]]:
+def warmup_rows(report: Report) -> list[tuple[str, str]]:
     """What warmup took, asked for in steps or left to find its own end."""
-    taken = "not finished" if report["warmup_steps_taken"] is None else report["warmup_steps_taken"]
-    if report["warmup"] == "linear":
+    taken = taken_words(report)
+    if report.warmup == "linear":
         return [
-            ("warmup steps taken / asked for", f"{taken} / {report['warmup_steps']}"),
-            ("steps saved (net of the search)", f"{report['steps_saved']:.1f}"),
+            ("warmup steps taken / asked for", f"{taken} / {report.warmup_steps}"),
+            ("steps saved (net of the search)", f"{report.steps_saved:.1f}"),
         ]
     return [
-        ("warmup", report["warmup"]),
+        ("warmup", report.warmup),
         ("highest learning rate", peak_words(report)),
-        ("warmup steps taken", str(taken)),
-        ("forward passes for the search", str(report["forward_passes"])),
+        ("warmup steps taken", taken),
+        ("forward passes for the search", str(report.forward_passes)),
     ]
 
 

@@ -5,7 +5,7 @@ try:
     from hf_warmup.trainer.callback import WarmupCallback
     from hf_warmup.trainer.compare import Comparison, compare_runs
     from hf_warmup.trainer.optimizers import GIAdamWFactory, MuonFactory, muon_cls_and_kwargs
-    from hf_warmup.trainer.report import warmup_report
+    from hf_warmup.trainer.report import Report, warmup_report
     from hf_warmup.trainer.sharpness import SharpnessCallback
     from hf_warmup.trainer.suggest import LearningRate, suggest_lr
 except ModuleNotFoundError as error:
@@ -18,6 +18,7 @@ __all__ = [
     "GIAdamWFactory",
     "LearningRate",
     "MuonFactory",
+    "Report",
     "SharpnessCallback",
     "WarmupArguments",
     "WarmupCallback",

@@ -84,22 +84,14 @@ class WarmupArguments:
     )
 
     def __post_init__(self) -> None:
-        """Refuse values that would only fail hours later, then let a TrainingArguments do the same.
-
-        Raises:
-            ValueError: If a value is out of range.
-        """
+        """Refuse values that would only fail hours later, then let a TrainingArguments do the same."""
         self.check()
         post_init = getattr(super(), "__post_init__", None)
         if post_init is not None:
             post_init()
 
     def check(self) -> None:
-        """Check every option, and have Python's own numbers for those of numpy and torch.
-
-        Raises:
-            ValueError: If a value is out of range.
-        """
+        """Refuse what is out of range, and have Python's own numbers for those of numpy and torch."""
         for option in fields(WarmupArguments):
             setattr(self, option.name, _plain(option.name, getattr(self, option.name), option.default))
         fixed = self.fixed_init_lr  # raises what is neither a word nor a number
@@ -120,26 +112,12 @@ class WarmupArguments:
                 raise ValueError(f"ramp_steps must be left out with warmup={self.warmup}, got {self.ramp_steps}")
 
     def kind(self, warmup_steps: float) -> str:
-        """The warmup that is meant: `warmup`, or what `auto` stands for.
-
-        Args:
-            warmup_steps: Of the TrainingArguments.
-
-        Returns:
-            `linear`, `guided`, `persistent` or `none`.
-        """
+        """The warmup that is meant, by the warmup_steps of the TrainingArguments: what `auto` stands for."""
         return self.warmup if self.warmup != "auto" else "linear" if warmup_steps > 0 else "guided"
 
     @property
     def fixed_init_lr(self) -> float | None:
-        """`init_lr` if it is a learning rate, None if it is a word.
-
-        Returns:
-            η_init or None.
-
-        Raises:
-            ValueError: If it is neither.
-        """
+        """`init_lr` if it is a learning rate, None if it is a word."""
         given = self.init_lr
         if isinstance(given, str) and given in ("auto", "catapult"):
             return None
@@ -157,14 +135,7 @@ class WarmupArguments:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuse options that there are not, with those that are meant.
-
-    Args:
-        names: Of options.
-
-    Raises:
-        ValueError: With the first name that is none.
-    """
+    """Refuse options that there are not, with those that are meant."""
     known = [option.name for option in fields(WarmupArguments)]
     for name in names:
         if name in GONE:

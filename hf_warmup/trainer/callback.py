@@ -21,18 +21,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.trainer.arguments import WarmupArguments, check_names
-from hf_warmup.trainer.checks import check_kind, check_optimizer, check_same_options, check_setup
-from hf_warmup.trainer.console import begins, ends, gi_adam_warning
+from hf_warmup.trainer.checks import check_checkpoint, check_kind, check_optimizer, check_same_options, check_setup
+from hf_warmup.trainer.console import begins, ends, gi_adam_warning, log, say
 from hf_warmup.trainer.deepspeed import prepare_optimizer
-from hf_warmup.trainer.logs import log, say
 from hf_warmup.trainer.model_card import RunCard
 from hf_warmup.trainer.optimizers import use_gi_adam
-from hf_warmup.trainer.report import FAR_BELOW, has_trained, warmup_report
+from hf_warmup.trainer.report import has_trained, warmup_report
 from hf_warmup.trainer.sharpness import SharpnessCallback
 from hf_warmup.trainer.step import NotMeasurable, TrainerStep
+from hf_warmup.trainer.words import FAR_BELOW
 from hf_warmup.trainer.wrapping import wrap
 from hf_warmup.warmup import GuidedWarmup, LinearWarmup, PersistentCatapult, Warmup, WarmupSchedule
-from hf_warmup.warmup.schedule import checkpoint_of, unchanged
+from hf_warmup.warmup.schedule import unchanged
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ _COPY = (
     "callbacks: attach to the one that trains, or copy with copy.deepcopy"
 )
 _MOST_LRS = 400  # learning rates that are noted for the plot
-_RULES = {rule.kind: rule for rule in (LinearWarmup, GuidedWarmup, PersistentCatapult)}
 
 
 class WarmupCallback(TrainerCallback):
@@ -146,13 +145,7 @@ class WarmupCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make the rule, at its start or for the checkpoint that is resumed.
-
-        Raises:
-            ValueError: If the trainer made another optimizer than GIAdamW although `gi_adam` is on, if the
-                checkpoint is of another warmup or of other options or holds numbers that no run left, if `init_lr`
-                is above the learning rate of the optimizer, or if another trainer than that of `attach` trains.
-        """
+        """Make the rule, at its start or for the checkpoint that is resumed."""
         if state is not self.trainer.state:
             raise ValueError(_COPY)
         self._stop_watching()
@@ -167,8 +160,8 @@ class WarmupCallback(TrainerCallback):
         if (warning := gi_adam_warning(self.trainer)) is not None:
             logger.warning(warning)
         check_same_options(self.trainer, self.arguments)
-        self._check_checkpoint()
         schedule = self._schedule
+        check_checkpoint(self.trainer, self.arguments, schedule)
         if schedule is None:
             return
         if schedule.began is None and schedule.scheduler.last_epoch == 0 < state.global_step:
@@ -192,11 +185,10 @@ class WarmupCallback(TrainerCallback):
             return
         rule = self.rule = self._make_rule(schedule)
         if schedule.started:
-            self._check_auto_lr(schedule.state)
             rule.load_state_dict(schedule.state)
         self._lrs, self._stride = [], 1
         self._step, self._stop = TrainerStep.watch(self.trainer, lambda: rule.will_probe, self._before_step)
-        say(self.trainer, *begins(self.trainer, self.arguments, rule))
+        say(self.trainer, begins(self.trainer, self.arguments, rule))
 
     def _make_rule(self, schedule: WarmupSchedule) -> Warmup:
         # Those that waited for a gradient are in it.
@@ -216,47 +208,8 @@ class WarmupCallback(TrainerCallback):
             return GuidedWarmup(steps, bound, ramp_steps=ramp_steps, wait=not _is_decoder(self.trainer))
         return PersistentCatapult(steps, target, init_lr=arguments.fixed_init_lr or min(1e-4, target))
 
-    def _check_checkpoint(self) -> None:
-        """Refuse a checkpoint of another warmup: its numbers mean something else here.
-
-        Raises:
-            ValueError: If `warmup`, or whether there is any, is not as it was, or a number is one that no run left.
-        """
-        scheduler = self.trainer.lr_scheduler
-        made = checkpoint_of(getattr(scheduler, "scheduler", scheduler))  # accelerate's wrapper has it inside
-        if made is not None and made != self._kind:
-            raise ValueError(
-                f"warmup must be {made} as in the checkpoint, got {self._kind} (warmup={self.arguments.warmup}, "
-                f"warmup_steps={self.trainer.args.warmup_steps:g}): to train its model with another warmup, start "
-                "anew from its weights"
-            )
-        if self._schedule is None:
-            return
-        try:
-            self._schedule.check_state()
-            if self._schedule.started:
-                _RULES[self._kind].check_state(self._schedule.state)
-        except ValueError as error:
-            raise ValueError(
-                f"scheduler.pt of the checkpoint holds what no run left, {error}: resume from an earlier checkpoint"
-            ) from error
-
-    def _check_auto_lr(self, state: dict[str, Any]) -> None:
-        """Refuse to go on with a bound where there was none, or without one.
-
-        Raises:
-            ValueError: If `auto_lr` is not as it was.
-        """
-        now = self.arguments.auto_lr
-        if self._kind == "guided" and (before := state["learning_rate"] is None) != now:
-            raise ValueError(f"auto_lr must be {before} as in the checkpoint, got {now}")
-
     def _check_target(self, schedule: WarmupSchedule) -> None:
-        """Say so if the learning rate is not the one that was asked for.
-
-        Raises:
-            ValueError: If it is none.
-        """
+        """Say so if the learning rate is not the one that was asked for; refuse one that is none."""
         target, asked = schedule.target, self.trainer.args.learning_rate
         if not 0 < target < math.inf:
             raise ValueError(f"the optimizer's learning rate must be positive and finite, got {target:g}")
@@ -267,12 +220,7 @@ class WarmupCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Have the rule decide what the step is made with.
-
-        Raises:
-            RuntimeError: If the training loss or the gradients are not finite before the first update, or another
-                process failed.
-        """
+        """Have the rule decide what the step is made with."""
         if self._step is not None and not self._step.backend.steps_in_backward:
             self._before_step()
 
@@ -354,23 +302,24 @@ class WarmupCallback(TrainerCallback):
     ) -> None:
         """Say what warmup did, and write it down."""
         self._stop_watching()
-        if self._schedule is not None and self._schedule.started and has_trained(self.trainer):
-            if self.rule is not None and self.rule.ended_by is None:
-                # Before the Trainer's own last entry, which scripts look for at the end.
-                record: dict[str, Any] = {
-                    "warmup/mode": self.rule.kind,
-                    "warmup/lrs": self._lrs,
-                    "step": state.global_step,
-                }
-                state.log_history.insert(len(state.log_history) - 1, record)
-            self._report()
-        elif self._card is not None:
-            self._card.write()
-
-    def _report(self) -> None:
-        written = None if self._card is None else self._card.write()
+        if not has_trained(self.trainer):
+            return
+        started = self._schedule is not None and self._schedule.started
+        if started and self.rule is not None and self.rule.ended_by is None:
+            record: dict[str, Any] = {
+                "warmup/mode": self.rule.kind,
+                "warmup/lrs": self._lrs,
+                "step": state.global_step,
+            }
+            # Before the Trainer's own last entry, which scripts look for at the end.
+            state.log_history.insert(len(state.log_history) - 1, record)
+        if not self.trainer.is_world_process_zero():
+            return
         try:
-            say(self.trainer, *ends(self.trainer, warmup_report(self.trainer), written))
+            report = warmup_report(self.trainer)
+            written = None if self._card is None else self._card.write(report)
+            if started:
+                say(self.trainer, ends(report, written))
         except Exception as error:  # nothing of ours ends a training
             logger.warning(f"hf-warmup could not say what warmup did: {type(error).__name__}, {error}")
 

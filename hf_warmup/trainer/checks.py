@@ -14,7 +14,9 @@ from hf_warmup.search.probe import has_momentum, needs_closure
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.trainer.arguments import WarmupArguments
 from hf_warmup.trainer.optimizers import MuonFactory
-from hf_warmup.trainer.replay import unsupported_replay_reason
+from hf_warmup.trainer.replay import INSTEAD, unsupported_replay_reason
+from hf_warmup.warmup import GuidedWarmup, LinearWarmup, PersistentCatapult, WarmupSchedule
+from hf_warmup.warmup.schedule import checkpoint_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +27,11 @@ _FOLLOW_THE_LOSS = ("reduce_lr_on_plateau", "greedy")
 _KEEP = "warmup=none keeps it as it is"
 # Optimizers whose step is made in the backward pass.
 _IN_BACKWARD = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo")
+_RULES = {rule.kind: rule for rule in (LinearWarmup, GuidedWarmup, PersistentCatapult)}
 
 
 def check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
-    """Refuse what would fail, or silently do something else, once training runs.
-
-    Raises:
-        ValueError: With the option and its value.
-    """
+    """Refuse what would fail, or silently do something else, once training runs."""
     args = trainer.args
     check_processes(trainer)
     if trainer.optimizer is not None and trainer.state.global_step > 0:
@@ -56,19 +55,14 @@ def check_setup(trainer: Trainer, arguments: WarmupArguments) -> None:
     _check_schedule(trainer, arguments, kind)
     if kind != "linear" or arguments.fixed_init_lr is None:
         asked = f"warmup={kind}" if kind != "linear" else f"init_lr={arguments.init_lr}"
-        instead = "set warmup=linear with warmup_steps, and init_lr to a number, or warmup=none"
         if (reason := unsupported_reason(trainer)) is not None:
-            raise ValueError(f"{asked} cannot measure the step here: {reason}; or {instead}")
+            raise ValueError(f"{asked} cannot measure the step here: {reason}; or {INSTEAD}")
         if kind != "guided" and (reason := unsupported_replay_reason(trainer)) is not None:
-            raise ValueError(f"{asked} does not run with {type(trainer).__name__}: {reason}; {instead}")
+            raise ValueError(f"{asked} does not run with {type(trainer).__name__}: {reason}; {INSTEAD}")
 
 
 def check_kind(arguments: WarmupArguments, kind: str, warmup_steps: float) -> None:
-    """Refuse options that contradict the warmup that is meant.
-
-    Raises:
-        ValueError: With the option and its value.
-    """
+    """Refuse options that contradict the warmup that is meant."""
     if kind == "linear" and not warmup_steps > 0:
         raise ValueError(
             f"warmup_steps must be positive with warmup=linear, got {warmup_steps}: set it, or warmup=guided, which "
@@ -125,11 +119,7 @@ def _check_schedule(trainer: Trainer, arguments: WarmupArguments, kind: str) -> 
 
 
 def _check_schedule_free(args: Any) -> None:
-    """Refuse, or warn of, what transformers does to schedule-free optimizers without a word.
-
-    Raises:
-        ValueError: If `warmup_steps` is a fraction.
-    """
+    """Refuse, or warn of, what transformers does to schedule-free optimizers without a word."""
     optim = getattr(args.optim, "value", args.optim)
     if not optim.startswith("schedule_free"):
         return
@@ -148,11 +138,7 @@ def _check_schedule_free(args: Any) -> None:
 
 
 def check_optimizer(optimizer: Any, kind: str, auto_lr: bool = False) -> None:
-    """Refuse an optimizer whose steps no learning rate of a schedule reaches, or that this warmup cannot measure.
-
-    Raises:
-        ValueError: With the option of the optimizer.
-    """
+    """Refuse an optimizer whose steps no schedule reaches, or that this warmup cannot measure."""
     made = unwrap_optimizer(optimizer)
     name = type(made).__name__
     if name in _IN_BACKWARD:
@@ -191,16 +177,34 @@ def check_optimizer(optimizer: Any, kind: str, auto_lr: bool = False) -> None:
         )
 
 
+def check_checkpoint(trainer: Trainer, arguments: WarmupArguments, schedule: WarmupSchedule | None) -> None:
+    """Refuse a checkpoint of another warmup, whose numbers mean something else here, or with what no run left."""
+    scheduler, kind = trainer.lr_scheduler, arguments.kind(trainer.args.warmup_steps)
+    made = checkpoint_of(getattr(scheduler, "scheduler", scheduler))  # accelerate's wrapper has it inside
+    if made is not None and made != kind:
+        raise ValueError(
+            f"warmup must be {made} as in the checkpoint, got {kind} (warmup={arguments.warmup}, "
+            f"warmup_steps={trainer.args.warmup_steps:g}): to train its model with another warmup, start "
+            "anew from its weights"
+        )
+    if schedule is None:
+        return
+    try:
+        schedule.check_state()
+        if schedule.started:
+            _RULES[kind].check_state(schedule.state)
+    except ValueError as error:
+        raise ValueError(
+            f"scheduler.pt of the checkpoint holds what no run left, {error}: resume from an earlier checkpoint"
+        ) from error
+    goes_on = schedule.started and not schedule.ended
+    # The rule itself would speak of a learning rate that is None.
+    if kind == "guided" and goes_on and (before := schedule.state["learning_rate"] is None) != arguments.auto_lr:
+        raise ValueError(f"auto_lr must be {before} as in the checkpoint, got {arguments.auto_lr}")
+
+
 def check_same_options(trainer: Trainer, options: Any) -> None:
-    """Refuse options that differ between processes: each would train a model of its own.
-
-    Args:
-        trainer: The trainer.
-        options: A dataclass with plain values.
-
-    Raises:
-        ValueError: With the first option that differs.
-    """
+    """Refuse options that differ between processes: each would train a model of its own."""
     if trainer.args.world_size == 1:
         return
     names = [option.name for option in fields(WarmupArguments)]
@@ -211,11 +215,7 @@ def check_same_options(trainer: Trainer, options: Any) -> None:
 
 
 def check_processes(trainer: Trainer) -> None:
-    """Refuse what would silently be something else on this trainer's processes.
-
-    Raises:
-        ValueError: With the option and its value.
-    """
+    """Refuse what would silently be something else on this trainer's processes."""
     kind = trainer.accelerator.distributed_type
     # Where accelerate ignores it, the trainer knows nothing of it.
     asked = trainer.is_fsdp_enabled or trainer.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
@@ -247,9 +247,9 @@ def check_processes(trainer: Trainer) -> None:
 def unsupported_reason(trainer: Trainer) -> str | None:
     """Why learning rates cannot be tried on this trainer's processes; None if they can."""
     kind = trainer.accelerator.distributed_type
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    if parallelism is not None and (sizes := _other_parallelism(parallelism)):
-        return f"under parallelism of {', '.join(sizes)} it was never tried"
+    for size in ("tp_size", "cp_size", "sp_size"):
+        if (value := getattr(trainer.accelerator.parallelism_config, size, 1)) > 1:
+            return f"under parallelism of {size}={value} it was never tried"
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         return "on a model that transformers has sharded while loading it was never tried"
     if kind is DistributedType.FSDP:
@@ -273,8 +273,3 @@ def unsupported_reason(trainer: Trainer) -> str | None:
         if (value := zero.get(option)) not in (None, False, -1, 1):
             return f"with DeepSpeed's {option}={value} it was never tried"
     return None
-
-
-def _other_parallelism(config: Any) -> list[str]:
-    sizes = {name: getattr(config, name, 1) for name in ("tp_size", "cp_size", "sp_size")}
-    return [f"{name}={size}" for name, size in sizes.items() if size > 1]

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
 from hf_warmup.trainer.plots import History, runs_figure
-from hf_warmup.trainer.report import mode_words, number, peak_words, target_words
+from hf_warmup.trainer.report import Report
+from hf_warmup.trainer.words import mode_words, number, peak_words, taken_words, target_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,14 +85,16 @@ def compare_runs(dirs: Sequence[Path | str]) -> Comparison:
     return Comparison(table, runs_figure({name: history for name, (_, history) in zip(names, runs, strict=True)}))
 
 
-def _read(folder: Path) -> tuple[dict[str, Any] | None, History]:
+def _read(folder: Path) -> tuple[Report | None, History]:
     """A run's report, if it is one of ours, and its log history."""
-    report = json.loads(path.read_text(encoding="utf-8")) if (path := folder / "warmup.json").is_file() else None
+    report, ours = None, _json(folder / "warmup.json")
+    if ours is not None:
+        known = {field.name for field in fields(Report)}  # another version may have others
+        report = Report(**{name: value for name, value in ours.items() if name in known})
     # The newest of what there is: `save_state`, the report, the last checkpoint.
-    if (path := folder / "trainer_state.json").is_file():
-        return report, json.loads(path.read_text(encoding="utf-8"))["log_history"]
-    if report is not None and "log_history" in report:
-        return report, report["log_history"]
+    for state in (_json(folder / "trainer_state.json"), ours):
+        if state is not None and "log_history" in state:
+            return report, state["log_history"]
     older = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
     if not older:
         raise ValueError(
@@ -101,32 +104,33 @@ def _read(folder: Path) -> tuple[dict[str, Any] | None, History]:
     return report, json.loads(older[-1].read_text(encoding="utf-8"))["log_history"]
 
 
+def _json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
 def _names(folders: list[Path]) -> list[str]:
     paths = [folder.resolve().parts for folder in folders]
-    length = next(n for n in range(1, max(map(len, paths)) + 1) if n == max(map(len, paths)) or _distinct(paths, n))
+    longest = max(map(len, paths))
+    # As few of their last parts as tell all of them apart.
+    length = next((n for n in range(1, longest) if len({path[-n:] for path in paths}) == len(paths)), longest)
     return ["/".join(path[-length:]) for path in paths]
 
 
-def _distinct(paths: list[tuple[str, ...]], length: int) -> bool:
-    return len({path[-length:] for path in paths}) == len(paths)
-
-
-def _row(report: dict[str, Any] | None, history: History) -> tuple[str, ...]:
+def _row(report: Report | None, history: History) -> tuple[str, ...]:
     rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
     if report is None:
         losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
         known = (number(max(rates)) if rates else "", "", str(max((e["step"] for e in history), default="")))
         return ("", "", "", "", "the Trainer's own", "", *known, f"{losses[-1]:.4f}" if losses else "")
-    loss, taken, betas = report["final_eval_loss"], report["warmup_steps_taken"], report["betas"]
     return (
-        report["optimizer"],
-        f"{betas[1]:g}" if betas else "",
-        str(report["sequences_per_step"]),
-        str(report["seed"]),
+        report.optimizer,
+        f"{report.betas[1]:g}" if report.betas else "",
+        str(report.sequences_per_step),
+        str(report.seed),
         mode_words(report).split(":")[0],
         target_words(report),
         peak_words(report).split(" (")[0],
-        "not finished" if taken is None else str(taken),
-        str(report["train_steps"]),
-        "" if loss is None else f"{loss:.4f}",
+        taken_words(report),
+        str(report.train_steps),
+        "" if report.final_eval_loss is None else f"{report.final_eval_loss:.4f}",
     )

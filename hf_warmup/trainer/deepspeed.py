@@ -16,6 +16,7 @@ from transformers import Trainer
 from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.shards import Shard, Shards, largest_magnitude, unwrap_optimizer
 from hf_warmup.trainer.processes import Backend
+from hf_warmup.trainer.replay import INSTEAD
 from hf_warmup.trainer.wrapping import wrap
 
 # What is reached of DeepSpeed's own optimizers, by their class, as it was seen in version 0.19.8.
@@ -46,7 +47,7 @@ _INSIDES = {
 class ZeroBackend(Backend):
     """DeepSpeed's ZeRO."""
 
-    steps_in_backward = True
+    steps_in_backward = skips_overflows = True  # the latter in any precision
 
     def __init__(self, trainer: Trainer) -> None:
         self.engine: Any = trainer.model_wrapped
@@ -59,7 +60,7 @@ class ZeroBackend(Backend):
         if kind not in by_stage:
             raise ValueError(
                 f"learning rates can be tried with DeepSpeed's ZeRO stages 1, 2 and 3, but its optimizer is {kind}: "
-                "set warmup=linear with warmup_steps and init_lr to a number, or warmup=none"
+                f"{INSTEAD}"
             )
         if missing := [name for name in _INSIDES[kind] if not hasattr(self.zero, name)]:
             raise RuntimeError(
@@ -69,35 +70,24 @@ class ZeroBackend(Backend):
         self._shards = by_stage[kind]
         super().__init__(trainer, collective_forward=self._shards is Zero3Shards)
 
-    @property
-    def skips_overflows(self) -> bool:
-        """Whether a step whose gradients are not finite is left out: DeepSpeed does so in any precision."""
-        return True
-
     def shards(self) -> Shards:
         """This process's partitions."""
         return self._shards(self.zero)
 
-    def watch_step(self, before: Callable[[], None]) -> None:
+    def watch_step(self, before: Callable[[], None]) -> Callable[[], None]:
         """Have `before` called by the engine, when the gradients are reduced and nothing else is done."""
 
         def watched(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             before()
             return step(*args, **kwargs)
 
-        self._unwatch = wrap(self.engine, "step", watched)
-
-    def unwatch_step(self) -> None:
-        """Undo `watch_step`."""
-        self._unwatch()
+        return wrap(self.engine, "step", watched)
 
 
 class ZeroShards(Shards):
-    """The flat partitions of the single-precision weights that ZeRO gives this process.
+    """The flat partitions of the single-precision weights that ZeRO gives this process."""
 
-    Args:
-        zero: DeepSpeed's optimizer, with the reduced gradients of a whole step. All processes make theirs at once.
-    """
+    # Made of the reduced gradients of a whole step; all processes make theirs at once.
 
     def __init__(self, zero: Any) -> None:
         super().__init__(zero)

@@ -30,16 +30,8 @@ _IN_A_ROW = 7
 def measure_critical(
     step: TrainerStep, gradient_norm: float | None, steepness: float | None
 ) -> tuple[dict[str, float], float | None]:
-    """λ_c = 2 / η_c of the step to come, from the last measurement on.
-
-    Args:
-        step: The step.
-        gradient_norm: Of the gradients before they were clipped; None if it is not known.
-        steepness: Of the last measurement, with which one trial can be enough; None if there is none.
-
-    Returns:
-        Numbers to log by name, and the steepness of the loss curve.
-    """
+    """λ_c = 2 / η_c of the step to come, as numbers to log, and the steepness of the loss curve."""
+    # With the steepness of the last measurement one trial can be enough. The norm is of gradients not clipped yet.
     trainer, backend, shards, replay = step.trainer, step.backend, step.shards, step.replay
     optimizer = shards.optimizer
     step.check()
@@ -59,10 +51,7 @@ def measure_critical(
         rtol=_RTOL,
     )
     if _is_exact_along(shards):
-        with along_step(optimizer, replay.loss, 2 / previous, shards=shards) as (
-            loss_along,
-            slope,
-        ):
+        with along_step(optimizer, replay.loss, 2 / previous, shards=shards) as (loss_along, slope):
             found = search(
                 lambda eta: backend.mean_over_ranks(lambda: [loss_along(eta)])[0],
                 slope=_unclipped(trainer, backend, optimizer, slope, gradient_norm),
@@ -80,18 +69,8 @@ def measure_critical(
 def measure_eigenvalue(
     step: TrainerStep, *, adam: bool, start: Tensor | None, tol: float, max_hvps: int
 ) -> tuple[dict[str, float], Tensor | None]:
-    """λ^H, or λ^(P⁻¹H) for `adam`, of the loss of the step to come.
-
-    Args:
-        step: The step.
-        adam: Whether it is the pre-conditioned one.
-        start: The eigenvectors of the last measurement.
-        tol: As for `sharpness`.
-        max_hvps: As for `sharpness`.
-
-    Returns:
-        Numbers to log by name, and the eigenvectors; None if λ is not finite.
-    """
+    """λ^H, or λ^(P⁻¹H) for `adam`, of the step to come, as numbers to log, and its eigenvectors."""
+    # `start` are those of the last measurement.
     trainer = step.trainer
     optimizer = unwrap_optimizer(trainer.optimizer)
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)

@@ -17,6 +17,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ from transformers import Trainer
 from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.trainer.plots import run_figure
-from hf_warmup.trainer.report import group_values, has_trained, target_words, warmup_report
+from hf_warmup.trainer.report import Report, group_values, has_trained, warmup_report
 from hf_warmup.trainer.secrets import hide_known
 from hf_warmup.trainer.sections import sections, task_of
+from hf_warmup.trainer.words import target_words
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +64,9 @@ class RunCard:
     def _folder(self) -> Path:
         return Path(str(self.trainer.args.output_dir))
 
-    def write(self, *, new: bool = False) -> Path | None:
-        """Write `warmup.json` and, where there is a card, our part of it and its plot, once there was training.
-
-        Args:
-            new: Whether the card that is there was made just now, and nobody has written in it.
-
-        Returns:
-            What was written that is worth reading; None if nothing was.
-        """
+    def write(self, report: Report | None = None, *, new: bool = False) -> Path | None:
+        """Write what the run leaves, once there was training; gives the file worth reading, None if one failed."""
+        # `new` is a card that was made just now, in which nobody has written.
         if not (self.trainer.is_world_process_zero() and has_trained(self.trainer)):
             return None
         failed: dict[str, str] = {}
@@ -86,14 +82,14 @@ class RunCard:
                 failed[name] = _reason(error)
 
         try:
-            report = warmup_report(self.trainer)
+            made = report or warmup_report(self.trainer)
         except Exception as error:
             failed["warmup.json, warmup.png and README.md"] = _reason(error)
         else:
-            tried("warmup.json", lambda: self._json(report))
+            tried("warmup.json", lambda: self._json(made))
             if card:
                 tried("warmup.png", self._plot)
-                tried("README.md", lambda: self._card(report, new, failed))
+                tried("README.md", lambda: self._card(made, new, failed))
         if "warmup.png" in failed and find_spec("matplotlib") is None:  # left out, which is no failure
             reason = failed.pop("warmup.png")
             if not self._said_no_plot:
@@ -106,16 +102,7 @@ class RunCard:
         return self._folder / ("README.md" if card else "warmup.json")
 
     def create(self, create_model_card: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around the Trainer's method of this name: a card that somebody wrote outlives it, and ours follows.
-
-        Args:
-            create_model_card: The Trainer's, which would put its draft in the place of any card.
-            *args: For it.
-            **kwargs: For it.
-
-        Returns:
-            What it returns.
-        """
+        """Around the Trainer's `create_model_card`: a card that somebody wrote outlives it, and our part follows."""
         if not self.trainer.is_world_process_zero():
             return create_model_card(*args, **kwargs)
         # The Trainer's words for it, and trl's.
@@ -144,16 +131,7 @@ class RunCard:
         return made
 
     def save(self, save_model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around the Trainer's `save_model`: that of sentence-transformers makes a card, as do models of peft.
-
-        Args:
-            save_model: The Trainer's.
-            *args: For it.
-            **kwargs: For it.
-
-        Returns:
-            What it returns.
-        """
+        """Around the Trainer's `save_model`: that of sentence-transformers makes a card, as do models of peft."""
         before = self._read()
         saved = save_model(*args, **kwargs)
         after = self._read()
@@ -168,21 +146,21 @@ class RunCard:
         except OSError:
             return b""
 
-    def _json(self, report: dict[str, Any]) -> bytes:
+    def _json(self, report: Report) -> bytes:
         # With the history, which is nowhere else where nothing was saved.
         history = [
             {k: v for k, v in entry.items() if not (isinstance(v, float) and not math.isfinite(v))}
             for entry in self.trainer.state.log_history
         ]
-        return (json.dumps(report | {"log_history": history}, indent=2, allow_nan=False, default=str) + "\n").encode()
+        content = asdict(report) | {"log_history": history}
+        return f"{json.dumps(content, indent=2, allow_nan=False, default=str)}\n".encode()
 
     def _plot(self) -> bytes:
-        run_figure(self.trainer.state.log_history, self._folder.name).savefig(
-            file := io.BytesIO(), dpi=120, format="png"
-        )
+        figure = run_figure(self.trainer.state.log_history, self._folder.name)
+        figure.savefig(file := io.BytesIO(), dpi=120, format="png")
         return file.getvalue()
 
-    def _card(self, report: dict[str, Any], new: bool, failed: dict[str, str]) -> bytes:
+    def _card(self, report: Report, new: bool, failed: dict[str, str]) -> bytes:
         """The card with our part; into `failed` goes what else of it cannot be."""
         trainer, path = self.trainer, self._folder / "README.md"
         text = path.read_bytes().decode("utf-8-sig")
@@ -244,18 +222,8 @@ def _mapping(block: str) -> dict[str, Any]:
 
 
 def _cut(body: str, *, neutral: bool = False) -> tuple[str, str, str]:
-    """What is before our part, the part, and what is behind it, where it belongs if it is not there yet.
-
-    Args:
-        body: Of a card.
-        neutral: Whether marks that are not in order are of no meaning, as in a draft that has just been made.
-
-    Returns:
-        All three.
-
-    Raises:
-        ValueError: If the marks are not in order: what is ours, and what its author's, cannot be known.
-    """
+    """What is before our part, the part, and what is behind it, where it belongs if it is not there yet."""
+    # In a draft that has just been made (`neutral`) marks that are not in order mean nothing.
     marks = list(_MARK.finditer(body))
     if [mark[0] for mark in marks] == [_BEGIN, _END]:
         return body[: marks[0].start()], body[marks[0].end() : marks[1].start()], body[marks[1].end() :]
@@ -295,7 +263,7 @@ def _listed(names: Any) -> list[str]:
 def _described(
     data: dict[str, Any],
     trainer: Trainer,
-    report: dict[str, Any],
+    report: Report,
     datasets: list[str],
     draft: bool,
     failed: dict[str, str],
@@ -330,7 +298,7 @@ def _one_line(name: Any) -> str:
     return " ".join(str(name).split())
 
 
-def _results(task: str, report: dict[str, Any], datasets: list[str]) -> list[dict[str, Any]]:
+def _results(task: str, report: Report, datasets: list[str]) -> list[dict[str, Any]]:
     """The evaluation as the hub's metadata have it."""
     name = _one_line(", ".join(datasets)) or "the run's own data"
     results = [
@@ -343,7 +311,7 @@ def _results(task: str, report: dict[str, Any], datasets: list[str]) -> list[dic
             metric_name=_one_line(metric).replace("_", " "),
             metric_value=value,
         )
-        for metric, value in report["evaluation"].items()
+        for metric, value in report.evaluation.items()
     ]
     return eval_results_to_model_index("", results)[0]["results"] if results else []
 
@@ -390,7 +358,7 @@ def _has_comments(block: str) -> bool:
     return False
 
 
-def _corrected(text: str, trainer: Trainer, report: dict[str, Any]) -> str:
+def _corrected(text: str, trainer: Trainer, report: Report) -> str:
     """A draft of the Trainer, with what is wrong in it set right; other cards stay as they are."""
     if _DRAFT not in text:
         return text
@@ -402,7 +370,7 @@ def _corrected(text: str, trainer: Trainer, report: dict[str, Any]) -> str:
         text = text.replace("was trained from scratch on", f"is a fine-tuned version of `{name}` on", 1)
     text = re.sub(r"^## [^\n]+\n\nMore information needed\n\n?", "", text, flags=re.MULTILINE)
     # It takes the last evaluation, also where the best model was loaded.
-    achieved = "".join(f"- {_one_line(k).capitalize()}: {v:.4f}\n" for k, v in report["evaluation"].items())
+    achieved = "".join(f"- {_one_line(k).capitalize()}: {v:.4f}\n" for k, v in report.evaluation.items())
     results = r"^(It achieves the following results on the evaluation set:\n)(?:- [^\n]*\n)+"
     text = re.sub(results, lambda found: found[1] + achieved if achieved else "", text, flags=re.MULTILINE)
     for name, value in _hyperparameters(trainer, report).items():
@@ -410,7 +378,7 @@ def _corrected(text: str, trainer: Trainer, report: dict[str, Any]) -> str:
     return text
 
 
-def _hyperparameters(trainer: Trainer, report: dict[str, Any]) -> dict[str, str]:
+def _hyperparameters(trainer: Trainer, report: Report) -> dict[str, str]:
     """What the Trainer takes from its arguments, as it is in the optimizer and the batches that were used."""
     optimizer = unwrap_optimizer(trainer.optimizer)
     options = {name: group_values(optimizer, name) for name in ("betas", "eps", "momentum", "weight_decay")}
@@ -419,7 +387,7 @@ def _hyperparameters(trainer: Trainer, report: dict[str, Any]) -> dict[str, str]
     # Groups may differ; a value for each of many says nothing.
     words = ", ".join(f"{name}={_either(values)}" for name, values in options.items() if 0 < len(values) < 5)
     # With auto_lr that of the optimizer was no bound.
-    rates = [target_words(report)] if report["auto_lr"] else group_values(optimizer, "initial_lr")
+    rates = [target_words(report)] if report.auto_lr else group_values(optimizer, "initial_lr")
     batch, total = trainer.state.train_batch_size, trainer.get_total_train_batch_size(trainer.args)
     return {
         "optimizer": f"{type(optimizer).__name__}{' with ' * bool(words)}{words}",

@@ -111,17 +111,8 @@ def _adamw_options(args: TrainingArguments) -> dict[str, Any]:
 
 
 def gi_adam_cls_and_kwargs(args: TrainingArguments) -> tuple[type[GIAdamW], dict[str, Any]]:
-    """GIAdamW with the options that `args` gives to AdamW.
-
-    Args:
-        args: Supplies learning_rate, the adam_* options and which kernel `optim` asks for.
-
-    Returns:
-        What `Trainer.optimizer_cls_and_kwargs` takes; weight_decay is left out, the Trainer sets it per group.
-
-    Raises:
-        ValueError: If `optim` is not torch's AdamW.
-    """
+    """GIAdamW with the options that `args` gives to AdamW, as `Trainer.optimizer_cls_and_kwargs` takes them."""
+    # Without weight_decay, which the Trainer sets per group.
     if args.optim not in _ADAMW:
         names = " or ".join(name.value for name in _ADAMW)
         raise ValueError(
@@ -135,11 +126,7 @@ def gi_adam_cls_and_kwargs(args: TrainingArguments) -> tuple[type[GIAdamW], dict
 
 
 def use_gi_adam(trainer: Trainer) -> None:
-    """Have `trainer` make a GIAdamW.
-
-    Raises:
-        ValueError: If it has, or was told to make, another optimizer.
-    """
+    """Have `trainer` make a GIAdamW; refused if it has, or was told to make, another optimizer."""
     given = trainer.optimizer
     if given is not None:
         if not isinstance(unwrap_optimizer(given), GIAdamW):

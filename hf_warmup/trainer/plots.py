@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
-from hf_warmup.trainer.report import SHARPNESS_NAMES, SharpnessKind, evaluation_prefix
+from hf_warmup.trainer.report import evaluation_prefix, sharpness_kind
+from hf_warmup.trainer.words import SHARPNESS_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -13,18 +14,10 @@ History = Sequence[Mapping[str, Any]]
 
 
 def run_figure(history: History, title: str = "") -> "Figure":
-    """Learning rate and loss of one run, with what warmup found marked; and the search for η_c, if there was one.
-
-    Args:
-        history: The trainer's log history.
-        title: Of the figure.
-
-    Returns:
-        The figure.
-    """
+    """Learning rate and loss of one run, with what warmup found marked; and the search for η_c, if there was one."""
     evals: list[Any] = next((e["warmup/evals"] for e in reversed(history) if "warmup/evals" in e), [])
     search = sorted((lr, loss) for lr, loss in evals if lr > 0 and loss is not None)
-    kind = next((k for k in get_args(SharpnessKind) if any(f"sharpness/{k}" in e for e in history)), None)
+    kind = sharpness_kind(history)
     rows = 2 + (kind is not None)
     heights = [2.5 * rows] + [2.0] * (len(search) > 1)
     figure = new_figure(sum(heights))
@@ -100,18 +93,7 @@ def _mark(axes: Any, history: History) -> None:
 
 
 def new_figure(height: float, width: float = 7.0) -> "Figure":
-    """A figure to draw on.
-
-    Args:
-        height: In inches.
-        width: In inches.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
+    """A figure to draw on, in inches."""
     # A tenth of the time that a process takes to start, and of many processes one draws.
     try:
         from matplotlib.figure import Figure
@@ -131,14 +113,7 @@ def _draw_search(axes: Any, search: list[tuple[float, float]], before: float) ->
 
 
 def runs_figure(histories: Mapping[str, History]) -> "Figure":
-    """Learning rate and loss of several runs: training loss thin, validation loss with dots.
-
-    Args:
-        histories: Log histories by the names of their runs.
-
-    Returns:
-        The figure.
-    """
+    """Learning rate and loss of several runs by their names: training loss thin, validation loss with dots."""
     figure = new_figure(6.0)
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 3))
     highest = []

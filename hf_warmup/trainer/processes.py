@@ -1,15 +1,7 @@
 """Where the model is: on one process, copied to many (DDP), or sharded over them (FSDP2, DeepSpeed's ZeRO).
 
-A search moves the weights along the update that the optimizer is about to make, and asks for the loss there. What
-that takes depends on who holds the weights:
-
-* one process, DDP: every process holds all of them and moves all of them.
-* FSDP2: every process moves its shards, in place. A forward pass without autograd leaves the root's weights
-  gathered, which would hide the next move, so they are let go after each (`hf_warmup.search.probe.Shards`).
-* ZeRO-1, 2, 3: every process moves its partition of the single-precision weights, piece by piece from the
-  partition of the reduced gradients, so that nothing is gathered that the model's own forward pass does not
-  gather; the weights that the model computes with are then made from it, as DeepSpeed's step does. The step
-  happens inside `accelerator.backward`, so that is where the search has to be.
+Every process moves what it holds of the weights: all of them, its shards, or its partition of the single-precision
+weights (`hf_warmup.trainer.deepspeed`, where the step is made inside `accelerator.backward`).
 
 All processes take the same decisions, from losses averaged over them in the same order, and one that fails says
 so to the others. Where the forward pass itself is collective (FSDP2, ZeRO-3) the others are inside it when one
@@ -19,7 +11,6 @@ fails, and learn of it when that process ends: the launcher (torchrun, `accelera
 import logging
 import math
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from accelerate.utils import DistributedType, gather_object
@@ -29,28 +20,16 @@ from hf_warmup.search.shards import Shards
 
 logger = logging.getLogger(__name__)
 
-_Numbers = TypeVar("_Numbers", bound=tuple[float, ...])
-
 
 class Backend:
-    """How a trainer's model is spread over processes. Made by `backend_of` once training is prepared.
+    """How a trainer's model is spread over processes; made by `backend_of` once training is prepared."""
 
-    Args:
-        trainer: The trainer.
-        collective_forward: Whether a forward pass takes all processes.
-
-    Attributes:
-        trainer: The trainer.
-        collective_forward: Whether a forward pass takes all processes.
-        steps_in_backward: Whether the optimizer's step is made inside `accelerator.backward`, before the Trainer's
-            `on_pre_optimizer_step`.
-    """
-
+    # The optimizer's step is made inside `accelerator.backward`, before the Trainer's `on_pre_optimizer_step`.
     steps_in_backward = False
 
     def __init__(self, trainer: Trainer, *, collective_forward: bool) -> None:
         self.trainer = trainer
-        self.collective_forward = collective_forward
+        self.collective_forward = collective_forward  # a forward pass takes all processes
         self._said = False
 
     @property
@@ -69,19 +48,8 @@ class Backend:
         return getattr(self.trainer.accelerator, "scaler", None) is not None
 
     def can_step(self, shards: Shards, *, first: bool = False) -> bool:
-        """Whether the gradients of all processes are finite and not all zero; on all processes at once.
-
-        Args:
-            shards: What this process holds.
-            first: Whether no step was made with them before, so that gradients that are not finite are a mistake.
-
-        Returns:
-            Whether the step that they make can be tried.
-
-        Raises:
-            RuntimeError: If they are not finite in the first step, and the step would be made with them.
-        """
-        (largest,) = self.largest((shards.largest_gradient(),))
+        """Whether the gradients of all processes are finite and not all zero; on all processes at once."""
+        largest = self.largest(shards.largest_gradient())
         step, skips = self.trainer.state.global_step + 1, self.skips_overflows and not math.isfinite(largest)
         if first and not math.isfinite(largest) and not skips:
             raise RuntimeError(
@@ -98,26 +66,14 @@ class Backend:
             )
         return possible
 
-    def largest(self, numbers: _Numbers) -> _Numbers:
-        """The largest `numbers` of all processes, or those with a NaN; on all processes at once."""
-        if self.trainer.args.world_size == 1:
-            return numbers
-        everybodys = gather_object([numbers])
-        # max() would pass over a NaN.
-        return next((n for n in everybodys if any(map(math.isnan, n))), max(everybodys))
+    def largest(self, value: float) -> float:
+        """The largest `value` of all processes, NaN if one is; on all processes at once."""
+        values = [value] if self.trainer.args.world_size == 1 else gather_object([value])
+        return math.nan if any(map(math.isnan, values)) else max(values)  # max() would pass over it
 
     def mean_over_ranks(self, measure: Callable[[], list[float]]) -> list[float]:
-        """The numbers of `measure`, averaged over the processes; on all processes at once.
-
-        Args:
-            measure: Gives this process's losses. If it raises, it must have restored what it changed.
-
-        Returns:
-            The same numbers on every process.
-
-        Raises:
-            RuntimeError: If `measure` raised on another process. What it raises on this one is raised here.
-        """
+        """The numbers of `measure`, averaged over the processes; on all processes at once."""
+        # If it raises, it must have restored what it changed; then all processes raise.
         if self.trainer.args.world_size == 1:
             return measure()
         losses: list[float] = []
@@ -142,34 +98,18 @@ class Backend:
         return torch.tensor([given for given, _ in outcomes]).mean(dim=0).tolist()
 
     def total(self, measure: Callable[[], list[float]]) -> list[float]:
-        """The numbers of `measure` over all parameters, of which each is of what this process holds; on all at once.
+        """The numbers of `measure`, each of what this process holds, over all of it; on all processes at once."""
+        world, config = self.trainer.args.world_size, self.trainer.accelerator.parallelism_config
+        copies = world if not self.splits_weights else 1 if config is None else config.dp_replicate_size
+        return [mean * world / copies for mean in self.mean_over_ranks(measure)]
 
-        Args:
-            measure: As for `mean_over_ranks`.
-
-        Returns:
-            The same numbers on every process: the sums over those that hold different parts.
-        """
-        parallelism = getattr(self.trainer.accelerator, "parallelism_config", None)
-        copies = getattr(parallelism, "dp_replicate_size", 1) if self.splits_weights else self.trainer.args.world_size
-        return [mean * self.trainer.args.world_size / copies for mean in self.mean_over_ranks(measure)]
-
-    def watch_step(self, before: Callable[[], None]) -> None:
-        """Have `before` called before every step of the optimizer, if the Trainer's own event comes too late."""
-
-    def unwatch_step(self) -> None:
-        """Undo `watch_step`."""
+    def watch_step(self, before: Callable[[], None]) -> Callable[[], None]:
+        """Have `before` called before every step, if `steps_in_backward`; gives a function that ends it."""
+        return lambda: None
 
 
 def backend_of(trainer: Trainer) -> Backend:
-    """How the model of `trainer` is spread, once its training is prepared.
-
-    Returns:
-        Its backend.
-
-    Raises:
-        ValueError: If DeepSpeed made an optimizer of another kind than ZeRO's.
-    """
+    """How the model of `trainer` is spread, once its training is prepared."""
     kind = trainer.accelerator.distributed_type
     if kind is DistributedType.DEEPSPEED:
         from hf_warmup.trainer.deepspeed import ZeroBackend  # It is built on Backend.

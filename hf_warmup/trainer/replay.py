@@ -39,10 +39,10 @@ INSTEAD = "set warmup=linear with warmup_steps, and init_lr to a number, or warm
 
 
 class StepReplay:
-    """Keeps what one optimizer step is made of, and gives its loss.
+    """Keeps what one optimizer step is made of, and gives its loss; watches the trainer's methods until `stop`.
 
     Args:
-        trainer: The trainer; its `get_batch_samples` and `training_step` are watched until `stop`.
+        trainer: The trainer.
         keeps: Whether the next step is wanted at all. Of one that is not only `own_loss` is known.
         backend: How the model is spread over processes.
 
@@ -119,38 +119,19 @@ class StepReplay:
         return bool(self._batches)
 
     def own_loss(self) -> float:
-        """The loss that the step itself had.
-
-        Returns:
-            Of all of its micro-batches together.
-
-        Raises:
-            RuntimeError: If it has had none yet.
-        """
+        """The loss that the step itself had, of all of its micro-batches together."""
         if not self._losses:
             raise RuntimeError("the step has no loss yet: training_step was not called through the trainer")
         return float(sum(self._losses))
 
-    def _own_loss(self) -> float:
-        """The same, but NaN if there is none."""
-        return float(sum(self._losses)) if self._losses else math.nan
-
     def check(self, measure: Callable[[], float]) -> None:
-        """Make sure that a replay of this step leaves no trace and, once, that it gives the step's own loss.
-
-        To be called before the loss is asked for, on all processes at once.
-
-        Args:
-            measure: Gives `loss` at unchanged weights, and puts everything back.
-
-        Raises:
-            ValueError: If the loss is not the step's own, or something moves that cannot be put back.
-        """
+        """Refuse a step that leaves a trace when it is replayed or, once, whose replayed loss is not its own."""
+        # Before the loss is asked for, on all processes at once. `measure` gives it at unchanged weights.
         if self._now is None:  # of this step nothing was replayed yet
             self._refuse(self._moved())
         if self._checked:
             return
-        (own,) = self._backend.mean_over_ranks(lambda: [self._own_loss()])
+        (own,) = self._backend.mean_over_ranks(lambda: [self.own_loss() if self._losses else math.nan])
         reason = self._difference(own, measure)
         if reason is not None and self._can_go_backward:
             self._goes_backward = True
@@ -171,7 +152,7 @@ class StepReplay:
 
     def _refuse(self, reason: str | None) -> None:
         """End training if there is a reason to, on this process or on another."""
-        if self._backend.largest((float(reason is not None),))[0] > 0:
+        if self._backend.largest(float(reason is not None)) > 0:
             raise ValueError(
                 f"the steps of {type(self.trainer).__name__} cannot be replayed to try learning rates: "
                 f"{reason or 'those of another process cannot'}; {self.instead}"
@@ -210,27 +191,18 @@ class StepReplay:
 
     @torch.no_grad()
     def loss(self) -> Tensor:
-        """The training loss of the step's batches at the current weights.
-
-        Returns:
-            A 0-d tensor. At unchanged weights it is, bit for bit, the loss that the step itself had.
-
-        Raises:
-            RuntimeError: If computing it raised something.
-        """
+        """The step's loss at the current weights; at unchanged ones, bit for bit, that which the step itself had."""
         with self._as_before(), torch.set_grad_enabled(self._goes_backward):
-            return self._loss()
+            total = torch.zeros((), device=self.trainer.args.device)
+            for batch in self._batches:
+                loss = self._training_step(self.trainer.model_wrapped, _copy_of_batch(batch), self._num_items)
+                total += loss.detach()
+            return total
 
     def losses_with_graph(self) -> list[Callable[[], Tensor]]:
-        """The step's loss as functions, one per micro-batch, whose losses add up to it and can be differentiated.
-
-        In single precision where the Trainer would use less, and through the model itself, not DDP's copy of it,
-        so of this process alone.
-
-        Returns:
-            Functions to be called in their order, the first of them again as often as one likes. Each gives the
-            random numbers back as they were.
-        """
+        """The step's loss as functions, one per micro-batch, whose losses add up to it and can be differentiated."""
+        # In single precision where the Trainer would use less, and through the model itself, not DDP's copy of it:
+        # of this process alone. To be called in their order, the first of them again as often as one likes.
         model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped, keep_torch_compile=False)
 
         def loss_of(batch: Any, own: Tensor, numbers: RandomNumbers) -> Tensor:
@@ -251,22 +223,9 @@ class StepReplay:
         parts = zip(self._batches, self._losses, self._numbers, strict=True)
         return [functools.partial(loss_of, *part) for part in parts]
 
-    def _loss(self) -> Tensor:
-        total = torch.zeros((), device=self.trainer.args.device)
-        for batch in self._batches:
-            total += self._training_step(self.trainer.model_wrapped, _copy_of_batch(batch), self._num_items).detach()
-        return total
-
     @contextmanager
     def _as_before(self) -> Iterator[list[Tensor]]:
-        """Let losses be computed as at the step's start; gives those that a backward pass was asked for.
-
-        Yields:
-            The losses, so far.
-
-        Raises:
-            RuntimeError: If computing a loss raised something.
-        """
+        """Let losses be computed as at the step's start; gives those that a backward pass was asked for."""
         trainer, handler = self.trainer, self.trainer.callback_handler
         if self._before is None:
             raise RuntimeError("the step cannot be replayed: training_step was not called through the trainer")
@@ -338,14 +297,7 @@ _GENERATES = (
 
 
 def unsupported_replay_reason(trainer: Trainer) -> str | None:
-    """Why a training step of `trainer` cannot be replayed, as far as that is known before training.
-
-    Args:
-        trainer: The trainer.
-
-    Returns:
-        The reason; None if it may.
-    """
+    """Why a training step of `trainer` cannot be replayed, as far as that is known before training."""
     # What trl's on-policy trainers (GRPO, RLOO, GKD, online DPO, distillation) have in common; the names of their
     # classes would miss the next one. Elsewhere such a name says nothing, and the first step does.
     of_trl = any(cls.__module__.partition(".")[0] == "trl" for cls in type(trainer).__mro__)

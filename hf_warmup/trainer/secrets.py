@@ -67,14 +67,7 @@ _PAIR = re.compile(rf"""([\w.\-]+)(\\*["']?\s*[:=]\s*)({_VALUE})""", re.IGNORECA
 
 
 def hide_secrets(words: Sequence[str]) -> list[str]:
-    """The words of a command, with `...` in the place of its secrets.
-
-    Args:
-        words: As in `sys.argv`.
-
-    Returns:
-        As many words.
-    """
+    """The words of a command, as in `sys.argv`, with `...` in the place of its secrets."""
     shown: list[str] = []
     name, many = "", False  # the option whose value is next, and whether it may take several
     for word in words:

@@ -24,11 +24,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.trainer.checks import unsupported_reason
-from hf_warmup.trainer.logs import log
+from hf_warmup.trainer.console import log
 from hf_warmup.trainer.measuring import measure_critical, measure_eigenvalue
 from hf_warmup.trainer.replay import unsupported_replay_reason
-from hf_warmup.trainer.report import EARLY, SharpnessKind, beta1_of, sharpness_report, sharpness_words
+from hf_warmup.trainer.report import EARLY, SharpnessKind, sharpness_report
 from hf_warmup.trainer.step import NotMeasurable, TrainerStep
+from hf_warmup.trainer.words import sharpness_words
 from hf_warmup.trainer.wrapping import wrap
 
 logger = logging.getLogger(__name__)
@@ -95,12 +96,7 @@ class SharpnessCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Be ready.
-
-        Raises:
-            RuntimeError: If the callback was added to a trainer but not attached.
-            ValueError: If there is no such sharpness for the optimizer.
-        """
+        """Be ready."""
         if self.trainer is None:
             raise RuntimeError(
                 "SharpnessCallback replays the trainer's own step, so it must know it: "
@@ -174,9 +170,8 @@ class SharpnessCallback(TrainerCallback):
         log(self.trainer, {f"sharpness/{name}": value for name, value in logs.items()})
         history = self.trainer.state.log_history
         if self.kind != "critical" and sum(f"sharpness/{self.kind}" in e for e in history) == EARLY:
-            logger.info(
-                sharpness_words(sharpness_report(history, beta1_of(unwrap_optimizer(self.trainer.optimizer))) or {})
-            )
+            if (measured := sharpness_report(history, unwrap_optimizer(self.trainer.optimizer))) is not None:
+                logger.info(sharpness_words(measured))
 
     @contextmanager
     def _noting(self) -> Iterator[None]:

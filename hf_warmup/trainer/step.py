@@ -29,13 +29,7 @@ class TrainerStep:
     It is there while somebody watches: `TrainerStep.watch(trainer, ...)` makes it, and the last `stop` lets go of
     the trainer's methods.
 
-    Args:
-        trainer: The trainer, once its training is prepared.
-
     Attributes:
-        trainer: The trainer.
-        backend: How its model is spread.
-        replay: The step's batches, if a watcher asked for them.
         lr: The learning rate of the step before, for slopes; 0 in the first step.
         first: Whether no step was made yet, so that gradients that are not finite are a mistake.
     """
@@ -49,23 +43,15 @@ class TrainerStep:
         self._watchers: list[tuple[Callable[[], bool], Callable[[], None]]] = []
         self._known: dict[float, float] = {}
         self._shards: Shards | None = None
-        self.backend.watch_step(self._before_step)
+        self._unwatch = self.backend.watch_step(self._before_step)
 
     @classmethod
     def watch(
         cls, trainer: Trainer, will_probe: Callable[[], bool], before_step: Callable[[], None]
     ) -> "tuple[TrainerStep, Callable[[], None]]":
-        """Watch the steps of a trainer.
-
-        Args:
-            trainer: The trainer, once its training is prepared.
-            will_probe: Whether the next step's batches must be kept, as losses may be asked for.
-            before_step: Called when a step's gradients are ready where the Trainer's own event,
-                `pre_optimizer_step`, comes too late (`backend.steps_in_backward`).
-
-        Returns:
-            The step, and a function that ends the watching.
-        """
+        """Watch the steps of a trainer whose training is prepared; gives its step, and a function that ends that."""
+        # `will_probe` says whether the next step's batches must be kept. `before_step` is called when a step's
+        # gradients are ready where the Trainer's own event comes too late (`backend.steps_in_backward`).
         step: TrainerStep | None = vars(trainer).get(_ON_TRAINER)
         if step is None or step._model is not trainer.model_wrapped:  # of a training that failed
             step = vars(trainer)[_ON_TRAINER] = cls(trainer)
@@ -82,7 +68,7 @@ class TrainerStep:
 
     def _stop(self) -> None:
         self.replay.stop()
-        self.backend.unwatch_step()
+        self._unwatch()
         self._shards = None
         if vars(self.trainer).get(_ON_TRAINER) is self:
             del vars(self.trainer)[_ON_TRAINER]
@@ -97,11 +83,7 @@ class TrainerStep:
 
     @property
     def shards(self) -> Shards:
-        """What this process holds, once it is known that the step can be measured; on all processes at once.
-
-        Raises:
-            NotMeasurable: If it cannot.
-        """
+        """What this process holds, once it is known that the step can be measured; on all processes at once."""
         if self._shards is None:
             shards = self.backend.shards()
             if not self.backend.can_step(shards, first=self.first):
@@ -110,14 +92,7 @@ class TrainerStep:
         return self._shards
 
     def loss(self, lr: float = 0.0) -> float:
-        """The training loss after the step at `lr`; at 0 that of the step, which is known, but under torch_compile.
-
-        Args:
-            lr: η.
-
-        Returns:
-            The mean over the processes.
-        """
+        """The training loss after the step at `lr`, over all processes; at 0 that of the step, which is known."""
         shards = self.shards
         if lr not in self._known:
             if lr == 0 and not (self.replay.is_kept and self.trainer.args.torch_compile):

@@ -120,19 +120,12 @@ class _Finder(TrainerCallback):
         self.warmup: WarmupCallback | None = None
         self.history: list[tuple[float, float]] = []
         self.found: LearningRate | None = None
-        self.rule: GuidedWarmup | None = None
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        rule = self.warmup.rule if self.warmup is not None else None
-        self.rule = rule if isinstance(rule, GuidedWarmup) else self.rule
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        rule = self.rule
-        if rule is None:
+        rule = None if self.warmup is None else self.warmup.rule
+        if not isinstance(rule, GuidedWarmup):
             return
         if rule.num_steps > len(self.history):
             self.history.append((rule.lr, rule.last_loss))
@@ -143,11 +136,7 @@ class _Finder(TrainerCallback):
 
 @contextmanager
 def _put_back(trainer: Trainer) -> Iterator[None]:
-    """Put back whatever training changes.
-
-    Raises:
-        ValueError: If something moves that cannot be put back.
-    """
+    """Put back whatever training changes, or refuse."""
     data = [data for data in (trainer.train_dataset, trainer.eval_dataset) if data is not None]
     accelerator, handler = trainer.accelerator, trainer.callback_handler
     params = list(accelerator.unwrap_model(trainer.model).parameters())

@@ -6,17 +6,8 @@ from typing import Any
 
 
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
-    """Have `around(method, ...)` called in place of a method of one object.
-
-    Args:
-        owner: The object.
-        name: The method's name.
-        around: Gets the method as it was, and what it is called with.
-
-    Returns:
-        A function that ends it. They may end in any order: one that lies below another does nothing more from then
-        on, and goes when that one does.
-    """
+    """Have `around(method, ...)` called in place of a method of one object; gives a function that ends it."""
+    # In any order: one that lies below another does nothing more from then on, and goes when that one does.
     method = getattr(owner, name)
     wrapper = _Wrapper(vars(owner).get(name), method, around)
     setattr(owner, name, wrapper)

@@ -77,6 +77,11 @@ def test_a_recipe_has_only_options_that_are_known_and_says_its_tokens(path):
     assert float(in_all[1]) == round(tokens * args.max_steps / unit, 1)
 
 
+def first_loss(report):
+    """The validation loss before the first step."""
+    return next(entry["eval_loss"] for entry in report["log_history"] if "eval_loss" in entry)
+
+
 @pytest.mark.parametrize("warmup", ["guided", "persistent"])
 def test_a_recipe_runs_with_a_warmup_that_needs_no_steps(warmup, tmp_path, capsys):
     folder = tmp_path / "run"
@@ -86,7 +91,7 @@ def test_a_recipe_runs_with_a_warmup_that_needs_no_steps(warmup, tmp_path, capsy
     assert "highest learning rate" in printed
     report = json.loads((folder / "warmup.json").read_text())
     assert report["warmup"] == warmup
-    assert report["initial_eval_loss"] > report["final_eval_loss"]
+    assert first_loss(report) > report["final_eval_loss"]
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
@@ -101,7 +106,7 @@ def test_a_run_leaves_model_card_plot_and_numbers(objective, tmp_path, capsys, m
         assert (folder / name).stat().st_size > 0
     report = json.loads((folder / "warmup.json").read_text())
     assert report["optimizer"] == "GIAdamW"
-    assert report["initial_eval_loss"] > report["final_eval_loss"]
+    assert first_loss(report) > report["final_eval_loss"]
     assert report["init_lr"] == pytest.approx(3e-4)
     card = (folder / "README.md").read_text()
     assert "- optimizer: GIAdamW" in card
@@ -167,7 +172,7 @@ def test_a_second_phase_goes_on_from_the_weights_and_tokenizer_of_the_first_with
     pretrain.run(again)
     before = json.loads((tmp_path / "first" / "warmup.json").read_text())["final_eval_loss"]
     after = json.loads((tmp_path / "again" / "warmup.json").read_text())
-    assert after["initial_eval_loss"] == pytest.approx(before, rel=1e-6)
+    assert first_loss(after) == pytest.approx(before, rel=1e-6)
     assert pretrain.run([*longer, "--context", "64"]) == 0
     with pytest.raises(ValueError, match="context must be at most 64, init_from's max_position_embeddings, got 128"):
         pretrain.run([*longer, "--context", "128", "--overwrite"])

@@ -286,7 +286,7 @@ def test_warmup_goes_to_the_learning_rate_that_the_optimizer_has(make_trainer, c
     assert start["warmup/target_lr"] == 1e-2
     assert made[0] == pytest.approx(start["warmup/init_lr"])
     assert made[0] < 0.8 * max(made)
-    assert max(made) == pytest.approx(warmup_report(trainer)["peak_lr"], rel=0.2)
+    assert max(made) == pytest.approx(warmup_report(trainer).peak_lr, rel=0.2)
     assert max(made) > 5e-3
 
 

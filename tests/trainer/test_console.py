@@ -5,6 +5,7 @@ import math
 import re
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
@@ -72,6 +73,31 @@ def test_a_critical_learning_rate_and_a_start_by_hand_are_told_apart(make_traine
     assert "critical lr" not in did
 
 
+class MadeByASubclass(Trainer):
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda t: min(1.0, t / 6))
+        return self.lr_scheduler
+
+
+@pytest.mark.parametrize("cls", [Trainer, MadeByASubclass])
+def test_a_schedule_of_the_users_own_is_not_called_lr_scheduler_type(make_trainer, capsys, cls):
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, t / 6))
+    given = {"trainer_kwargs": {"optimizers": (optimizer, schedule)}} if cls is Trainer else {}
+    trainer = make_trainer(cls, model=model, lr_scheduler_type="cosine", **given)
+    train(trainer)
+    trainer.train()
+    for title, said in blocks(capsys):
+        assert title.startswith("what") or said["then"] == "your own schedule, in the steps left"
+
+
+def test_a_schedule_of_the_trainers_is_named_in_every_run(make_trainer, capsys):
+    trainer = train(make_trainer(lr_scheduler_type="cosine"))
+    trainer.train()
+    assert [said["then"] for _, said in blocks(capsys) if "then" in said] == ["cosine, in the steps left"] * 2
+
+
 def test_guided_warmup_says_its_bound_where_it_ended_and_why(make_trainer, capsys):
     report = warmup_report(train(make_trainer(**GUIDED)))
     (title, will), (after, did) = blocks(capsys)
@@ -79,20 +105,20 @@ def test_guided_warmup_says_its_bound_where_it_ended_and_why(make_trainer, capsy
     assert will["to"] == "10 (learning_rate) or less"
     # 22% of 40 steps, and half of them.
     assert will["steps"] == "about 9 until the first descent of the loss is over, at most 20 of 40"
-    overshoot, peak = report["overshoot_lr"], report["peak_lr"]
+    overshoot, peak = report.overshoot_lr, report.peak_lr
     assert did["overshoot"] == f"at {overshoot:.3g}, where the first descent was over"
     why = f"from the overshoot of the momentum at {overshoot:.3g}"
-    assert did["warmup ended"] == f"after {report['warmup_steps_taken']} of 40 steps, at {peak:.3g} ({why})"
+    assert did["warmup ended"] == f"after {report.warmup_steps_taken} of 40 steps, at {peak:.3g} ({why})"
     assert did["cost"].startswith("no forward passes; one more optimizer step, on copies, in each step")
     assert did["next time"] == f"the same: a learning_rate above {peak:.2g} changes nothing"
-    assert report["bearable"] is None
+    assert report.bearable is None
 
 
 def test_auto_lr_says_that_nothing_bounds_it_and_which_learning_rate_it_found(make_trainer, capsys):
     report = warmup_report(train(make_trainer(**GUIDED, auto_lr=True)))
     (_, will), (_, did) = blocks(capsys)
     assert will["to"] == "whatever the run finds: auto_lr"
-    assert did["next time"] == f"the same; or learning_rate={report['peak_lr']:.2g}, which is what this run found"
+    assert did["next time"] == f"the same; or learning_rate={report.peak_lr:.2g}, which is what this run found"
 
 
 @pytest.mark.parametrize("learning_rate", [3e-3, 1e-3])
@@ -102,20 +128,20 @@ def test_a_learning_rate_less_than_a_third_of_what_training_bears_is_said_to_be_
     trainer = train(make_trainer(**{**GUIDED, "learning_rate": learning_rate}))
     (expected,) = [e["warmup/expected_peak_lr"] for e in trainer.state.log_history if "warmup/expected_peak_lr" in e]
     report = warmup_report(trainer)
-    assert report["ended_by"] == "learning_rate"
-    assert report["bearable"] == pytest.approx(expected / learning_rate)
-    assert (report["bearable"] >= 3) == (learning_rate == 1e-3)
+    assert report.ended_by == "learning_rate"
+    assert report.bearable == pytest.approx(expected / learning_rate)
+    assert (report.bearable >= 3) == (learning_rate == 1e-3)
     _, (_, did) = blocks(capsys)
     assert did["warmup ended"].endswith(f"of 40 steps, at {learning_rate:.3g} (learning_rate)")
-    more = f"from scratch a learning_rate up to {report['bearable']:.2g} times as large, or auto_lr; to fine-tune, "
-    assert did["next time"] == more * (report["bearable"] >= 3) + "the same"
+    more = f"from scratch a learning_rate up to {report.bearable:.2g} times as large, or auto_lr; to fine-tune, "
+    assert did["next time"] == more * (report.bearable >= 3) + "the same"
 
 
 def test_guided_warmup_that_comes_to_half_of_the_run_asks_for_more_steps(make_trainer, capsys):
     report = warmup_report(train(make_trainer(**{**GUIDED, "max_steps": 12}, auto_lr=True)))
     _, (_, did) = blocks(capsys)
-    assert report["ended_by"] == "half of the run"
-    assert did["warmup ended"] == f"after 6 of 12 steps, at {report['peak_lr']:.3g} (at half of the run)"
+    assert report.ended_by == "half of the run"
+    assert did["warmup ended"] == f"after 6 of 12 steps, at {report.peak_lr:.3g} (at half of the run)"
     assert did["next time"] == "more steps: half of the run was not enough for its warmup"
 
 
@@ -124,7 +150,7 @@ def test_persistent_warmup_says_what_its_searches_cost(make_trainer, capsys):
     (title, will), (after, did) = blocks(capsys)
     assert (title, after) == ("persistent warmup", "what persistent warmup did")
     assert will["to"] == "0.003, from one critical learning rate to the next"
-    assert did["cost"] == f"{warmup_report(trainer)['forward_passes']:.0f} forward passes"
+    assert did["cost"] == f"{warmup_report(trainer).forward_passes:.0f} forward passes"
 
 
 def test_gi_adam_is_named_with_its_built_in_warmup(make_trainer, capsys):

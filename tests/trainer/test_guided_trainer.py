@@ -133,7 +133,7 @@ def test_with_auto_lr_no_learning_rate_depends_on_the_one_that_is_set(make_train
     low, high = map(train, trainers)
     assert low == pytest.approx(high, rel=1e-3)
     assert 1e-3 < max(low) < 10
-    assert warmup_report(trainers[0])["overshoot_lr"] is not None
+    assert warmup_report(trainers[0]).overshoot_lr is not None
 
 
 STOPS = [10, 20, 30]  # before the overshoot, behind it, and behind warmup
@@ -152,7 +152,7 @@ def resumes(make_trainer, tmp_path):
             rest = train(resumed, resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
             assert rest == rates[stop:]
             assert same(weights(resumed), weights(unbroken))
-            assert {**warmup_report(resumed), "train_runtime": 0} == {**warmup_report(unbroken), "train_runtime": 0}
+            assert warmup_report(resumed) == warmup_report(unbroken)
         return warmup_report(unbroken)
 
     return check
@@ -172,10 +172,10 @@ class Hidden(torch.nn.Module):
 @pytest.mark.parametrize(("model", "end"), [(make_model, ("peak", 22)), (Hidden, ("half of the run", 30))])
 def test_a_resumed_run_is_bitwise_the_same_before_and_after_the_overshoot(resumes, model, end):
     report = resumes(STOPS, model, **AUTO)
-    assert (report["ended_by"], report["warmup_steps_taken"]) == end
-    assert report["overshoot_lr"] is not None
+    assert (report.ended_by, report.warmup_steps_taken) == end
+    assert report.overshoot_lr is not None
     # What is no decoder waits for a second fall of the loss, which there is none.
-    assert (report["peak_lr"] > report["overshoot_lr"]) == (model is make_model)
+    assert (report.peak_lr > report.overshoot_lr) == (model is make_model)
 
 
 def test_a_resumed_run_of_persistent_warmup_is_bitwise_the_same(resumes):
@@ -244,10 +244,10 @@ def test_a_bound_below_the_peak_is_gone_to_and_said_to_be_low(make_trainer, caps
     assert rates[:end] == pytest.approx(free[:end], rel=1e-5)
     assert rates[end] == max(rates) == 2e-3
     report = warmup_report(trainer)
-    assert (report["ended_by"], report["warmup_steps_taken"], report["peak_lr"]) == ("learning_rate", end + 1, 2e-3)
+    assert (report.ended_by, report.warmup_steps_taken, report.peak_lr) == ("learning_rate", end + 1, 2e-3)
     assert f"after {end + 1} of 40 steps, at 0.002 (learning_rate)" in said
-    assert f"from scratch a learning_rate up to {report['bearable']:.2g} times as large, or auto_lr" in said
-    assert report["bearable"] > 3
+    assert f"from scratch a learning_rate up to {report.bearable:.2g} times as large, or auto_lr" in said
+    assert report.bearable > 3
     assert f"learning_rate=0.002 has ended warmup after {end + 1} steps" in caplog.text
 
 
@@ -269,7 +269,7 @@ def test_every_group_keeps_its_part_of_the_learning_rate(make_trainer):
     trainer.add_callback(Both())
     train(trainer)
     assert all(a == pytest.approx(3 * b) for a, b in seen)
-    assert max(seen)[0] == warmup_report(trainer)["peak_lr"] > 1e-2
+    assert max(seen)[0] == warmup_report(trainer).peak_lr > 1e-2
 
 
 @pytest.mark.parametrize("auto_lr", [True, False])
@@ -342,7 +342,7 @@ def test_steps_without_a_gradient_are_made_at_the_learning_rate_that_there_is_an
         assert rates[2:11] == pytest.approx([target * (0.1 + (t - counts[2]) / 10) for t in counts[2:11]])
     else:
         assert (rates[4], rates[6]) == (rates[3], rates[5])
-        assert warmup_report(trainer)["warmup_steps_taken"] == end + 1 - 4
+        assert warmup_report(trainer).warmup_steps_taken == end + 1 - 4
     for stop in (1, 5, end):  # before warmup, within and at its end
         resumed = make()
         rest = train(resumed, resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))

@@ -133,9 +133,9 @@ def test_warmup_on_muon_resumes_bitwise_in_its_middle(warmup, options, tmp_path)
     unbroken.train()
     report = warmup_report(unbroken)
     if "warmup_steps" in options:
-        assert report["search_status"] == "found"
+        assert report.search_status == "found"
     else:
-        assert report["overshoot_lr"] is not None
+        assert report.overshoot_lr is not None
     resumed, rates = make_trainer(tmp_path / "b", warmup, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
     assert rates.seen == all_rates.seen[6:]
@@ -146,7 +146,7 @@ def test_a_measured_start_on_muon_leaves_no_trace(tmp_path):
     options = {"max_steps": 6, "learning_rate": 3.0, "warmup_steps": 4}
     searched, _ = make_trainer(tmp_path / "a", {"init_lr": "catapult"}, **options)
     searched.train()
-    found = warmup_report(searched)["init_lr"]
+    found = warmup_report(searched).init_lr
     given, _ = make_trainer(tmp_path / "b", {"init_lr": str(found)}, **options)
     given.train()
     assert isinstance(given.optimizer.optimizer, MuonAdamW)

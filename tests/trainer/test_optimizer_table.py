@@ -92,7 +92,7 @@ def linear(folder, name):
     WarmupCallback.attach(trainer, init_lr="catapult")
     trainer.train()
     again, same_rates = make_trainer(folder, name, **options)
-    WarmupCallback.attach(again, init_lr=str(warmup_report(trainer)["init_lr"]))
+    WarmupCallback.attach(again, init_lr=str(warmup_report(trainer).init_lr))
     again.train()
     assert same_rates.seen == rates.seen
     assert all(map(torch.equal, weights(trainer), weights(again)))
