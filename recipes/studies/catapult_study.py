@@ -180,4 +180,4 @@ def plot(rows: list[Row]) -> Figure:
 
 
 if __name__ == "__main__":
-    command(NAME, report, plot, __doc__ or "")
+    command(NAME, report, plot, __doc__)

@@ -32,7 +32,7 @@ def text(folder: Path, unclear: bool = False) -> str:
     runs = {study: complete(load(study.NAME, folder == SMOKE), folder) for study in STUDIES}
     made = [claim for study, rows in runs.items() if rows for claim in study.claims(rows)]
     if folder != SMOKE:
-        made += warmup_study.claims()
+        made += warmup_study.claims(folder)
         if rows := sharpness_study.finished(folder):
             made += sharpness_study.claims(rows)
     decided = [claim for claim in made if unclear or claim.verdict != "unclear"]

@@ -1,4 +1,3 @@
-import csv
 import math
 import os
 import signal
@@ -20,11 +19,10 @@ import phase_study
 import reporting
 import second_moment_study
 from evidence import boundary, curve, is_at_edge, ratio, spread, times, verdict
-from grid import COLUMNS, KEYS, Study, appending, complete, finish, lines, load, page, rows, shard_of
+from grid import COLUMNS, KEYS, Job, Study, appending, complete, finish, lines, load, page, rows, shard_of
 from warmup_cases import CNN, OTHER_BATCH, Setting, losses, make_model, make_optimizer, train
 from warmup_rules import RULES, cosine, linear
 from warmup_starts import From, times_own_warmup
-from warmup_study import Job
 
 TINY = Setting("tiny", width=16, depth=1, context=8, batch=2, steps=2)
 TINY_JOBS = [Job(TINY, "AdamW", "linear", {"fraction": f}, 1e-3, seed) for seed in (0, 1) for f in (0.0, 0.5)]
@@ -53,28 +51,29 @@ def test_a_grid_is_every_combination_of_its_lists_one_seed_after_the_other(tmp_p
         """
         seeds: [3, 4]
         setting: {width: 16}
-        smoke: {steps: 5}
         runs:
           - {optimizer: [AdamW, RAdam], setting: {beta2: [0.9, 0.99]}, rule: linear, options: {fraction: [0.0, 0.1]},
              target: [1.0e-3, 2.0e-3, 4.0e-3]}
           - {optimizer: AdamW, setting: {beta2: 0.9}, rule: linear, options: {fraction: 0.0}, target: [1.0e-3]}
+          - {optimizer: AdamW, rule: ramp, options: [{}, {growth: [1.1, 1.2]}], target: [1.0e-3], seeds: [5]}
         """
     )
     study = load("small")
-    assert len(study.jobs) == 2 * (2 * 2 * 2 * 3)  # the second block repeats a run of the first
-    assert [job.seed for job in study.jobs] == [3] * 24 + [4] * 24
+    assert len(study.jobs) == 2 * (2 * 2 * 2 * 3) + 3  # the second block repeats a run of the first
+    assert [job.seed for job in study.jobs] == [3] * 24 + [4] * 24 + [5] * 3
+    assert [job.options for job in study.jobs[-3:]] == [{}, {"growth": 1.1}, {"growth": 1.2}]
     assert {(job.setting.width, job.setting.steps) for job in study.jobs} == {(16, 300)}
     smoke = load("small", smoke=True)
-    assert {(job.seed, job.setting.steps) for job in smoke.jobs} == {(3, 5)}
+    assert {(job.seed, job.setting.steps) for job in smoke.jobs} == {(3, 10), (5, 10)}
     assert {job.target for job in smoke.jobs} == {1e-3, 4e-3}
 
     (tmp_path / "small.yml").write_text("{seeds: [0], runs: [{optimizer: AdamW, rule: cosine, target: [1.0]}]}")
     with pytest.raises(ValueError, match="rule must be one of linear, .*, got cosine"):
         load("small")
     (tmp_path / "small.yml").write_text("{seeds: [0], runs: [{optimizer: AdamW, rule: linear}]}")
-    with pytest.raises(ValueError, match="must have optimizer, rule, target, got optimizer, rule"):
+    with pytest.raises(ValueError, match="a block of small.yml lacks target"):
         load("small")
-    (tmp_path / "small.yml").write_text("{seed: [0], runs: []}")
+    (tmp_path / "small.yml").write_text("{seed: [0], runs: [{optimizer: AdamW, rule: linear, target: [1.0]}]}")
     with pytest.raises(ValueError, match="unknown keys: seed"):
         load("small")
 
@@ -96,7 +95,7 @@ def test_shards_partition_the_grid(count, tmp_path):
     assert sum(map(len, shards)) == len(set().union(*shards)) == 4
     if count == 3:
         finish(study, tmp_path, 1, (3, 3))
-        assert [line["seed"] for line in lines(tmp_path, "tiny")] == ["1"]
+        assert [line["seed"] for line in lines(tmp_path, "tiny").values()] == ["1"]
         finish(study, tmp_path, 1, (1, 3))
         assert {row["seed"] for row in complete(study, tmp_path)} == {1}  # the other seed lacks a run
         finish(study, tmp_path, 1)  # makes what no shard has made
@@ -138,8 +137,7 @@ def test_a_row_that_a_killed_process_left_unfinished_is_cut_off(tmp_path):
     path.write_bytes(whole[:-7])
     assert len(lines(tmp_path, "tiny")) == 1  # nor does a reader see it
     finish(study, tmp_path, 1)
-    with open(path, newline="") as file:
-        assert [tuple(line[key] for key in KEYS) for line in csv.DictReader(file)] == [job.key() for job in study.jobs]
+    assert list(lines(tmp_path, "tiny")) == [job.key() for job in study.jobs]
 
 
 def test_two_processes_cannot_write_one_file_nor_two_versions(tmp_path):
@@ -166,7 +164,6 @@ import sys
 from pathlib import Path
 from grid import Study, finish
 from warmup_cases import Setting
-from warmup_study import Job
 if __name__ == "__main__":
     tiny = Setting("tiny", width=16, depth=1, context=8, batch=2, steps=2)
     jobs = [Job(tiny, "AdamW", "linear", {"fraction": 0.0}, 1e-3, seed) for seed in range(400)]
@@ -191,12 +188,12 @@ def test_a_killed_study_goes_on_and_makes_the_same_runs(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
 
-    before = lines(tmp_path, "tiny")
+    before = list(lines(tmp_path, "tiny").values())
     assert 3 <= len(before) < 400
     seeds = sorted(int(line["seed"]) for line in before)
     study = Study("tiny", [TINY_JOBS[0]._replace(seed=seed) for seed in range(seeds[-1] + 3)])
     finish(study, tmp_path, 1)
-    after = lines(tmp_path, "tiny")
+    after = list(lines(tmp_path, "tiny").values())
     assert after[: len(before)] == before
     assert sorted(int(line["seed"]) for line in after) == list(range(seeds[-1] + 3))
     again = grid.run(study.jobs[seeds[0]])
