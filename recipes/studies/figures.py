@@ -10,24 +10,24 @@ from matplotlib.ticker import NullFormatter
 from evidence import Curve
 
 WIDTH = 7.5  # inches, at `grid.save`'s 120 dots
-# The same method looks the same in every plot. The colours are Okabe and Ito's, and two greys.
+# The same method looks the same in every plot. Colours that the colour-blind can tell, by Okabe and Ito and by Tol.
 STYLES = {
     "guided": ("#0072B2", "o"),
     "linear": ("#D55E00", "s"),
     "no warmup": ("#777777", "v"),
-    "ramp": ("#009E73", "^"),
-    "RAdam": ("#CC79A7", "D"),
+    "ramp": ("#117733", "^"),
+    "RAdam": ("#AA4499", "D"),
     "GI-Adam": ("#E69F00", "P"),
     "AdamW × √(1-β2^t)": ("#56B4E9", "X"),
     "untuned linear": ("#8C564B", "<"),
-    "untuned exponential": ("#8C564B", ">"),
+    "untuned exponential": ("#C49C94", ">"),
     "Muon": ("#000000", "*"),
-    "schedule-free RAdam": ("#CC79A7", "h"),
+    "schedule-free RAdam": ("#44AA99", "h"),
     "Prodigy": ("#999933", "p"),
-    "v_0 of another batch": ("#8C564B", "<"),
-    "10 v_0": ("#999933", "p"),
-    "100 v_0": ("#000000", "*"),
-    "RI-Adam": ("#CC79A7", "D"),
+    "GI-Adam, v_0 of another batch": ("#332288", "<"),
+    "GI-Adam, v_0 = 10 g_0²": ("#CC6677", "p"),
+    "GI-Adam, v_0 = 100 g_0²": ("#882255", "*"),
+    "RI-Adam": ("#009E73", "D"),
 }
 CYCLE = [
     "#0072B2",
@@ -77,4 +77,4 @@ def legend(figure: Figure) -> None:
     handles = {}
     for axes in figure.axes:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=8)

@@ -70,6 +70,7 @@ Line = dict[str, str]
 Report = Callable[[list[Row]], str]
 Plot = Callable[[list[Row]], Figure]
 Task = TypeVar("Task")
+Made = TypeVar("Made")
 
 
 class Job(NamedTuple):
@@ -191,7 +192,7 @@ def rows(folder: Path, name: str) -> list[Row]:
 
 
 @contextlib.contextmanager
-def appending(path: Path, columns: tuple[str, ...] = COLUMNS) -> Iterator[Callable[[Line], None]]:
+def appending(path: Path, columns: tuple[str, ...] = COLUMNS) -> Iterator[Callable[..., None]]:
     """Add lines to a CSV that no other process adds to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
@@ -200,9 +201,9 @@ def appending(path: Path, columns: tuple[str, ...] = COLUMNS) -> Iterator[Callab
         except BlockingIOError:
             raise RuntimeError(f"another process is writing {path}; give each a --shard of its own") from None
 
-        def write(line: Line) -> None:
+        def write(*lines: Line) -> None:
             text = io.StringIO()
-            csv.DictWriter(text, columns, lineterminator="\n").writerow(line)
+            csv.DictWriter(text, columns, lineterminator="\n").writerows(lines)
             file.write(text.getvalue().encode())
             file.flush()
 
@@ -251,7 +252,7 @@ def finish(study: Study, folder: Path, processes: int, shard: tuple[int, int] = 
             write(line)
 
 
-def results(make: Callable[[Task], Line], todo: list[Task], processes: int) -> Iterator[Line]:
+def results(make: Callable[[Task], Made], todo: list[Task], processes: int) -> Iterator[Made]:
     """What each of the tasks gives, as it comes."""
     if processes == 1 or len(todo) < 2:
         yield from map(make, todo)

@@ -297,14 +297,14 @@ def claims(folder: Path) -> list[Claim]:
     made = []
     for part, title in TITLES.items():
         if _is_complete(part, folder):
-            tail = f"({title.replace(' (', ', ').replace(')', '')})"
-            made += part_claims(methods(rows(folder, f"warmup_{part}")), tail)
+            where = title.replace(" (", ", ").replace(")", "")
+            made += part_claims(methods(rows(folder, f"warmup_{part}")), where)
     if _is_complete("random", folder):
         made.append(_random_claim(folder))
     return made
 
 
-def part_claims(made: list[Method], tail: str) -> list[Claim]:
+def part_claims(made: list[Method], where: str) -> list[Claim]:
     """Guided warmup against tuned linear warmup, whatever its learning rate."""
     lines = compared(made)
     texts = {
@@ -315,11 +315,9 @@ def part_claims(made: list[Method], tail: str) -> list[Claim]:
     claimed = []
     for label, text in texts.items():
         if label in lines:
-            text = (
-                f"{text} guided warmup is as good as linear warmup tuned over target and length on other seeds {tail}"
-            )
+            text += " guided warmup is as good as linear warmup tuned over target and length on other seeds"
             values = evidence.difference(lines[label].losses, lines["tuned"].losses)
-            claimed.append(evidence.loss_claim(text, "ours", NAME, values, high=evidence.EQUAL))
+            claimed.append(evidence.loss_claim(text, where, "ours", NAME, values, high=evidence.EQUAL))
     return claimed
 
 
@@ -331,7 +329,7 @@ def _random_claim(folder: Path) -> Claim:
     measured = f"{bounded} against {', '.join(map(str, others))} of {len(runs[SAME])}; with auto_lr "
     measured += f"{sum(map(has_failed, runs[AUTOMATIC]))} of {len(runs[AUTOMATIC])}"
     verdict = "holds" if bounded < min(others) else "does not hold"
-    return Claim(f"{text} (GPT, η_trgt from 1e-3 to 1)", "ours", NAME, measured, verdict)
+    return Claim(f"{text} (GPT, η_trgt from 1e-3 to 1)", "", "ours", NAME, measured, verdict)
 
 
 def _is_complete(part: str, folder: Path) -> bool:

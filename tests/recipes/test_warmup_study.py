@@ -128,7 +128,7 @@ def test_guided_warmup_has_the_target_of_tuned_linear_warmup_a_multiple_of_it_or
     # Of linear warmup the best length there.
     high = lines[f"linear, {TIMES} times the target"]
     assert (high.target, high.losses[10]) == ("0.064", pytest.approx(2 + 4 / 9))
-    texts = {claim.text: claim.verdict for claim in warmup_study.part_claims(methods(LINEAR + guided + auto), "(x)")}
+    texts = {claim.text: claim.verdict for claim in warmup_study.part_claims(methods(LINEAR + guided + auto), "x")}
     assert [text.split(" guided")[0] for text in texts] == [
         "Without a learning rate",
         "With the learning rate of tuned linear warmup",
