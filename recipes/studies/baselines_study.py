@@ -85,8 +85,10 @@ def claims(rows: list[Row]) -> list[Claim]:
         who, _, how = name.partition(", ")
         if who == "AdamW" and how.startswith(("linear over", "no")):
             continue
-        if who == "AdamW":
-            who, how = ("Guided warmup", how[7:]) if "guided" in how else ("Untuned warmup of AdamW", how[8:])
+        if how.startswith("guided"):
+            who, how = "Guided warmup", "auto_lr" if "auto_lr" in how else "η_trgt as its bound"
+        elif how.startswith("untuned"):
+            who, how = "Untuned warmup", how.removeprefix("untuned ").removesuffix(" warmup")
         text = f"{who} is as good as tuned linear warmup of AdamW (GPT, β2 = 0.95)"
         source = {"Guided warmup": "ours", "GI-Adam": "paper"}.get(who, "its authors")
         made.append(loss_claim(text, how, source, NAME, difference(at_best(losses), reference), high=EQUAL))
@@ -104,8 +106,8 @@ def plot(rows: list[Row]) -> Figure:
     shown = {}
     for name, losses in of.items():
         who, _, how = name.partition(", ")
-        kind = how.partition(" over")[0].partition(" warmup,")[0].removesuffix(" warmup") if who == "AdamW" else who
-        kind = "no warmup" if (who, how) == ("AdamW", "no warmup") else kind
+        kind = how.partition(" over")[0].partition(" warmup,")[0] if who == "AdamW" else who
+        kind = kind if kind == "no warmup" else kind.removesuffix(" warmup")
         if kind != "linear" or name == tuned(of):
             shown[name] = (losses, figures.style(kind, dashed=who == "Muon" and how != "no warmup"))
     figure = figures.new(5)

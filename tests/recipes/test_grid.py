@@ -162,7 +162,7 @@ def test_a_run_that_cannot_be_made_is_skipped_with_a_plain_message(tmp_path, mon
 KILLED = """
 import sys
 from pathlib import Path
-from grid import Study, finish
+from grid import Job, Study, finish
 from warmup_cases import Setting
 if __name__ == "__main__":
     tiny = Setting("tiny", width=16, depth=1, context=8, batch=2, steps=2)
