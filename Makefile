@@ -72,7 +72,7 @@ studies: $(READY)
 	for study in $(STUDIES); do $(BIN)/python recipes/studies/$$study.py || exit 1; done
 	$(BIN)/python recipes/studies/claims.py --all
 
-# Every method of every study at its first and last learning rate, small: a minute.
+# Every method of every study at its first and last learning rate, small: two minutes.
 studies-smoke: $(READY)
 	rm -rf runs/studies-smoke
 	for study in $(STUDIES); do $(BIN)/python recipes/studies/$$study.py --smoke || exit 1; done

@@ -387,8 +387,10 @@ NOTES = (
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all of them if none is named")
+    options.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all if none is named")
     args = options.parse_args()
+    if unknown := {*args.parts} - {*PARTS}:
+        options.error(f"a part must be one of {', '.join(PARTS)}, got {', '.join(unknown)}")
     if folder := execute([study(part, args.smoke) for part in args.parts or PARTS], args):
         save(folder, NAME, report(folder), plot(folder))
 
