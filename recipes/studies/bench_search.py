@@ -16,6 +16,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -105,7 +106,7 @@ class Training:
             "numpy RNG": np.random.get_state(),
             "train/eval flags": [m.training for m in self.model.modules()],
         }
-        return _mapped(taken, lambda tensor: tensor.detach().clone()) if copy else taken
+        return deepcopy(taken) if copy else taken
 
     def changed(self, batches: Iterable[list[Tensor]], expected: list[Tensor]) -> list[str]:
         """What differs from `before`; `batches` are those training goes on with, `expected` their inputs before."""
@@ -342,14 +343,6 @@ has another order. torch-lr-finder's `reset()` is called, and Lightning is asked
 
 {conditions(packages, commit)} `{args.command}`
 """
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _mapped(v, change) for key, v in value.items()}
-    return type(value)(_mapped(v, change) for v in value) if isinstance(value, list | tuple) else value
 
 
 def _equal(a: Any, b: Any) -> bool:
