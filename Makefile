@@ -65,18 +65,18 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-STUDIES := phase_study catapult_study second_moment_study baselines_study
+STUDIES := phase_study catapult_study second_moment_study baselines_study sharpness_study
 
-# The grids: an hour and a half on two cores. What is in recipes/studies/results already is not run again.
+# An hour and a half on two cores; warmup_study.py takes a day. What is in recipes/studies/results is not run again.
 studies: $(READY)
 	for study in $(STUDIES); do $(BIN)/python recipes/studies/$$study.py || exit 1; done
-	test -e recipes/studies/results/sharpness_study.csv || $(BIN)/python recipes/studies/sharpness_study.py
 	$(BIN)/python recipes/studies/claims.py --all
 
-# Every method of every study at its first and last learning rate, small: a minute.
+# Every method of every study at its first and last learning rate, small: two minutes.
 studies-smoke: $(READY)
 	rm -rf runs/studies-smoke
 	for study in $(STUDIES); do $(BIN)/python recipes/studies/$$study.py --smoke || exit 1; done
+	$(BIN)/python recipes/studies/warmup_study.py --smoke gpt random ablation
 	$(BIN)/python recipes/studies/claims.py --smoke
 
 clean:

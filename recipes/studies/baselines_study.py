@@ -12,6 +12,7 @@ import statistics
 
 from matplotlib.figure import Figure
 
+import figures
 from evidence import (
     EQUAL,
     Claim,
@@ -79,17 +80,19 @@ def summary(rows: list[Row]) -> str:
 def claims(rows: list[Row]) -> list[Claim]:
     of = curves(rows)
     reference = at_best(of[tuned(of)])
-    return [
-        loss_claim(
-            f"{name}, is as good as tuned linear warmup of AdamW (GPT, β2 = 0.95)",
-            "ours" if "guided" in name else "paper" if "GI-Adam" in name else "its authors",
-            NAME,
-            difference(at_best(losses), reference),
-            high=EQUAL,
-        )
-        for name, losses in of.items()
-        if not name.startswith(("AdamW, linear over", "AdamW, no"))
-    ]
+    made = []
+    for name, losses in of.items():
+        who, _, how = name.partition(", ")
+        if who == "AdamW" and how.startswith(("linear over", "no")):
+            continue
+        if how.startswith("guided"):
+            who, how = "Guided warmup", "auto_lr" if "auto_lr" in how else "η_trgt as its bound"
+        elif how.startswith("untuned"):
+            who, how = "Untuned warmup", how.removeprefix("untuned ").removesuffix(" warmup")
+        text = f"{who} is as good as tuned linear warmup of AdamW (GPT, β2 = 0.95)"
+        source = {"Guided warmup": "ours", "GI-Adam": "paper"}.get(who, "its authors")
+        made.append(loss_claim(text, how, source, NAME, difference(at_best(losses), reference), high=EQUAL))
+    return made
 
 
 def report(rows: list[Row]) -> str:
@@ -98,19 +101,20 @@ def report(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row]) -> Figure:
-    """Loss against η_trgt."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for i, (name, losses) in enumerate(curves(rows).items()):
-        means = [statistics.mean(seeds.values()) for seeds in losses.values()]
-        if len(means) == 1:
-            axes.axhline(means[0], color="black", linewidth=1, label=name)
-        else:
-            axes.plot(list(losses), means, marker="o", markersize=3, label=name, linestyle="-" if i < 10 else "--")
-    axes.set(xscale="log", xlabel="target learning rate", ylabel="validation loss")
-    axes.legend(fontsize=7)
+    """Loss against η_trgt; of the lengths of linear warmup the tuned one."""
+    of = curves(rows)
+    shown = {}
+    for name, losses in of.items():
+        who, _, how = name.partition(", ")
+        kind = how.partition(" over")[0].partition(" warmup,")[0] if who == "AdamW" else who
+        kind = kind if kind == "no warmup" else kind.removesuffix(" warmup")
+        if kind != "linear" or name == tuned(of):
+            shown[name] = (losses, figures.style(kind, dashed=who == "Muon" and how != "no warmup"))
+    figure = figures.new(5)
+    figures.curves(figure.subplots(), shown)
+    figures.legend(figure)
     return figure
 
 
 if __name__ == "__main__":
-    command(NAME, report, plot, __doc__ or "")
+    command(NAME, report, plot, __doc__)

@@ -14,15 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_warmup import momentum_slope
 from hf_warmup.warmup import GuidedWarmup
 
+import evidence
+import reporting
 from bench_optimizer import seconds_of
-from reporting import conditions, current_commit, device_parser, parsed, torch_threads, write
+from reporting import conditions, current_commit, parsed, torch_threads, write
 
 LENGTHS = (300, 1000, 10_000, 100_000)
 
@@ -74,22 +75,18 @@ def report(made: list[dict[str, Any]], num_params: int, args: argparse.Namespace
         }
         for num_steps in LENGTHS
     ]
-    first, second = (
-        tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True) for lines in (table, whole)
-    )
     words = (
         f"A GPT-2 of {num_params / 1e6:.1f}M parameters, {args.batch} × {args.context} tokens; medians of "
         f"{args.rounds} turns. What that makes of a run whose valley comes after t* steps:"
     )
     where = conditions(["torch", "transformers"], commit, args.device)
-    return f"{first}\n\n{words}\n\n{second}\n\n{where} `{args.command}`\n"
+    return f"{evidence.table(table)}\n\n{words}\n\n{evidence.table(whole)}\n\n{where} `{args.command}`\n"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line's options."""
-    parser = device_parser(__doc__, rounds=20)
-    for name, default in (("width", 128), ("layers", 4), ("vocab", 512), ("context", 128), ("batch", 16)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = reporting.parser(__doc__, rounds=20, width=128, layers=4, vocab=512, context=128, batch=16)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     return parsed(parser, argv, "bench_guided.py")
 
 

@@ -17,19 +17,18 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from itertools import accumulate
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_warmup import GIAdamW
 
-from reporting import allocations, conditions, current_commit, device_parser, parsed, torch_threads, write
+import evidence
+import reporting
+from reporting import conditions, current_commit, parsed, torch_threads, write
 
 LOOP = "loop"  # of Python, over the parameters
 CLASSES: dict[str, dict[str, Callable[..., torch.optim.Optimizer]]] = {
@@ -89,9 +88,7 @@ def seconds_of(step: Callable[[], Any], device: str) -> float:
 def peak_bytes(step: Callable[[], Any], device: str) -> int:
     """The most that is held in a step beyond what was held before it."""
     if device == "cpu":
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            step()
-        return max(accumulate(size for _, size in allocations(profiled)), default=0)
+        return reporting.peak_bytes(step)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
@@ -158,7 +155,7 @@ def table(made: list[dict[str, Any]], taken: dict[tuple[str, str], dict[str, flo
                 **{what: f"{size:.2f}" for what, size in taken[name, kernel].items()},
             }
         )
-    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+    return evidence.table(lines)
 
 
 def explanation(params: list[Tensor], args: argparse.Namespace, commit: str) -> str:
@@ -180,11 +177,9 @@ step holds at a time, state included.
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line's options."""
-    parser = device_parser(__doc__, rounds=15)
+    parser = reporting.parser(__doc__, rounds=15, width=768, layers=12, vocab=50257)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--states", type=int, default=5, help="times that all states are made anew")
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--vocab", type=int, default=50257)
     return parsed(parser, argv, "bench_optimizer.py")
 
 

@@ -10,39 +10,36 @@ results/bench_search.md.
 """
 
 import argparse
-import importlib.util
 import math
 import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_warmup import find_critical_lr, loss_after_step, update_slope
 
-from reporting import RESULTS, allocations, conditions, current_commit, quiet, torch_threads, write
+import evidence
+import reporting
+from reporting import conditions, current_commit, parsed, quiet, torch_threads, write
 
 TEXT = Path(__file__).parents[1] / "tiny" / "shakespeare.txt"
 GUESS = 1e-3  # the learning rate of the optimizer, and where this package's search starts
 RANGE_TEST = {"start_lr": 1e-7, "num_iter": 100}  # torch-lr-finder's README; ignite has no default of its own
 NUM_USUAL = 3  # training steps whose memory is the usual one: from the second on, Adam's state is there
-FORWARD = "bench_search: a forward pass begins"
 # The tool's name on the command line: the package that pip installs, and the module that is imported.
 PEERS = {
     "torch-lr-finder": ("torch-lr-finder", "torch_lr_finder"),
@@ -109,7 +106,7 @@ class Training:
             "numpy RNG": np.random.get_state(),
             "train/eval flags": [m.training for m in self.model.modules()],
         }
-        return _mapped(taken, lambda tensor: tensor.detach().clone()) if copy else taken
+        return deepcopy(taken) if copy else taken
 
     def changed(self, batches: Iterable[list[Tensor]], expected: list[Tensor]) -> list[str]:
         """What differs from `before`; `batches` are those training goes on with, `expected` their inputs before."""
@@ -127,12 +124,7 @@ def make_training(seed: int, args: argparse.Namespace, scratch: Path) -> Trainin
     text = torch.frombuffer(bytearray(TEXT.read_bytes()), dtype=torch.uint8).long()
     windows = text[: len(text) // (args.context + 1) * (args.context + 1)].view(-1, args.context + 1)
     model = LanguageModel(args.width, args.layers, args.context)
-    passes = {"forwards": 0, "backwards": 0, "batches": 0}
-
-    def collate(rows: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        passes["batches"] += 1
-        return [torch.stack(tensors) for tensors in zip(*rows, strict=True)]
-
+    passes = {"forwards": 0, "backwards": 0}
     # Its own generator: the order of the data does not hang on the random numbers that the tools draw.
     loader = DataLoader(
         TensorDataset(windows[:, :-1], windows[:, 1:]),
@@ -140,7 +132,6 @@ def make_training(seed: int, args: argparse.Namespace, scratch: Path) -> Trainin
         shuffle=True,
         drop_last=True,
         generator=torch.Generator().manual_seed(seed),
-        collate_fn=collate,
     )
 
     def count(_module: nn.Module, _inputs: Any, logits: Tensor) -> None:
@@ -161,7 +152,6 @@ class Answer:
 
     suggestion: float
     batches: Iterable[list[Tensor]]
-    bracket: float = float("nan")  # upper end / lower end, if there is one
 
 
 Tool = Callable[[Training], Answer]
@@ -182,8 +172,7 @@ def ours(method: str, *, with_slope: bool = False, target: float | None = None) 
             slope=slope,
             method=method,
         )
-        bracket = found.upper / found.lower if found.status == "found" else float("nan")
-        return Answer(found.value, chain([batch], batches), bracket)
+        return Answer(found.value, chain([batch], batches))
 
     return run
 
@@ -263,49 +252,13 @@ def timed(tool: Tool, training: Training, expected: list[Tensor]) -> dict[str, A
     seconds = time.process_time() - begin
     passes = dict(training.passes)  # before the next batches are drawn
     changed = training.changed(answer.batches, expected)
-    found = {"suggestion": answer.suggestion, "bracket": answer.bracket}
-    return {**passes, "seconds": seconds, **found, "changed": changed}
+    return {**passes, "seconds": seconds, "suggestion": answer.suggestion, "changed": changed}
 
 
-def held(run: Callable[[], Any], training: Training) -> dict[str, float]:
-    """Memory of `run` by the allocator's own record, in multiples of the trainable parameters' bytes.
-
-    The profiler reports every block that torch's CPU allocator gives out or takes back, also kernels' scratch memory
-    and tensors that are loaded from files; it sees all tools alike. What was there before `run` does not count.
-    """
-    training.before = None  # Our own copies must not count.
-    # A search of ours puts lists back, and lets no forward pass see a gradient.
-    marks, gradients = SimpleQueue(), WeakSet()
-
-    def mark(*_: Any) -> None:
-        with record_function(FORWARD):
-            state = [value for values in training.optimizer.state.values() for value in values.values()]
-            needed = sum(t.nbytes for t in [*gradients, *state] if isinstance(t, Tensor))
-            on_disk = sum(f.stat().st_size for f in training.scratch.rglob("*") if f.is_file())
-            marks.put((needed, on_disk))
-
-    params = [p for p in training.model.parameters() if p.requires_grad]
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: gradients.add(p.grad)) for p in params]
-    hooks.append(training.model.register_forward_pre_hook(mark))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run()
-    for hook in hooks:
-        hook.remove()
-    needed, on_disk = zip(*(marks.get() for _ in range(marks.qsize())), strict=True)
-    events = profiled.profiler.kineto_results.events()
-    changes = allocations(profiled)
-    lives = list(accumulate(size for _, size in changes))
-    forwards = sorted(e.start_ns() for e in events if e.name() == FORWARD)
-    copies = []
-    for begin, own in zip(forwards, needed, strict=True):
-        before = sum(start < begin for start, _ in changes)
-        copies.append((lives[before - 1] if before else 0) - own)
-    trainable = sum(p.nbytes for p in params)
-    return {
-        "peak": max(lives) / trainable,
-        "copies": max(copies) / trainable,
-        "disk": max(on_disk) / trainable,
-    }
+def peak(run: Callable[[], Any], training: Training) -> float:
+    """The most memory that `run` held at once, in multiples of the parameters' bytes."""
+    training.before = None  # our own copies must not count
+    return reporting.peak_bytes(run) / sum(p.nbytes for p in training.model.parameters())
 
 
 def training_steps(training: Training, num_steps: int = 10) -> list[float]:
@@ -322,40 +275,34 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every tool with every seed; memory with the first one, as sizes do not depend on it."""
     tools = {name: tool for choice in args.tools for name, tool in TOOLS[choice].items()}
     made = []
-    progress = tqdm(total=len(args.seeds) * len(tools) + len(tools))
-    for seed in args.seeds:
+    for seed in tqdm(args.seeds):
+        first = seed == args.seeds[0]
         with quiet() as scratch:
             # It also pays for what torch loads late, before any tool's time counts.
             step = statistics.median(training_steps(make_training(seed, args, scratch)))
             expected = [batch[0] for batch in islice(make_training(seed, args, scratch).loader, 2)]
-            usual = float("nan")
-            if seed == args.seeds[0]:
-                training = make_training(seed, args, scratch)
-                usual = held(lambda training=training: training_steps(training, NUM_USUAL), training)["peak"]
+            training = make_training(seed, args, scratch)
+            usual = peak(partial(training_steps, training, NUM_USUAL), training) if first else math.nan
         for name, tool in tools.items():
             with quiet() as scratch:
                 row = timed(tool, make_training(seed, args, scratch), expected)
-            progress.update()
-            row = {"tool": name, "seed": seed, **row, "training steps": row["seconds"] / step}
-            memory = {"peak": float("nan"), "copies": float("nan"), "disk": float("nan")}
-            if seed == args.seeds[0]:
-                with quiet() as scratch:
-                    training = make_training(seed, args, scratch)
-                    memory = held(lambda training=training, tool=tool: tool(training), training)
-                progress.update()
-            made.append({**row, **memory, "training step seconds": step, "training step peak": usual})
-    progress.close()
+                training = make_training(seed, args, scratch)
+                most = peak(partial(tool, training), training) if first else math.nan
+            row |= {"training steps": row["seconds"] / step, "peak": most}
+            row |= {"training step seconds": step, "training step peak": usual}
+            made.append({"tool": name, "seed": seed, **row})
     return made
 
 
 def table(made: list[dict[str, Any]]) -> str:
     """A line per tool: medians over the seeds, and everything that any seed left changed."""
     lines = []
-    for name in dict.fromkeys(row["tool"] for row in made):
-        chosen = [row for row in made if row["tool"] == name]
+    for name, chosen in evidence.groups(made, lambda row: row["tool"]).items():
         first = chosen[0]  # the seed whose memory was measured
-        median = {key: statistics.median(row[key] for row in chosen) for key in first if _is_number(first[key])}
-        suggestions = [row["suggestion"] for row in chosen]
+        median = {
+            key: statistics.median(row[key] for row in chosen)
+            for key in ("forwards", "backwards", "training steps", "suggestion")
+        }
         changed = dict.fromkeys(what for row in chosen for what in row["changed"])
         lines.append(
             {
@@ -364,16 +311,11 @@ def table(made: list[dict[str, Any]]) -> str:
                 "backwards": f"{median['backwards']:g}",
                 "CPU time, training steps": f"{median['training steps']:.1f}",
                 "peak memory beyond training's": f"{first['peak'] - first['training step peak']:+.1f}",
-                "copies held": f"{max(0.0, first['copies']):.1f}",
-                "on disk": f"{first['disk']:.1f}",
                 "suggestion": f"{median['suggestion']:.2g}",
-                "max / min": f"{max(suggestions) / min(suggestions):.2f}" if min(suggestions) > 0 else "n/a",
-                "bracket": "n/a" if math.isnan(median["bracket"]) else f"{median['bracket']:.2f}",
-                "batches drawn": f"{median['batches']:g}",
                 "left changed": ", ".join(changed) or "nothing",
             }
         )
-    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+    return evidence.table(lines)
 
 
 def explanation(made: list[dict[str, Any]], args: argparse.Namespace, commit: str) -> str:
@@ -385,37 +327,22 @@ def explanation(made: list[dict[str, Any]], args: argparse.Namespace, commit: st
     return f"""\
 GPT-2 of {num / 1e6:.2f}M parameters ({args.layers} layers, width {args.width}), batches of {args.batch} × \
 {args.context} bytes of `recipes/tiny/shakespeare.txt`, dropout 0.1, Adam, before the first step. Medians over seeds \
-{", ".join(map(str, args.seeds))} (initialization, dropout and data order); max / min is over them too.
+{", ".join(map(str, args.seeds))} (initialization, dropout and data order).
 
 * CPU time (`time.process_time`) is in training steps of the same model, {step:.2f} s each. Ours has the forward and \
 the backward pass in it that training makes anyway.
-* Memory and disk are in multiples of the trainable parameters' bytes, from the torch profiler's record of the CPU \
-allocator, with the first seed. Of the peak, that of training's first {NUM_USUAL} steps is subtracted: \
-{made[0]["training step peak"]:.0f} ×, nearly all of it activations. A negative peak: Adam's state is not there yet. \
-Copies are what is held when a forward pass begins, without gradients and the optimizer's state.
+* Memory is in multiples of the trainable parameters' bytes, by the record of torch's CPU allocator, with the first \
+seed. That of training's first {NUM_USUAL} steps is subtracted: {made[0]["training step peak"]:.0f} ×, nearly all of \
+it activations. A negative peak: Adam's state is not there yet.
 * The suggestions are not the same quantity: ours is η_c, above which the next step raises the loss of its batch; the \
-others suggest a learning rate to train with. Bracket: upper end / lower end of where η_c was found to lie; as many \
-forward passes buy more or less of it.
+others suggest a learning rate to train with.
 * Left changed: against the moment the tool is called, in any seed; weights, gradients, optimizer state and options, \
 random numbers (torch, Python, numpy), train/eval flags and the next two batches were compared. One dropout layer was \
-in eval mode. Nothing here draws Python's or numpy's random numbers. Ours searches on the batch that training then \
-uses; the others iterate over the loader, whose next pass has another order. torch-lr-finder's `reset()` is called, \
-and Lightning is asked not to set the learning rate.
+in eval mode. Ours searches on the batch that training then uses; the others iterate over the loader, whose next pass \
+has another order. torch-lr-finder's `reset()` is called, and Lightning is asked not to set the learning rate.
 
-{conditions(packages, commit)} `python recipes/studies/bench_search.py`
+{conditions(packages, commit)} `{args.command}`
 """
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _mapped(v, change) for key, v in value.items()}
-    return type(value)(_mapped(v, change) for v in value) if isinstance(value, list | tuple) else value
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -431,32 +358,22 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = reporting.parser(__doc__, width=128, layers=4, context=64, batch=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--context", type=int, default=64, help="bytes")
-    parser.add_argument("--batch", type=int, default=32, help="sequences")
-    return parser.parse_args(argv)
+    parser.set_defaults(threads=1)
+    return parsed(parser, argv, "bench_search.py")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    missing = [PEERS[t][0] for t in args.tools if t in PEERS and not _is_there(PEERS[t][1])]
-    if missing:
-        sys.exit(f"not installed: {', '.join(missing)}; run: pip install -e '.[bench]'")
+    reporting.need(PEERS[tool] for tool in args.tools if tool in PEERS)
     os.environ["MPLBACKEND"] = "Agg"
     commit = current_commit()
-    with torch_threads(1):
+    with torch_threads(args.threads):
         made = rows(args)
         text = f"{table(made)}\n\n{explanation(made, args, commit)}"
     write(args.out, "bench_search", [{**row, "changed": ", ".join(row["changed"])} for row in made], text)
-
-
-def _is_there(module: str) -> bool:
-    return importlib.util.find_spec(module.partition(".")[0]) is not None
 
 
 if __name__ == "__main__":

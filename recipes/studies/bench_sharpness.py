@@ -10,32 +10,26 @@ is known from the same Hessian in double precision; the first run that is counts
 """
 
 import argparse
-import contextlib
-import importlib.util
-import io
 import math
 import statistics
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_warmup.sharpness import sharpness
 
-from reporting import RESULTS, allocations, conditions, current_commit, torch_threads, write
+import evidence
+import reporting
+from reporting import conditions, current_commit, parsed, quiet, torch_threads, write
 
 TEXT = Path(__file__).parents[1] / "tiny" / "shakespeare.txt"
 VOCAB = 128  # the text is ASCII
@@ -215,23 +209,13 @@ def known(case: Case) -> tuple[float, float]:
 
 
 def peak(run: Callable[[], Any], case: Case) -> float:
-    """Most memory held at once by the allocator's own record, in multiples of the parameters' bytes."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run()
-    held = accumulate(size for _, size in allocations(profiled))
-    return max(held) / sum(p.nbytes for p in case.model().parameters())
+    """Most memory held at once, in multiples of the parameters' bytes."""
+    return reporting.peak_bytes(run) / sum(p.nbytes for p in case.model().parameters())
 
 
 def training_step(case: Case) -> None:
     model = case.model("sdpa")
     nn.functional.cross_entropy(model(case.inputs), case.targets).backward()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
 
 
 def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -303,7 +287,7 @@ def table(made: list[dict[str, Any]]) -> str:
                 r["peak"] - r["training step peak"] for r in made if r["tool"] == name and r["peak"] == r["peak"]
             ]
             lines.append({**line, "peak memory beyond a training step's": f"{memory[0]:+.0f}" if memory else "n/a"})
-    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+    return evidence.table(lines)
 
 
 def explanation(made: list[dict[str, Any]], args: argparse.Namespace, commit: str) -> str:
@@ -338,7 +322,7 @@ with eager attention, as SDPA's CPU kernels have no second derivative; ours swit
 parameters' bytes; a training step's, {made[0]["training step peak"]:.0f} ×, is subtracted. ARPACK's vectors (20 × in \
 single precision) are numpy's and not seen.
 
-{conditions(packages, commit)} `python recipes/studies/bench_sharpness.py`
+{conditions(packages, commit)} `{args.command}`
 """
 
 
@@ -347,26 +331,19 @@ def _median(values: list[float]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = reporting.parser(__doc__, width=64, layers=4, context=64, batch=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 100], help="training steps before the measurement")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--context", type=int, default=64, help="bytes")
-    parser.add_argument("--batch", type=int, default=16, help="sequences")
-    return parser.parse_args(argv)
+    parser.set_defaults(threads=1)
+    return parsed(parser, argv, "bench_sharpness.py")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    missing = [PEERS[t][0] for t in args.tools if t in PEERS and not importlib.util.find_spec(PEERS[t][1])]
-    missing += [] if importlib.util.find_spec("scipy") else ["scipy"]
-    if missing:
-        sys.exit(f"not installed: {', '.join(missing)}; run: pip install -e '.[bench]'")
+    reporting.need([*(PEERS[tool] for tool in args.tools if tool in PEERS), ("scipy", "scipy")])
     commit = current_commit()
-    with torch_threads(1):
+    with torch_threads(args.threads):
         made = rows(args)
         text = f"{table(made)}\n\n{explanation(made, args, commit)}"
     write(args.out, "bench_sharpness", made, text)

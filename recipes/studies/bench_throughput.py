@@ -23,7 +23,6 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the imports: nothing here is on the hub
 
 from datasets import Dataset
-from tabulate import tabulate
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -36,11 +35,13 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import evidence
+import reporting
 from arguments import RecipeArguments, make_config
 from arguments import parse as parse_recipe
 from data import load_text, load_tokenizer
 from pretrain import make_trainer
-from reporting import RESULTS, conditions, current_commit, quiet, torch_threads, write
+from reporting import conditions, current_commit, parsed, quiet, ratios, torch_threads, write
 
 RECIPE = Path(__file__).parents[1] / "tiny" / "gpt.yaml"
 # 12 x layers x width^2 and the embeddings: 0.88M, as the recipe has it, and 10.1M.
@@ -178,18 +179,16 @@ def measure(way: str, size: str, steps: int, args: argparse.Namespace) -> dict[s
 
 
 def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every way in every round; a first, short round is thrown away, it pays for what is loaded late."""
+    """Every way in every round; before it a short run of each is thrown away, which pays for what is loaded late."""
     made = []
-    ways = list(WAYS)
-    progress = tqdm(total=len(args.sizes) * len(ways) * (args.rounds + 1))
+    progress = tqdm(total=len(args.sizes) * len(WAYS) * (args.rounds + 1))
     for size in args.sizes:
-        steps = args.steps or STEPS[size]
-        for number in range(-1, args.rounds):
-            for way in ways if number % 2 else reversed(ways):
-                row = measure(way, size, steps if number >= 0 else args.skip + 1, args)
-                progress.update()
-                if number >= 0:
-                    made.append({"round": number, **row})
+        for way in WAYS:
+            measure(way, size, args.skip + 1, args)
+            progress.update()
+        for number, way in reporting.turns(WAYS, args.rounds):
+            made.append({"round": number, **measure(way, size, args.steps or STEPS[size], args)})
+            progress.update()
     progress.close()
     return made
 
@@ -198,12 +197,14 @@ def table(made: list[dict[str, Any]]) -> str:
     """A line per size and way: medians over the rounds; ratios are of runs of the same round."""
     lines = []
     for size, way in dict.fromkeys((row["size"], way) for row in made for way in WAYS):
-        chosen, others = _rounds(made, size, way), _rounds(made, size, "run_clm")
-        median = {key: statistics.median(row[key] for row in chosen) for key in list(chosen[0])[3:]}
-        ratios = {
-            key: [row[key] / other[key] for row, other in zip(chosen, others, strict=True)]
-            for key in ("tokens/s", "tokens/s, all steps", "step CPU seconds")
+        chosen = [row for row in made if row["size"] == size]
+        median = {
+            key: statistics.median(row[key] for row in chosen if row["way"] == way)
+            for key in ("parameters", "steps", "step seconds", "tokens/s", "tokens/s, all steps", "data wait")
         }
+        speed, whole, cpu = (
+            ratios(chosen, way, "run_clm", what) for what in ("tokens/s", "tokens/s, all steps", "step CPU seconds")
+        )
         lines.append(
             {
                 "GPT-2": f"{median['parameters'] / 1e6:.2f}M",
@@ -211,21 +212,16 @@ def table(made: list[dict[str, Any]]) -> str:
                 "steps": f"{median['steps']:g}",
                 "step, ms": f"{1000 * median['step seconds']:.1f}",
                 "tokens/s": f"{median['tokens/s']:,.0f}",
-                "of run_clm's": f"{statistics.median(ratios['tokens/s']):.3f}",
-                "lowest to highest": f"{min(ratios['tokens/s']):.3f} to {max(ratios['tokens/s']):.3f}",
+                "of run_clm's": f"{statistics.median(speed):.3f}",
+                "lowest to highest": f"{min(speed):.3f} to {max(speed):.3f}",
                 "tokens/s, all steps": f"{median['tokens/s, all steps']:,.0f}",
-                "of run_clm's, all steps": f"{statistics.median(ratios['tokens/s, all steps']):.3f}",
-                "CPU time of run_clm's": f"{statistics.median(ratios['step CPU seconds']):.3f}",
+                "of run_clm's, all steps": f"{statistics.median(whole):.3f}",
+                "CPU time of run_clm's": f"{statistics.median(cpu):.3f}",
                 "data wait": f"{median['data wait']:.2%}",
-                "most": f"{max(row['data wait'] for row in chosen):.2%}",
+                "most": f"{max(row['data wait'] for row in chosen if row['way'] == way):.2%}",
             }
         )
-    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
-
-
-def _rounds(made: list[dict[str, Any]], size: str, way: str) -> list[dict[str, Any]]:
-    chosen = [row for row in made if row["size"] == size and row["way"] == way]
-    return sorted(chosen, key=lambda row: row["round"])
+    return evidence.table(lines)
 
 
 def explanation(made: list[dict[str, Any]], args: argparse.Namespace, commit: str) -> str:
@@ -252,20 +248,15 @@ that of the slowest round.
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = reporting.parser(__doc__, rounds=5)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help=f"of a run; {STEPS} if not given")
     parser.add_argument("--skip", type=int, default=10, help="steps at the start of a run that are left out")
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("recipe_options", nargs="*", help="options for the recipe in all ways, behind --")
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv, "bench_throughput.py")
     fewest = args.steps or min(STEPS[size] for size in args.sizes)
     if not 0 < args.skip < fewest:
         parser.error(f"--skip must be positive and less than steps={fewest}, got {args.skip}")
-    typed = sys.argv[1:] if argv is None else argv
-    args.command = " ".join(["python recipes/studies/bench_throughput.py", *typed])
     return args
 
 

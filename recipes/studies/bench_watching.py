@@ -8,15 +8,14 @@ results/bench_watching.md.
 
 import argparse
 import statistics
-import sys
-from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
 from tqdm import tqdm
 
+import evidence
+import reporting
 from bench_throughput import measure
-from reporting import RESULTS, conditions, current_commit, torch_threads, write
+from reporting import conditions, current_commit, parsed, ratios, torch_threads, write
 
 WAYS = {
     "not watched": [],
@@ -28,13 +27,9 @@ WAYS = {
 def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every way in every round."""
     made = []
-    progress = tqdm(total=len(WAYS) * args.rounds)
-    for number in range(args.rounds):
-        for way in list(WAYS) if number % 2 else reversed(WAYS):
-            options = argparse.Namespace(recipe_options=[*args.recipe_options, *WAYS[way]], skip=args.skip)
-            made.append({"round": number, **measure("recipe", "tiny", args.steps, options), "way": way})
-            progress.update()
-    progress.close()
+    for number, way in tqdm(list(reporting.turns(WAYS, args.rounds))):
+        options = argparse.Namespace(recipe_options=[*args.recipe_options, *WAYS[way]], skip=args.skip)
+        made.append({"round": number, **measure("recipe", "tiny", args.steps, options), "way": way})
     return made
 
 
@@ -42,22 +37,18 @@ def table(made: list[dict[str, Any]]) -> str:
     """A line per way: medians over the rounds; ratios are of runs of the same round."""
     lines = []
     for way in WAYS:
-        chosen, plain = ([row for row in made if row["way"] == name] for name in (way, "not watched"))
-        chosen, plain = (sorted(runs, key=lambda row: row["round"]) for runs in (chosen, plain))
-        ratios = [
-            row["step CPU seconds"] / other["step CPU seconds"] for row, other in zip(chosen, plain, strict=True)
-        ]
-        seconds = [row["step seconds"] / other["step seconds"] for row, other in zip(chosen, plain, strict=True)]
+        cpu, seconds = (ratios(made, way, "not watched", what) for what in ("step CPU seconds", "step seconds"))
+        step = statistics.median(row["step seconds"] for row in made if row["way"] == way)
         lines.append(
             {
                 "sharpness": way,
-                "step, ms": f"{1000 * statistics.median(row['step seconds'] for row in chosen):.1f}",
-                "CPU time of a step": f"{statistics.median(ratios):.3f}",
-                "CPU, lowest to highest": f"{min(ratios):.3f} to {max(ratios):.3f}",
+                "step, ms": f"{1000 * step:.1f}",
+                "CPU time of a step": f"{statistics.median(cpu):.3f}",
+                "CPU, lowest to highest": f"{min(cpu):.3f} to {max(cpu):.3f}",
                 "time of a step": f"{statistics.median(seconds):.3f}",
             }
         )
-    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+    return evidence.table(lines)
 
 
 def explanation(made: list[dict[str, Any]], args: argparse.Namespace, commit: str) -> str:
@@ -74,16 +65,10 @@ other processes of a machine disturb it less.
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=210)
+    parser = reporting.parser(__doc__, rounds=5, steps=210)
     parser.add_argument("--skip", type=int, default=10, help="steps at the start of a run that are left out")
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("recipe_options", nargs="*", help="options for the recipe in all ways, behind --")
-    args = parser.parse_args(argv)
-    typed = sys.argv[1:] if argv is None else argv
-    args.command = " ".join(["python recipes/studies/bench_watching.py", *typed])
+    args = parsed(parser, argv, "bench_watching.py")
     commit = current_commit()
     with torch_threads(args.threads):
         made = rows(args)

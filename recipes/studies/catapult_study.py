@@ -8,17 +8,16 @@ warmup from 0 over all steps: "cost" is the one minus the other, averaged over �
 """
 
 import statistics
-from typing import Any
 
 from matplotlib.figure import Figure
 
+import figures
 from evidence import (
     EQUAL,
     Claim,
     Row,
     Seeds,
     claims_table,
-    curve,
     difference,
     ended,
     groups,
@@ -133,13 +132,13 @@ def default(rows: list[Row]) -> str:
 def claims(rows: list[Row]) -> list[Claim]:
     made = []
     for chosen in groups(rows, case).values():
-        optimizer = chosen[0]["optimizer"]
         zero = select(chosen, start="zero")
         for start, source in (("critical", "paper"), ("20/λ", "paper"), ("capped", "ours")):
             runs = select(chosen, start=start)
             part = 1 - statistics.mean(map(reach, runs))
-            text = f"Starting at {start_name(start, optimizer)} saves {part:.0%} of T_wrm at equal loss"
-            made.append(loss_claim(f"{text} ({case_name(chosen[0])})", source, NAME, costs(runs + zero), high=EQUAL))
+            text = f"Starting at {STARTS[start]} costs less than {EQUAL} nats"
+            where = f"{case_name(chosen[0])}, saves {part:.0%} of T_wrm"
+            made.append(loss_claim(text, where, source, NAME, costs(runs + zero), high=EQUAL))
     return made
 
 
@@ -149,35 +148,37 @@ def report(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row]) -> Figure:
-    """For each case the loss against η_trgt by start, at the longest T_wrm, and below it T_reach / T_wrm."""
-    of = groups(select(rows, fraction=max(row["fraction"] for row in rows)), case)
+    """By case and start: T_reach / T_wrm, and what the saving costs."""
+    of = groups(rows, case)
     starts = list(groups(rows, lambda row: row["start"]))
-    columns = 4
-    bands = -(-len(of) // columns)
-    figure = Figure(figsize=(3.2 * columns, 4.8 * bands), layout="constrained")
-    axes: Any = figure.subplots(2 * bands, columns, squeeze=False)
-    for i, chosen in enumerate(of.values()):
-        above, below = axes[2 * (i // columns), i % columns], axes[2 * (i // columns) + 1, i % columns]
-        for start, runs in groups(chosen, lambda row: row["start"]).items():
-            j = starts.index(start)
-            style = {"marker": "o", "markersize": 3, "color": f"C{j}", "linestyle": "-" if j < 2 else "--"}
-            made = curve(runs)
-            means = [statistics.mean(of_seed.values()) for of_seed in made.values()]
-            above.plot(list(made), means, label=start_name(start, "AdamW"), **style)
-            parts = groups(sorted(runs, key=lambda row: row["target"]), lambda row: row["target"])
-            below.plot(list(parts), [statistics.mean(map(reach, part)) for part in parts.values()], **style)
-        above.set_title(case_name(chosen[0]), fontsize=9)
-        below.set(ylim=(-0.05, 1.05), xlabel="target learning rate")
-        for panel in (above, below):
-            panel.set_xscale("log")
-            panel.set_xticks(list(made), [f"{target:g}" for target in made])
-            panel.minorticks_off()
-        if i % columns == 0:
-            above.set_ylabel("validation loss")
-            below.set_ylabel("T_reach / T_wrm")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
+    figure = figures.new(7.5)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for j, start in enumerate(starts):
+        look = {"color": figures.CYCLE[j], "marker": "os^DPXv*"[j], "markersize": 4}
+        for i, chosen in enumerate(of.values()):
+            height = i + 0.8 * (j / len(starts) - 0.5)
+            if runs := select(chosen, start=start):
+                label = start_name(start, "AdamW") if i == 0 else None
+                left.plot(statistics.mean(map(reach, runs)), height, linestyle="", label=label, **look)
+                if start != "zero":
+                    values = costs(runs + select(chosen, start="zero"))
+                    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                    right.errorbar(statistics.mean(values), height, xerr=spread, capsize=2, **look)
+    names = [case_name(chosen[0]).replace(", β2", "\nβ2") for chosen in of.values()]
+    left.set_yticks(range(len(of)), names, fontsize=8)
+    left.invert_yaxis()
+    left.set(xlabel="T_reach / T_wrm", xlim=(0, 1.03))
+    right.set_xscale("symlog", linthresh=EQUAL)
+    right.set_xticks(
+        ticks := (-0.3, -0.1, -EQUAL, 0.0, EQUAL, 0.1, 0.3, 1.0), [f"{tick:g}" for tick in ticks], fontsize=8
+    )
+    right.set_xlabel("cost: loss minus that of warmup from 0, nats")
+    right.axvspan(-EQUAL, EQUAL, color="#777777", alpha=0.15, linewidth=0)
+    for axes in (left, right):
+        axes.hlines([i + 0.5 for i in range(len(of) - 1)], *axes.get_xlim(), color="#cccccc", linewidth=0.5)
+    figures.legend(figure)
     return figure
 
 
 if __name__ == "__main__":
-    command(NAME, report, plot, __doc__ or "")
+    command(NAME, report, plot, __doc__)

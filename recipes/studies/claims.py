@@ -1,12 +1,12 @@
-"""Every claim of the paper's and of ours as a row of a table, computed from the CSVs of the studies.
+"""Every claim of the paper's and of ours as a row of a table, with the cases in which it holds, from the CSVs.
 
     python recipes/studies/claims.py             # prints the table
     python recipes/studies/claims.py --write     # puts it into the README of this folder, between its markers
-    python recipes/studies/claims.py --unclear   # also those that the seeds do not decide
     python recipes/studies/claims.py --smoke     # of the runs of `make studies-smoke`
     python recipes/studies/claims.py --all       # behind it every table of results/, those of costs too
 
-A study that has no runs has no rows. `evidence.py` says when a claim holds.
+A study that has no runs has no rows. `evidence.py` says when a claim holds; what was measured in each case is in the
+page of its study.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import reporting
 import second_moment_study
 import sharpness_study
 import warmup_study
-from evidence import claims_table
+from evidence import overview
 from grid import SMOKE, complete, load
 
 STUDIES = (phase_study, catapult_study, second_moment_study, baselines_study)
@@ -27,17 +27,15 @@ README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- python recipes/studies/claims.py --write -->\n", "<!-- end of claims -->"
 
 
-def text(folder: Path, unclear: bool = False) -> str:
-    """The table, with the claims that the seeds do not decide or the number of these."""
+def text(folder: Path) -> str:
+    """The table."""
     runs = {study: complete(load(study.NAME, folder == SMOKE), folder) for study in STUDIES}
     made = [claim for study, rows in runs.items() if rows for claim in study.claims(rows)]
     if folder != SMOKE:
-        made += warmup_study.claims()
-        if rows := sharpness_study.finished(folder):
-            made += sharpness_study.claims(rows)
-    decided = [claim for claim in made if unclear or claim.verdict != "unclear"]
-    left = len(made) - len(decided)
-    return claims_table(decided) + f"\n\nThe seeds do not decide {left} more (`--unclear`)." * (left > 0)
+        made += warmup_study.claims(folder)
+    if rows := sharpness_study.finished(folder):
+        made += sharpness_study.claims(rows)
+    return overview(made)
 
 
 def tables(folder: Path) -> str:
@@ -56,12 +54,11 @@ def put(page: str, made: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="into README.md")
-    parser.add_argument("--unclear", action="store_true", help="also the claims that the seeds do not decide")
     parser.add_argument("--smoke", action="store_true", help="from runs/studies-smoke")
     parser.add_argument("--all", action="store_true", help="and the tables of every study and benchmark")
     args = parser.parse_args()
     folder = SMOKE if args.smoke else reporting.RESULTS
-    made = text(folder, args.unclear)
+    made = text(folder)
     print(made)
     if args.all:
         print(f"\n{tables(folder)}")

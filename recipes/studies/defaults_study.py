@@ -10,18 +10,15 @@ lines from lines whose words are shuffled. Nothing was chosen on any of these.
 """
 
 import argparse
-import csv
 import itertools
 import random
 import statistics
 import sysconfig
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tabulate import tabulate
 from tqdm import tqdm
 from transformers import (
     GPT2Config,
@@ -34,11 +31,12 @@ from transformers import (
 
 from hf_warmup.trainer import WarmupCallback
 
+import evidence
 import reporting
 from evidence import difference, spread
+from grid import appending, lines, results
 
 NAME = "defaults_study"
-RESULTS = reporting.RESULTS / f"{NAME}.csv"
 BASE = Path("runs/defaults-base")
 SHAKESPEARE = Path(__file__).parents[1] / "tiny" / "shakespeare.txt"
 SEEDS = (1, 2, 3)
@@ -80,7 +78,7 @@ def blocks(text: str, size: int, seed: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids[i : i + CONTEXT], "labels": ids[i : i + CONTEXT]} for i in starts.tolist()]
 
 
-def lines(text: str, size: int, seed: int) -> list[dict[str, Any]]:
+def sentences(text: str, size: int, seed: int) -> list[dict[str, Any]]:
     """Lines of a play, half of them with their words in another order."""
     pick = random.Random(seed)
     real = [line for line in text.splitlines() if len(line.split()) >= 5]
@@ -157,7 +155,7 @@ def run(job: Job) -> dict[str, Any]:
     set_seed(job.seed)
     text = SHAKESPEARE.read_text()
     train, held_out = text[: int(0.9 * len(text))], text[int(0.9 * len(text)) :]
-    make = lines if job.task == "classification" else blocks
+    make = sentences if job.task == "classification" else blocks
     steps, batch = (200, 16) if job.task == "gpt" else (100, 8)
     data, evaluated = make(train, steps * batch, job.seed), make(held_out, 500, 99)
     trainer = trainer_of(job, model_of(job.task), data, evaluated, steps, batch)
@@ -167,33 +165,22 @@ def run(job: Job) -> dict[str, Any]:
     return {**job._asdict(), "loss": f"{trainer.evaluate()['eval_loss']:.5f}"}
 
 
-def read() -> list[dict[str, str]]:
-    if not RESULTS.exists():
-        return []
-    with open(RESULTS, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def finish(processes: int) -> None:
     """Make the runs that are missing."""
-    done = {tuple(row[key] for key in KEYS) for row in read()}
+    done = lines(reporting.RESULTS, NAME, KEYS)
     missing = [job for job in jobs() if tuple(map(str, job)) not in done]
     if not missing:
         return
     make_base()
-    with get_context("spawn").Pool(processes) as pool, open(RESULTS, "a", newline="") as file:
-        for row in tqdm(pool.imap_unordered(run, missing), total=len(missing)):
-            writer = csv.DictWriter(file, [*KEYS, "loss"])
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
+    with appending(reporting.RESULTS / f"{NAME}.csv", (*KEYS, "loss")) as write:
+        for line in tqdm(results(run, missing, processes), total=len(missing)):
+            write(line)
 
 
 def table() -> str:
     """The plain script's loss, and the differences of the others from it, seed by seed."""
     losses: dict[tuple, dict[int, float]] = {}
-    for row in read():
+    for row in lines(reporting.RESULTS, NAME, KEYS).values():
         key = (row["task"], float(row["beta2"]), float(row["lr"]), row["way"])
         losses.setdefault(key, {})[int(row["seed"])] = float(row["loss"])
     rows = []
@@ -203,7 +190,7 @@ def table() -> str:
         mean = f"{statistics.mean(of['plain'].values()):.3f}"
         rows.append((task, f"{beta2:g}", f"{lr:g}", mean, *shown))
     headers = ("task", "β2", "learning_rate", "plain Trainer", *WAYS[1:])
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return evidence.table([dict(zip(headers, row, strict=True)) for row in rows])
 
 
 def main() -> None:

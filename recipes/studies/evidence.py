@@ -16,7 +16,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from tabulate import tabulate
 
@@ -26,6 +26,7 @@ EQUAL = 0.03  # nats: about the standard deviation over seeds on these networks
 # Two-sided 95% quantiles of Student's t by the number of seeds.
 _T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
+Item = TypeVar("Item")
 Row = dict[str, Any]
 Curve = dict[float, dict[int, float]]  # loss by η_trgt and seed
 Seeds = dict[int, float]  # a number per seed
@@ -33,9 +34,10 @@ Seeds = dict[int, float]  # a number per seed
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence, who says it, what was measured and whether it holds."""
+    """A sentence, who says it, what was measured in one case and whether it holds there."""
 
     text: str
+    where: str
     source: str
     study: str
     measured: str
@@ -156,29 +158,43 @@ def count(values: list[float]) -> str:
 
 
 def loss_claim(
-    text: str, source: str, study: str, values: list[float], low: float = -math.inf, high: float = math.inf
+    text: str, where: str, source: str, study: str, values: list[float], low: float = -math.inf, high: float = math.inf
 ) -> Claim:
     """A claim on a difference of losses."""
     measured = f"{spread(values, '+')} nats{count(values)}"
-    return Claim(text, source, study, measured, verdict(values, low, high))
+    return Claim(text, where, source, study, measured, verdict(values, low, high))
 
 
 def factor_claim(
-    text: str, source: str, study: str, values: list[float], low: float = 0.0, high: float = math.inf
+    text: str, where: str, source: str, study: str, values: list[float], low: float = 0.0, high: float = math.inf
 ) -> Claim:
     """A claim on a ratio, in its logarithm."""
     logs = [math.log(value) if value > 0 else math.nan for value in values]
     made = verdict(logs, math.log(low) if low > 0 else -math.inf, math.log(high))
-    return Claim(text, source, study, f"factor {times(values)}{count(values)}", made)
+    return Claim(text, where, source, study, f"factor {times(values)}{count(values)}", made)
 
 
 def claims_table(claims: Iterable[Claim]) -> str:
-    """A row per claim."""
-    rows = [
-        {"claim": c.text, "whose": c.source, "study": c.study, "measured": c.measured, "verdict": c.verdict}
-        for c in claims
-    ]
-    return table(rows)
+    """A row per claim and case."""
+    return table(
+        [
+            {"claim": c.text, "where": c.where, "whose": c.source, "measured": c.measured, "verdict": c.verdict}
+            for c in claims
+        ]
+    )
+
+
+def overview(claims: Iterable[Claim]) -> str:
+    """A row per sentence: in which cases it holds, and in which not; of a single case what was measured."""
+    rows = []
+    for (text, source, study), cases in groups(claims, lambda c: (c.text, c.source, c.study)).items():
+        row = {"claim": text, "whose": source, "study": f"[{study}](results/{study}.md)"}
+        for word in ("holds", "does not hold", "unclear"):
+            said = [(c.where, c.measured) if len(cases) == 1 else (c.where,) for c in cases if c.verdict == word]
+            row[word] = "; ".join(": ".join(filter(None, parts)) for parts in said)
+        rows.append(row)
+    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -186,9 +202,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+def groups(rows: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
     """The rows by a key, in the order of their first."""
-    made: dict[Any, list[Row]] = {}
+    made: dict[Any, list[Item]] = {}
     for row in rows:
         made.setdefault(key(row), []).append(row)
     return made

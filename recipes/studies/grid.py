@@ -1,14 +1,13 @@
 """Runs a study: a YAML grid of trainings, in parallel, each of them once.
 
+    setting: {width: 48}                       # fields of warmup_cases.Setting; what stands here is of all runs
+    seeds: [0, 1, 2]
     runs:                                      # blocks; all combinations of the lists in each are runs
       - optimizer: [AdamW, RAdam]
-        setting: {beta2: [0.95, 0.999]}        # fields of warmup_cases.Setting; a list is an axis
+        setting: {beta2: [0.95, 0.999]}
         rule: linear                           # a name in RULES, and its options
-        options: {fraction: [0.0, 0.1]}
+        options: {fraction: [0.0, 0.1]}        # a list of mappings: first those of the one, then of the next
         target: [1.0e-3, 2.0e-3]               # η_trgt
-    setting: {width: 48}                       # of all blocks
-    seeds: [0, 1, 2]
-    smoke: {steps: 8}                          # fields of Setting under --smoke
 
 A finished run is a line of `results/<study>.csv`. It has a key (setting, optimizer, rule, options, η_trgt, seed); a
 run whose key is there is never made again: a study that is killed goes on where it was. A line is written at once
@@ -16,7 +15,7 @@ and in whole, by one process that has locked the file; one that a killed process
 
 `--shard i/n` makes every n-th run, from the i-th, into a file of its own; all files of a study are read together.
 Under `accelerate launch` or in a Slurm array the shard is that of the process or the task. Tables are made from the
-files alone, and of the seeds that are complete.
+files alone.
 """
 
 import argparse
@@ -30,14 +29,13 @@ import math
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import yaml
@@ -47,9 +45,8 @@ from tqdm import tqdm
 import reporting
 import warmup_rules
 from peer_optimizers import missing
-from warmup_cases import Rule, Setting, train, unigram_entropy
+from warmup_cases import Rule, Setting, make_stream, train, unigram_entropy
 from warmup_starts import From, constant, times_own_warmup
-from warmup_study import KEYS, Job
 
 GRIDS = Path(__file__).parent / "grids"
 SMOKE = Path(__file__).parents[2] / "runs" / "studies-smoke"
@@ -59,14 +56,45 @@ RULES: dict[str, Callable[..., Rule]] = {
     "linear x sqrt(1-b2^t)": times_own_warmup,
     "constant": constant,
 }
+KEYS = ("setting", "optimizer", "rule", "options", "target", "seed")
 LOSSES = ("loss", "first", "entropy", "peak")
 # What a rule has measured; empty where it does not apply.
 FOUND = ("init", "critical_lr", "sharpness", "passes", "hvps", "saved", "steps")
-COLUMNS = (*KEYS, *LOSSES, "probes", *FOUND, "seconds", "conditions")
+NUMBERS = (*LOSSES, "probes", *FOUND, "seconds")
+COLUMNS = (*KEYS, *NUMBERS, "conditions")
+BLOCK = {"optimizer", "rule", "target", "seeds"}
+SMALL = {"width": 16, "depth": 1, "context": 16, "batch": 4, "steps": 10}  # with --smoke
 
 Row = dict[str, Any]
+Line = dict[str, str]
 Report = Callable[[list[Row]], str]
 Plot = Callable[[list[Row]], Figure]
+Task = TypeVar("Task")
+Made = TypeVar("Made")
+
+
+class Job(NamedTuple):
+    """A run."""
+
+    setting: Setting
+    optimizer: str
+    rule: str
+    options: dict[str, Any]
+    target: float
+    seed: int
+
+    def key(self) -> tuple[str, ...]:
+        """What tells it from the others in a CSV."""
+        different = {k: v for k, v in asdict(self.setting).items() if v != getattr(Setting(self.setting.name), k)}
+        numbers = (f"{self.target:.6g}", str(self.seed))
+        return (json.dumps(different), self.optimizer, self.rule, json.dumps(self.options), *numbers)
+
+    def lacks(self) -> str:
+        """What is not here that it needs; empty if nothing."""
+        if self.setting.device == "cuda" and not torch.cuda.is_available():
+            return "a GPU"
+        package = missing(self.optimizer)
+        return package and f"pip install '{package}'"
 
 
 @dataclass(frozen=True)
@@ -77,51 +105,63 @@ class Study:
     jobs: list[Job]
 
 
-def axes(choices: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every combination of the lists among the values."""
-    lists = [value if isinstance(value, list) else [value] for value in choices.values()]
-    for chosen in itertools.product(*lists):
-        yield dict(zip(choices, chosen, strict=True))
+def combinations(choices: dict[str, Any] | list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Every combination of the lists among the values; of several mappings one after the other."""
+    for mapping in choices if isinstance(choices, list) else [choices]:
+        lists = [value if isinstance(value, list) else [value] for value in mapping.values()]
+        for chosen in itertools.product(*lists):
+            yield dict(zip(mapping, chosen, strict=True))
 
 
 def load(name: str, smoke: bool = False) -> Study:
     """Read a grid; for `smoke` the first and the last target of each block, one seed and small sizes."""
     path = GRIDS / f"{name}.yml"
     grid = yaml.safe_load(path.read_text())
-    if unknown := grid.keys() - {"runs", "setting", "seeds", "smoke"}:
-        raise ValueError(f"{path.name} has unknown keys: {', '.join(sorted(unknown))}")
+    blocks = grid.pop("runs")
+    shared = {"setting": {}, "options": {}} | grid
+    for block in blocks:
+        given = shared | block
+        if unknown := given.keys() - BLOCK - {"setting", "options"}:
+            raise ValueError(f"{path.name} has unknown keys: {', '.join(sorted(unknown))}")
+        if lacking := BLOCK - given.keys():
+            raise ValueError(f"a block of {path.name} lacks {', '.join(sorted(lacking))}: {block}")
     jobs: dict[tuple[str, ...], Job] = {}
     # A seed of everything before the next: what a killed study has made is a whole picture.
-    for seed in grid["seeds"][: 1 if smoke else None]:
-        for block in grid["runs"]:
-            for job in _block(block, grid, path, seed, smoke):
-                jobs.setdefault(job.key(), job)
+    for seed in dict.fromkeys(seed for block in blocks for seed in (shared | block)["seeds"]):
+        for block in blocks:
+            if seed in (shared | block)["seeds"][: 1 if smoke else None]:
+                for job in _jobs(path.stem, shared, block, seed, smoke):
+                    jobs.setdefault(job.key(), job)
     return Study(path.stem, list(jobs.values()))
 
 
-def _block(block: dict[str, Any], grid: dict[str, Any], path: Path, seed: int, smoke: bool) -> Iterator[Job]:
-    if block.keys() - {"options", "setting"} != {"optimizer", "rule", "target"}:
-        raise ValueError(f"a block of {path.name} must have optimizer, rule, target, got {', '.join(block)}")
-    setting = grid.get("setting", {}) | block.get("setting", {}) | (grid["smoke"] if smoke else {})
-    targets = block["target"]
-    for names in axes({"optimizer": block["optimizer"], "rule": block["rule"]}):
-        if names["rule"] not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {names['rule']}")
-        for fields, options in itertools.product(axes(setting), axes(block.get("options", {}))):
-            for target in dict.fromkeys((targets[0], targets[-1]) if smoke else targets):
-                made = Setting(path.stem, **fields)
-                yield Job(made, names["optimizer"], names["rule"], options, float(target), seed)
+def _jobs(name: str, shared: dict[str, Any], block: dict[str, Any], seed: int, smoke: bool) -> Iterator[Job]:
+    given = shared | block
+    targets = given["target"][:: max(1, len(given["target"]) - 1)] if smoke else given["target"]
+    settings = itertools.product(combinations(shared["setting"]), combinations(block.get("setting", {})))
+    names = combinations({"optimizer": given["optimizer"], "rule": given["rule"]})
+    for which, (ours, own) in itertools.product(names, settings):
+        if which["rule"] not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {which['rule']}")
+        setting = Setting(name, **ours | own | (SMALL if smoke else {}))
+        for options, target in itertools.product(combinations(given["options"]), targets):
+            yield Job(setting, which["optimizer"], which["rule"], options, float(target), seed)
 
 
-def run(job: Job, conditions: str = "") -> dict[str, str]:
+def run(job: Job, conditions: str = "") -> Line:
     """Make a run; its line of the CSV."""
     torch.set_num_threads(1)
-    start = time.perf_counter()
+    start, entropy = time.perf_counter(), unigram_entropy(job.setting)
     rule = RULES[job.rule](job.setting, job.optimizer, job.target, **job.options)
-    made = train(job.setting, job.optimizer, rule, job.seed)
+    try:
+        made = train(job.setting, job.optimizer, rule, job.seed)
+    except RuntimeError as error:
+        if "nothing bounds" not in str(error):
+            raise
+        made = {"loss": entropy, "first": entropy, "peak": 0.0, "probes": 0}  # it counts as one that learned nothing
     if math.isnan(made["loss"]):
         made["loss"] = math.inf
-    made |= {"entropy": unigram_entropy(job.setting), "seconds": time.perf_counter() - start}
+    made |= {"entropy": entropy, "seconds": time.perf_counter() - start}
     line = dict.fromkeys(COLUMNS, "") | dict(zip(KEYS, job.key(), strict=True))
     return line | {k: f"{v:.6g}" for k, v in made.items()} | {"conditions": conditions}
 
@@ -131,29 +171,28 @@ def files(folder: Path, name: str) -> list[Path]:
     return [path for path in (folder / f"{name}.csv", *sorted(folder.glob(f"{name}-*of*.csv"))) if path.exists()]
 
 
-def lines(folder: Path, name: str) -> list[dict[str, str]]:
-    """What is in them; of a run that two shards made (they are asked not to), the first."""
-    made: dict[tuple[str, ...], dict[str, str]] = {}
+def lines(folder: Path, name: str, keys: tuple[str, ...] = KEYS) -> dict[tuple[str, ...], Line]:
+    """What is in them, by its key; of a run that two shards made (they are asked not to), the first."""
+    made: dict[tuple[str, ...], Line] = {}
     for path in files(folder, name):
         whole, _, _ = path.read_text().rpartition("\n")  # another process may be in the midst of a line
         for line in csv.DictReader(io.StringIO(whole)):
-            made.setdefault(tuple(line[key] for key in KEYS), line)
-    return list(made.values())
+            made.setdefault(tuple(line[key] for key in keys), line)
+    return made
 
 
 def rows(folder: Path, name: str) -> list[Row]:
     """The finished runs: every field of the setting, every option and every number by its name."""
     made = []
-    for line in lines(folder, name):
-        numbers = {k: float(line[k]) if line[k] else None for k in (*LOSSES, "probes", *FOUND, "seconds", "target")}
-        keys = tuple(line[key] for key in KEYS)
+    for key, line in lines(folder, name).items():
+        numbers = {k: float(line[k]) if line[k] else None for k in (*NUMBERS, "target")}
         setting = asdict(Setting(name, **json.loads(line["setting"])))
-        made.append(line | setting | json.loads(line["options"]) | numbers | {"seed": int(line["seed"]), "keys": keys})
+        made.append(line | setting | json.loads(line["options"]) | numbers | {"seed": int(line["seed"]), "keys": key})
     return made
 
 
 @contextlib.contextmanager
-def appending(path: Path) -> Iterator[Callable[[dict[str, str]], None]]:
+def appending(path: Path, columns: tuple[str, ...] = COLUMNS) -> Iterator[Callable[..., None]]:
     """Add lines to a CSV that no other process adds to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
@@ -162,10 +201,9 @@ def appending(path: Path) -> Iterator[Callable[[dict[str, str]], None]]:
         except BlockingIOError:
             raise RuntimeError(f"another process is writing {path}; give each a --shard of its own") from None
 
-        def write(line: dict[str, str], header: bool = False) -> None:
+        def write(*lines: Line) -> None:
             text = io.StringIO()
-            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-            writer.writeheader() if header else writer.writerow(line)
+            csv.DictWriter(text, columns, lineterminator="\n").writerows(lines)
             file.write(text.getvalue().encode())
             file.flush()
 
@@ -173,8 +211,8 @@ def appending(path: Path) -> Iterator[Callable[[dict[str, str]], None]]:
         before = file.read()
         file.truncate(before.rfind(b"\n") + 1)
         if b"\n" not in before:
-            write({}, header=True)
-        elif before.split(b"\n")[0].decode().split(",") != list(COLUMNS):
+            write({column: column for column in columns})
+        elif before.splitlines()[0].decode().split(",") != list(columns):
             raise RuntimeError(f"{path} has other columns than this version of the study: move it away")
         yield write
 
@@ -199,28 +237,29 @@ def finish(study: Study, folder: Path, processes: int, shard: tuple[int, int] = 
     index, count = shard
     name = study.name if count == 1 else f"{study.name}-{index}of{count}"
     with appending(folder / f"{name}.csv") as write:
-        done = {tuple(line[key] for key in KEYS) for line in lines(folder, study.name)}
+        done = lines(folder, study.name)
         mine = study.jobs[index - 1 :: count]
-        lacking = Counter({job.optimizer: missing(job.optimizer) for job in mine if missing(job.optimizer)})
-        for optimizer, package in lacking.items():
-            print(f"{study.name}: skips {optimizer}, which needs: pip install '{package}'")
-        mine = [job for job in mine if job.optimizer not in lacking]
         todo = [job for job in mine if job.key() not in done]
+        for lacking in dict.fromkeys((job.optimizer, job.lacks()) for job in todo if job.lacks()):
+            print(f"{study.name}: skips {lacking[0]}, which needs: {lacking[1]}")
+        todo = [job for job in todo if not job.lacks()]
+        for setting in {job.setting for job in todo if job.setting.text == "packages"}:
+            make_stream(setting)
         with reporting.torch_threads(1):  # as each run has
             conditions = reporting.conditions(["torch", "transformers"], reporting.current_commit())
-        with tqdm(total=len(mine), initial=len(mine) - len(todo), desc=name, unit="run", smoothing=0.05) as bar:
-            for line in _results(partial(run, conditions=conditions), todo, processes):
-                write(line)
-                bar.update()
+        made = results(partial(run, conditions=conditions), todo, processes)
+        for line in tqdm(made, name, len(mine), initial=len(mine) - len(todo), unit="run", smoothing=0.05):
+            write(line)
 
 
-def _results(make: Callable[[Job], dict[str, str]], todo: list[Job], processes: int) -> Iterator[dict[str, str]]:
+def results(make: Callable[[Task], Made], todo: list[Task], processes: int) -> Iterator[Made]:
+    """What each of the tasks gives, as it comes."""
     if processes == 1 or len(todo) < 2:
         yield from map(make, todo)
         return
     with ProcessPoolExecutor(processes, get_context("spawn"), _end_with_parent) as pool:
         try:
-            for future in as_completed([pool.submit(make, job) for job in todo]):
+            for future in as_completed([pool.submit(make, task) for task in todo]):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -242,8 +281,12 @@ def provenance(made: list[Row]) -> str:
     """The seeds of the runs and what they were made with, in a line."""
     seeds = ", ".join(map(str, sorted({row["seed"] for row in made})))
     hours = sum(row["seconds"] for row in made) / 3600
-    made_with = " and ".join(sorted({row["conditions"].rstrip(".") for row in made}))
-    return f"{len(made)} runs, {hours:.2f} hours of one thread; seeds {seeds}; {made_with}."
+    return f"{len(made)} runs, {hours:.2f} hours of one thread; seeds {seeds}; {made_with(made)}."
+
+
+def made_with(made: list[Row]) -> str:
+    """Versions, hardware, commits and days of the runs."""
+    return " and ".join(sorted({row["conditions"].rstrip(".") for row in made}))
 
 
 def complete(study: Study, folder: Path) -> list[Row]:
@@ -263,34 +306,51 @@ def page(study: Study, folder: Path, report: Report) -> str:
     return f"{report(made)}\n\n{provenance(made)} `python recipes/studies/{study.name}.py`\n"
 
 
-def command(name: str, report: Report, plot: Plot, doc: str) -> None:
-    """The command line of a study."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, help="at once; by default as many as there are cores")
-    parser.add_argument("--shard", help="i/n: every n-th run from the i-th, and no table")
-    parser.add_argument("--smoke", action="store_true", help="two small runs of everything, to runs/studies-smoke")
-    parser.add_argument("--table", action="store_true", help="make no runs: the table and the plot from the CSVs")
-    parser.add_argument("--plan", action="store_true", help="make nothing: say how many runs are missing")
-    args = parser.parse_args()
-    study, folder = load(name, args.smoke), SMOKE if args.smoke else reporting.RESULTS
-    shard = shard_of(args.shard, dict(os.environ))
-    if args.plan:
-        print(plan(study, folder))
-        return
-    if not args.table:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        finish(study, folder, args.processes or max(1, (os.cpu_count() or 1) // local), shard)
-    if shard[1] == 1:
-        (folder / f"{name}.md").write_text(page(study, folder, report))
-        plot(complete(study, folder)).savefig(folder / f"{name}.png", dpi=120)
-        print(f"{folder / name}.md")
-    else:
-        print(f"shard {shard[0]} of {shard[1]} is finished; when all are: python recipes/studies/{name}.py --table")
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options of every study."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--processes", type=int, help="at once; by default as many as there are cores")
+    made.add_argument("--shard", help="i/n: every n-th run from the i-th, and no table")
+    made.add_argument("--smoke", action="store_true", help="two small runs of everything, to runs/studies-smoke")
+    made.add_argument("--table", action="store_true", help="make no runs: the table and the plot from the CSVs")
+    made.add_argument("--plan", action="store_true", help="make nothing: say how many runs are missing")
+    return made
+
+
+def execute(studies: Iterable[Study], args: argparse.Namespace) -> Path | None:
+    """Make what the options ask for; the folder of the results, or None if no table is wanted."""
+    folder = SMOKE if args.smoke else reporting.RESULTS
+    index, count = shard_of(args.shard, dict(os.environ))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    for study in studies:
+        if args.plan:
+            print(plan(study, folder))
+        elif not args.table:
+            finish(study, folder, args.processes or max(1, (os.cpu_count() or 1) // local), (index, count))
+    if count > 1:
+        print(f"shard {index} of {count} is finished; when all are: the same command with --table")
+    return None if args.plan or count > 1 else folder
+
+
+def command(name: str, report: Report, plot: Plot, doc: str | None) -> None:
+    """The command line of a study of one grid."""
+    args = parser(doc).parse_args()
+    study = load(name, args.smoke)
+    if folder := execute([study], args):
+        save(folder, name, page(study, folder, report), plot(complete(study, folder)))
+
+
+def save(folder: Path, name: str, text: str, figure: Figure) -> None:
+    """The table and the plot of a study."""
+    (folder / f"{name}.md").write_text(text)
+    figure.savefig(folder / f"{name}.png", dpi=120)
+    print(folder / f"{name}.md")
 
 
 def plan(study: Study, folder: Path) -> str:
     """How many runs there are, and how long those that are missing take, as far as finished ones can tell."""
-    finished = {tuple(line[key] for key in KEYS): float(line["seconds"]) for line in lines(folder, study.name)}
+    finished = lines(folder, study.name)
+    seconds = [float(line["seconds"]) for line in finished.values() if line["seconds"]]
     todo = [job for job in study.jobs if job.key() not in finished]
     text = f"{study.name}: {len(study.jobs)} runs, {len(todo)} missing"
-    return text + (f", about {len(todo) * sum(finished.values()) / len(finished) / 60:.0f} min" if finished else "")
+    return text + (f", about {len(todo) * sum(seconds) / len(seconds) / 60:.0f} min" if seconds else "")

@@ -2,10 +2,9 @@
 
     python recipes/studies/guided_run.py
 
-The GPT of `warmup_study.py`, AdamW, `auto_lr`, seed 10. Writes results/guided_run.png.
+The GPT of grids/warmup_gpt.yml, AdamW, `auto_lr`, seed 10. Writes results/guided_run.png.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,12 @@ from matplotlib.figure import Figure
 
 from hf_warmup import GuidedWarmup
 
+import grid
+import reporting
 from warmup_cases import LossAt, train
 from warmup_rules import Ruled
-from warmup_study import GPT
 
-RESULTS = Path(__file__).parent / "results"
+GPT = grid.load("warmup_gpt").jobs[0].setting
 
 
 class Observed(Ruled):
@@ -61,7 +61,7 @@ def main() -> None:
     torch.set_num_threads(1)
     observed = Observed()
     made: dict[str, Any] = train(GPT, "AdamW", observed, 10)
-    plot(observed).savefig(RESULTS / "guided_run.png", dpi=120)
+    plot(observed).savefig(reporting.RESULTS / "guided_run.png", dpi=120)
     print(f"overshoot in step {observed.guided.overshoot_step}, S = {observed.guided.overshoot_path:.3g}, {made}")
 
 

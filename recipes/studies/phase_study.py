@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import figures
 from evidence import (
     EQUAL,
     Claim,
@@ -105,8 +106,8 @@ def claims(rows: list[Row]) -> list[Claim]:
     for family, chosen in groups(select(rows, optimizer="SGD"), lambda row: row["family"]).items():
         losses, level = by_fraction(chosen), failure_level(chosen)
         factors = ratio(boundary(losses[max(losses)], level), boundary(losses[min(losses)], level))
-        text = f"With {max(losses):.0%} warmup SGD fails only from a higher η_trgt on ({family.upper()})"
-        made.append(factor_claim(text, "paper", NAME, factors, 1.0))
+        text = f"With {max(losses):.0%} warmup SGD fails only from a higher η_trgt on"
+        made.append(factor_claim(text, family.upper(), "paper", NAME, factors, 1.0))
     return made
 
 
@@ -115,19 +116,20 @@ def _boundary_claims(of: dict[str, dict[float, Curve]], word: str, level: float,
     none, most = min(adam), max(adam)
 
     def claim(text: str, a: Seeds, b: Seeds, low: float = 1.0, high: float = math.inf) -> Claim:
-        return factor_claim(f"{text} (GPT, β2 = {beta2:g})", "paper", NAME, ratio(a, b), low, high)
+        return factor_claim(text, f"GPT, β2 = {beta2:g}", "paper", NAME, ratio(a, b), low, high)
 
-    higher, same = f"{word} only from a higher η_trgt on", f"{word} from the same η_trgt on, within a step of the grid"
+    higher = f"{word} only from a higher η_trgt on"
+    same = f"With {most:.0%} warmup GI-Adam {word} from the same η_trgt on as AdamW, within a step of the grid"
     return [
         claim(f"Without warmup GI-Adam {higher} than AdamW", gi[none], adam[none]),
         claim(f"AdamW with {most:.0%} warmup {higher} than without", adam[most], adam[none]),
-        claim(f"GI-Adam and AdamW with {most:.0%} warmup: {same}", gi[most], adam[most], 1 / GRID_STEP, GRID_STEP),
+        claim(same, gi[most], adam[most], 1 / GRID_STEP, GRID_STEP),
     ]
 
 
 def _loss_claims(of: dict[str, list[Row]], beta2: float) -> list[Claim]:
     def claim(text: str, source: str, a: Seeds, b: Seeds, most: float) -> Claim:
-        return loss_claim(f"{text} (GPT, β2 = {beta2:g})", source, NAME, difference(a, b), high=most)
+        return loss_claim(text, f"GPT, β2 = {beta2:g}", source, NAME, difference(a, b), high=most)
 
     def plain(name: str) -> Seeds:
         losses = by_fraction(of[name])
@@ -139,8 +141,8 @@ def _loss_claims(of: dict[str, list[Row]], beta2: float) -> list[Claim]:
         claim("Without warmup GI-Adam is better than AdamW", "paper", gi, adam, 0.0),
         claim("Without warmup RAdam is better than AdamW", "RAdam", radam, adam, 0.0),
         claim("Without warmup GI-Adam is better than RAdam", "paper", gi, radam, 0.0),
-        claim("GI-Adam without warmup is as good as the best-warmed AdamW", "asked", gi, best_warmed, EQUAL),
-        claim("RAdam without warmup is as good as the best-warmed AdamW", "asked", radam, best_warmed, EQUAL),
+        claim("GI-Adam without warmup is as good as the best-warmed AdamW", "ours", gi, best_warmed, EQUAL),
+        claim("RAdam without warmup is as good as the best-warmed AdamW", "ours", radam, best_warmed, EQUAL),
         claim(f"{CONTROL} without warmup is as good as GI-Adam", "ours", control, gi, EQUAL),
     ]
 
@@ -158,14 +160,14 @@ def draw(axes: Axes, rows: list[Row], low: float, high: float) -> Any:
     values = [[statistics.mean(of[f][t].values()) for f in of] for t in targets]
     image = axes.imshow(values, origin="lower", aspect="auto", cmap="viridis_r", vmin=low, vmax=high)
     places = {f: boundary(losses, failure_level(rows)) for f, losses in of.items()}
-    heights = []
-    for f in of:
-        passed = [_place(value, targets) for value in places[f].values()]
-        heights.append(statistics.mean(passed))
-    axes.plot(range(len(of)), heights, "r-o", markersize=3, label="fails above")
-    axes.set_xticks(range(len(of)), [f"{f:.0%}" for f in of])
-    axes.set_yticks(range(len(targets)), [f"{t:g}" for t in targets], fontsize=7)
-    axes.set(xlabel="T_wrm", title=method(rows[0]), ylim=(-0.5, len(targets) - 0.5), xlim=(-0.5, len(of) - 0.5))
+    heights = [[_place(value, targets) for value in places[f].values()] for f in of]
+    spreads = [statistics.stdev(of_f) if len(of_f) > 1 else 0.0 for of_f in heights]
+    style = {"color": "red", "marker": "o", "markersize": 3, "capsize": 2}
+    axes.errorbar(range(len(of)), list(map(statistics.mean, heights)), spreads, label="fails above", **style)
+    axes.set_xticks(range(len(of)), [f"{f:.0%}" for f in of], fontsize=7)
+    axes.set_yticks(range(0, len(targets), 2), [f"{t:g}" for t in targets[::2]], fontsize=7)
+    axes.set(xlabel="T_wrm", ylim=(-0.5, len(targets) - 0.5), xlim=(-0.5, len(of) - 0.5))
+    axes.set_title(method(rows[0]), fontsize=9)
     return image
 
 
@@ -181,9 +183,9 @@ def plot(rows: list[Row]) -> Figure:
     """A row of heat maps for each network and β2, in one colour scale."""
     bands = groups(rows, lambda row: (row["family"], row["beta2"]))
     of = {band: list(groups(chosen, panel).values()) for band, chosen in bands.items()}
-    figure = Figure(figsize=(12, 3.4 * len(of)), layout="constrained")
+    figure = figures.new(2.8 * len(of))
     for parts, ((family, beta2), panels) in zip(figure.subfigures(len(of), squeeze=False), of.items(), strict=True):
-        subplots = parts[0].subplots(1, max(map(len, of.values())), squeeze=False)[0]
+        subplots = parts[0].subplots(1, max(map(len, of.values())), squeeze=False, sharey=True)[0]
         level = failure_level(panels[0])
         low = min(statistics.mean(warmed(chosen).values()) for chosen in panels)
         for axes, chosen in zip(subplots, panels, strict=False):
@@ -198,4 +200,4 @@ def plot(rows: list[Row]) -> Figure:
 
 
 if __name__ == "__main__":
-    command(NAME, report, plot, __doc__ or "")
+    command(NAME, report, plot, __doc__)

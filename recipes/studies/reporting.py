@@ -1,8 +1,9 @@
-"""What the benchmarks have in common: quiet runs, memory as the allocator records it, and their results as files."""
+"""What the benchmarks have in common: options, quiet runs in turns, memory as the allocator has it, and files."""
 
 import argparse
 import contextlib
 import csv
+import importlib.util
 import io
 import logging
 import os
@@ -11,14 +12,15 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -52,33 +54,55 @@ def torch_threads(num: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def allocations(profiled: profile) -> list[tuple[int, int]]:
-    """When torch's CPU allocator gave out how many bytes, or, negative, took them back; in this order."""
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most that torch's CPU allocator had given out at once in `run`, beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
     events = profiled.profiler.kineto_results.events()
-    return sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(size for _, size in changes), default=0)
 
 
-def device_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
-    """The options of a benchmark that runs on a CPU or a GPU."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
-    return parser
+def turns(names: Iterable[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Number of the round and name: they take turns, in every other round the other way round."""
+    names = list(names)
+    for number in range(rounds):
+        yield from ((number, name) for name in (names if number % 2 else reversed(names)))
 
 
-def parsed(parser: argparse.ArgumentParser, argv: list[str] | None, script: str) -> argparse.Namespace:
+def ratios(made: list[dict[str, Any]], way: str, other: str, what: str) -> list[float]:
+    """What a way took, over what another took in the same round."""
+    of = {(row["way"], row["round"]): row[what] for row in made}
+    return [value / of[other, number] for (name, number), value in sorted(of.items()) if name == way]
+
+
+def parser(doc: str | None, **defaults: int) -> argparse.ArgumentParser:
+    """The options of a benchmark: those that all have, and whole numbers by name."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    made.add_argument("--threads", type=int, default=2, help="of torch")
+    for name, value in defaults.items():
+        made.add_argument(f"--{name}", type=int, default=value)
+    return made
+
+
+def parsed(made: argparse.ArgumentParser, argv: list[str] | None, script: str) -> argparse.Namespace:
     """The options, and the whole command line as `command`.
 
     Raises:
         ValueError: In one line, if there is no GPU.
     """
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
+    args = made.parse_args(argv)
+    if getattr(args, "device", "cpu") == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu where torch finds no GPU, got cuda")
     args.command = " ".join([f"python recipes/studies/{script}", *(sys.argv[1:] if argv is None else argv)])
     return args
+
+
+def need(packages: Iterable[tuple[str, str]]) -> None:
+    """Exit with a line if one is not installed; each is what pip installs, and the module that is imported."""
+    if missing := [package for package, module in packages if not importlib.util.find_spec(module.partition(".")[0])]:
+        sys.exit(f"not installed: {', '.join(missing)}; run: pip install -e '.[bench]'")
 
 
 def current_commit() -> str:

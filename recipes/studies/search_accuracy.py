@@ -8,22 +8,18 @@ small. Every bracket's ends are evaluated again, and the scan says whether an ea
 Writes results/search_accuracy.csv (a row per search) and results/search_accuracy.md.
 """
 
-import argparse
-import csv
 import math
 import statistics
-import subprocess
 import time
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from tqdm import tqdm
 
 from hf_warmup import find_critical_lr, loss_after_step, update_slope
 
+import evidence
+import reporting
 from search_cases import MODELS, OPTIMIZERS, Case, make_case
 
 SCAN = 240  # learning rates over six decades: 6% apart
@@ -121,30 +117,21 @@ def table(made: list[dict[str, Any]]) -> str:
                     "no earlier crossing in the scan": sum(r["first"] for r in chosen),
                 }
             )
-    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+    return evidence.table(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = reporting.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    made = rows(args.seeds)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / "search_accuracy.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, made[0])
-        writer.writeheader()
-        writer.writerows(made)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    text = (
-        f"{table(made)}\n\nSeeds {', '.join(map(str, args.seeds))}; one thread of a CPU; {versions}; commit {commit}. "
-        "The loss before the step is known from the step itself and not counted. "
-        "`python recipes/studies/search_accuracy.py`\n"
-    )
-    (args.out / "search_accuracy.md").write_text(text)
-    print(text)
+    parser.set_defaults(threads=1)
+    args = reporting.parsed(parser, None, "search_accuracy.py")
+    commit = reporting.current_commit()
+    with reporting.torch_threads(args.threads):
+        made = rows(args.seeds)
+        how = f"{reporting.conditions(['torch', 'transformers'], commit)} `{args.command}`"
+    words = "The loss before the step is known from the step itself and not counted."
+    text = f"{table(made)}\n\nSeeds {', '.join(map(str, args.seeds))}. {words} {how}\n"
+    reporting.write(args.out, "search_accuracy", made, text)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ v_0 = α g_0²; random v_0 (RI-Adam); all without other warmup.
 """
 
 import math
-import statistics
 
 from matplotlib.figure import Figure
 
+import figures
 from evidence import (
     EQUAL,
     Claim,
@@ -60,17 +60,17 @@ def by_beta2(rows: list[Row]) -> dict[float, dict[str, Curve]]:
     }
 
 
-def explained(text: str, adam: Seeds, control: Seeds, gi: Seeds) -> Claim:
+def explained(text: str, where: str, adam: Seeds, control: Seeds, gi: Seeds) -> Claim:
     """Whether the schedule alone has more than half of GI-Adam's gain over AdamW.
 
     Not by the ratio of each seed, which is anything where its gain is near 0: by the part minus half of the gain.
     """
     parts, gains = difference(adam, control), difference(adam, gi)
     if verdict(gains, low=0.0) != "holds":
-        return Claim(text, "ours", NAME, f"no sure gain: {spread(gains, '+')} nats{count(gains)}", "unclear")
+        return Claim(text, where, "ours", NAME, f"no sure gain: {spread(gains, '+')} nats{count(gains)}", "unclear")
     more = [part - gain / 2 for part, gain in zip(parts, gains, strict=True)]
     measured = f"{sum(parts) / sum(gains):.0%} of {spread(gains, '+')} nats{count(gains)}"
-    return Claim(text, "ours", NAME, measured, verdict(more, low=0.0))
+    return Claim(text, where, "ours", NAME, measured, verdict(more, low=0.0))
 
 
 def summary(rows: list[Row]) -> str:
@@ -96,10 +96,10 @@ def summary(rows: list[Row]) -> str:
 def claims(rows: list[Row]) -> list[Claim]:
     made = []
     for beta2, of in by_beta2(rows).items():
-        tail = f"(GPT, no warmup, β2 = {beta2:g})"
+        case = f"β2 = {beta2:g}"
         for where, take in (("at the best η_trgt", at_best), ("over the grid of η_trgt", average)):
-            text = f"The automatic ramp explains more than half of GI-Adam's gain {where} {tail}"
-            made.append(explained(text, take(of["AdamW"]), take(of[CONTROL]), take(of["GIAdamW"])))
+            text = f"The automatic ramp explains more than half of GI-Adam's gain {where}"
+            made.append(explained(text, case, take(of["AdamW"]), take(of[CONTROL]), take(of["GIAdamW"])))
         gi = at_best(of["GIAdamW"])
         for name, text, source in (
             (OTHER_BATCH, "v_0 from another batch makes no difference", "ours"),
@@ -108,7 +108,7 @@ def claims(rows: list[Row]) -> list[Claim]:
             ("RI-AdamW", "RI-Adam is as good as GI-Adam", "paper"),
         ):
             low = -math.inf if name == "RI-AdamW" else -EQUAL
-            made.append(loss_claim(f"{text} {tail}", source, NAME, difference(at_best(of[name]), gi), low, EQUAL))
+            made.append(loss_claim(text, case, source, NAME, difference(at_best(of[name]), gi), low, EQUAL))
     return made
 
 
@@ -119,18 +119,16 @@ def report(rows: list[Row]) -> str:
 def plot(rows: list[Row]) -> Figure:
     """Loss against η_trgt, a panel per β2."""
     of_beta2 = by_beta2(rows)
-    figure = Figure(figsize=(5 * len(of_beta2), 3.6), layout="constrained")
+    figure = figures.new(3.8)
     panels = figure.subplots(1, len(of_beta2), squeeze=False, sharey=True)[0]
     for axes, (beta2, of) in zip(panels, of_beta2.items(), strict=True):
-        for name, label in NAMES.items():
-            means = [statistics.mean(seeds.values()) for seeds in of[name].values()]
-            deviations = [statistics.stdev(s.values()) if len(s) > 1 else 0.0 for s in of[name].values()]
-            axes.errorbar(list(of[name]), means, deviations, marker="o", markersize=3, capsize=2, label=label)
-        axes.set(xscale="log", xlabel="target learning rate", title=f"no warmup, β2 = {beta2:g}")
-    panels[0].set_ylabel("validation loss")
-    panels[0].legend(fontsize=7)
+        looks = {name: figures.style("no warmup" if name == "AdamW" else label) for name, label in NAMES.items()}
+        figures.curves(axes, {NAMES[name]: (of[name], look) for name, look in looks.items()})
+        axes.set_title(f"no warmup, β2 = {beta2:g}", fontsize=10)
+    panels[-1].set_ylabel("")
+    figures.legend(figure)
     return figure
 
 
 if __name__ == "__main__":
-    command(NAME, report, plot, __doc__ or "")
+    command(NAME, report, plot, __doc__)

@@ -143,104 +143,62 @@ def windows(setting: Setting, held_out: bool, generator: torch.Generator) -> Ite
 
 def make_model(setting: Setting) -> nn.Module:
     """The model at initialization, of torch's present random numbers."""
-    s = setting
-    heads = max(1, s.width // s.head)
-    if s.family == "gpt":
-        config = GPT2Config(
-            vocab_size=s.vocab,
-            n_positions=s.context,
-            n_embd=s.width,
-            n_layer=s.depth,
-            n_head=heads,
-            bos_token_id=0,
-            eos_token_id=0,
-            attn_pdrop=s.dropout,
-            embd_pdrop=s.dropout,
-            resid_pdrop=s.dropout,
-        )
-        model: Any = GPT2LMHeadModel(config)
-        model.loss_type = "ForCausalLM"
-    elif s.family in ("llama", "llama-gqa"):
-        grouped = s.family == "llama-gqa"
-        config = LlamaConfig(
-            vocab_size=s.vocab,
-            hidden_size=s.width,
-            intermediate_size=3 * s.width,
-            num_hidden_layers=s.depth,
-            num_attention_heads=heads,
-            num_key_value_heads=heads // 2 if grouped else heads,
-            tie_word_embeddings=grouped,
-            max_position_embeddings=s.context,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-        model = LlamaForCausalLM(config)
-    elif s.family == "qwen3":
-        config = Qwen3Config(
-            vocab_size=s.vocab,
-            hidden_size=s.width,
-            intermediate_size=3 * s.width,
-            num_hidden_layers=s.depth,
-            num_attention_heads=heads,
-            num_key_value_heads=heads // 2,
-            head_dim=s.head,
-            tie_word_embeddings=True,
-            max_position_embeddings=s.context,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-        model = Qwen3ForCausalLM(config)
-    elif s.family == "bert":
-        config = BertConfig(
-            vocab_size=s.vocab,
-            max_position_embeddings=s.context,
-            hidden_size=s.width,
-            num_hidden_layers=s.depth,
-            num_attention_heads=heads,
-            intermediate_size=4 * s.width,
-            hidden_dropout_prob=s.dropout,
-            attention_probs_dropout_prob=s.dropout,
-        )
-        model = BertForMaskedLM(config)
-    elif s.family == "modernbert":
-        config = ModernBertConfig(
-            vocab_size=s.vocab,
-            hidden_size=s.width,
-            intermediate_size=2 * s.width,
-            num_hidden_layers=s.depth,
-            num_attention_heads=heads,
-            max_position_embeddings=s.context,
-            local_attention=s.context,
-            embedding_dropout=s.dropout,
-            attention_dropout=s.dropout,
-            mlp_dropout=s.dropout,
-            pad_token_id=MASK,
-            bos_token_id=MASK,
-            eos_token_id=MASK,
-            cls_token_id=MASK,
-            sep_token_id=MASK,
-        )
-        model = ModernBertForMaskedLM(config)
-    elif s.family == "vit":
-        model = ViT(s.width, s.depth, heads)
-    else:
-        layers: list[nn.Module] = []
-        channels = 1
-        for i in range(s.depth):
-            layers += [nn.Conv2d(channels, s.width // 2, 3, padding=1)]
-            layers += [nn.GroupNorm(1, s.width // 2)] if s.norm else []
-            layers += [nn.ReLU()]
-            layers += [nn.MaxPool2d(2)] if i < 2 else []
-            channels = s.width // 2
-        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 10))
-    if s.init_scale != 1:
+    model = image_model(setting) if setting.family in IMAGES else text_model(setting)
+    if setting.init_scale != 1:
         with torch.no_grad():
             for p in model.parameters():
                 if p.dim() > 1:
-                    p.mul_(s.init_scale)
+                    p.mul_(setting.init_scale)
     return model
+
+
+def text_model(s: Setting) -> Any:
+    """Of transformers."""
+    heads = max(1, s.width // s.head)
+    sizes = {
+        "vocab_size": s.vocab,
+        "hidden_size": s.width,
+        "num_hidden_layers": s.depth,
+        "num_attention_heads": heads,
+        "max_position_embeddings": s.context,
+    }
+    ends = {"bos_token_id": MASK, "eos_token_id": MASK, "pad_token_id": MASK}
+    gated = {"intermediate_size": 3 * s.width} | ends
+    if s.family == "gpt":
+        dropouts = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), s.dropout)
+        model: Any = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, **dropouts))
+        model.loss_type = "ForCausalLM"
+        return model
+    if s.family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**sizes, **gated))
+    grouped = {"num_key_value_heads": heads // 2, "tie_word_embeddings": True}
+    if s.family == "llama-gqa":
+        return LlamaForCausalLM(LlamaConfig(**sizes, **gated, **grouped))
+    if s.family == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**sizes, **gated, **grouped, head_dim=s.head))
+    if s.family == "bert":
+        dropouts = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), s.dropout)
+        return BertForMaskedLM(BertConfig(**sizes, intermediate_size=4 * s.width, **dropouts))
+    dropouts = dict.fromkeys(("embedding_dropout", "attention_dropout", "mlp_dropout"), s.dropout)
+    ends |= {"cls_token_id": MASK, "sep_token_id": MASK}
+    return ModernBertForMaskedLM(
+        ModernBertConfig(**sizes, intermediate_size=2 * s.width, local_attention=s.context, **dropouts, **ends)
+    )
+
+
+def image_model(s: Setting) -> nn.Module:
+    """A ViT, or convolutions."""
+    if s.family == "vit":
+        return ViT(s.width, s.depth, max(1, s.width // s.head))
+    layers: list[nn.Module] = []
+    channels = 1
+    for i in range(s.depth):
+        layers += [nn.Conv2d(channels, s.width // 2, 3, padding=1)]
+        layers += [nn.GroupNorm(1, s.width // 2)] if s.norm else []
+        layers += [nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if i < 2 else []
+        channels = s.width // 2
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 10))
 
 
 class ViT(nn.Module):

@@ -1,4 +1,3 @@
-import csv
 import math
 import os
 import signal
@@ -19,12 +18,11 @@ import peer_optimizers
 import phase_study
 import reporting
 import second_moment_study
-from evidence import boundary, curve, is_at_edge, ratio, spread, times, verdict
-from grid import COLUMNS, KEYS, Study, appending, complete, finish, lines, load, page, rows, shard_of
+from evidence import boundary, curve, is_at_edge, loss_claim, overview, ratio, spread, times, verdict
+from grid import COLUMNS, KEYS, Job, Study, appending, complete, finish, lines, load, page, rows, shard_of
 from warmup_cases import CNN, OTHER_BATCH, Setting, losses, make_model, make_optimizer, train
 from warmup_rules import RULES, cosine, linear
 from warmup_starts import From, times_own_warmup
-from warmup_study import Job
 
 TINY = Setting("tiny", width=16, depth=1, context=8, batch=2, steps=2)
 TINY_JOBS = [Job(TINY, "AdamW", "linear", {"fraction": f}, 1e-3, seed) for seed in (0, 1) for f in (0.0, 0.5)]
@@ -44,7 +42,7 @@ def write(folder, name, jobs, number):
 
 
 def by_text(made):
-    return {claim.text: claim for claim in made}
+    return {f"{claim.text} ({claim.where})": claim for claim in made}
 
 
 def test_a_grid_is_every_combination_of_its_lists_one_seed_after_the_other(tmp_path, monkeypatch):
@@ -53,28 +51,29 @@ def test_a_grid_is_every_combination_of_its_lists_one_seed_after_the_other(tmp_p
         """
         seeds: [3, 4]
         setting: {width: 16}
-        smoke: {steps: 5}
         runs:
           - {optimizer: [AdamW, RAdam], setting: {beta2: [0.9, 0.99]}, rule: linear, options: {fraction: [0.0, 0.1]},
              target: [1.0e-3, 2.0e-3, 4.0e-3]}
           - {optimizer: AdamW, setting: {beta2: 0.9}, rule: linear, options: {fraction: 0.0}, target: [1.0e-3]}
+          - {optimizer: AdamW, rule: ramp, options: [{}, {growth: [1.1, 1.2]}], target: [1.0e-3], seeds: [5]}
         """
     )
     study = load("small")
-    assert len(study.jobs) == 2 * (2 * 2 * 2 * 3)  # the second block repeats a run of the first
-    assert [job.seed for job in study.jobs] == [3] * 24 + [4] * 24
+    assert len(study.jobs) == 2 * (2 * 2 * 2 * 3) + 3  # the second block repeats a run of the first
+    assert [job.seed for job in study.jobs] == [3] * 24 + [4] * 24 + [5] * 3
+    assert [job.options for job in study.jobs[-3:]] == [{}, {"growth": 1.1}, {"growth": 1.2}]
     assert {(job.setting.width, job.setting.steps) for job in study.jobs} == {(16, 300)}
     smoke = load("small", smoke=True)
-    assert {(job.seed, job.setting.steps) for job in smoke.jobs} == {(3, 5)}
+    assert {(job.seed, job.setting.steps) for job in smoke.jobs} == {(3, 10), (5, 10)}
     assert {job.target for job in smoke.jobs} == {1e-3, 4e-3}
 
     (tmp_path / "small.yml").write_text("{seeds: [0], runs: [{optimizer: AdamW, rule: cosine, target: [1.0]}]}")
     with pytest.raises(ValueError, match="rule must be one of linear, .*, got cosine"):
         load("small")
     (tmp_path / "small.yml").write_text("{seeds: [0], runs: [{optimizer: AdamW, rule: linear}]}")
-    with pytest.raises(ValueError, match="must have optimizer, rule, target, got optimizer, rule"):
+    with pytest.raises(ValueError, match="a block of small.yml lacks target"):
         load("small")
-    (tmp_path / "small.yml").write_text("{seed: [0], runs: []}")
+    (tmp_path / "small.yml").write_text("{seed: [0], runs: [{optimizer: AdamW, rule: linear, target: [1.0]}]}")
     with pytest.raises(ValueError, match="unknown keys: seed"):
         load("small")
 
@@ -96,7 +95,7 @@ def test_shards_partition_the_grid(count, tmp_path):
     assert sum(map(len, shards)) == len(set().union(*shards)) == 4
     if count == 3:
         finish(study, tmp_path, 1, (3, 3))
-        assert [line["seed"] for line in lines(tmp_path, "tiny")] == ["1"]
+        assert [line["seed"] for line in lines(tmp_path, "tiny").values()] == ["1"]
         finish(study, tmp_path, 1, (1, 3))
         assert {row["seed"] for row in complete(study, tmp_path)} == {1}  # the other seed lacks a run
         finish(study, tmp_path, 1)  # makes what no shard has made
@@ -138,8 +137,7 @@ def test_a_row_that_a_killed_process_left_unfinished_is_cut_off(tmp_path):
     path.write_bytes(whole[:-7])
     assert len(lines(tmp_path, "tiny")) == 1  # nor does a reader see it
     finish(study, tmp_path, 1)
-    with open(path, newline="") as file:
-        assert [tuple(line[key] for key in KEYS) for line in csv.DictReader(file)] == [job.key() for job in study.jobs]
+    assert list(lines(tmp_path, "tiny")) == [job.key() for job in study.jobs]
 
 
 def test_two_processes_cannot_write_one_file_nor_two_versions(tmp_path):
@@ -164,9 +162,8 @@ def test_a_run_that_cannot_be_made_is_skipped_with_a_plain_message(tmp_path, mon
 KILLED = """
 import sys
 from pathlib import Path
-from grid import Study, finish
+from grid import Job, Study, finish
 from warmup_cases import Setting
-from warmup_study import Job
 if __name__ == "__main__":
     tiny = Setting("tiny", width=16, depth=1, context=8, batch=2, steps=2)
     jobs = [Job(tiny, "AdamW", "linear", {"fraction": 0.0}, 1e-3, seed) for seed in range(400)]
@@ -191,12 +188,12 @@ def test_a_killed_study_goes_on_and_makes_the_same_runs(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
 
-    before = lines(tmp_path, "tiny")
+    before = list(lines(tmp_path, "tiny").values())
     assert 3 <= len(before) < 400
     seeds = sorted(int(line["seed"]) for line in before)
     study = Study("tiny", [TINY_JOBS[0]._replace(seed=seed) for seed in range(seeds[-1] + 3)])
     finish(study, tmp_path, 1)
-    after = lines(tmp_path, "tiny")
+    after = list(lines(tmp_path, "tiny").values())
     assert after[: len(before)] == before
     assert sorted(int(line["seed"]) for line in after) == list(range(seeds[-1] + 3))
     again = grid.run(study.jobs[seeds[0]])
@@ -364,8 +361,8 @@ def test_the_phase_diagram_finds_the_boundaries_it_was_given(tmp_path):
         for word in ("fails", "is 0.25 worse"):
             moved = of[f"Without warmup GI-Adam {word} only from a higher η_trgt on than AdamW {tail}"]
             assert (moved.measured, moved.verdict) == ("factor 4 ×/÷ 1.00, 3 seeds", "holds")
-            same = f"{word} from the same η_trgt on, within a step of the grid {tail}"
-            assert of[f"GI-Adam and AdamW with 30% warmup: {same}"].measured.startswith("factor 1 ")
+            same = f"With 30% warmup GI-Adam {word} from the same η_trgt on as AdamW, within a step of the grid {tail}"
+            assert of[same].measured.startswith("factor 1 ")
         better = of[f"Without warmup GI-Adam is better than AdamW {tail}"]
         assert (better.measured, better.verdict) == ("+0.000 ± 0.000 nats, 3 seeds", "unclear")
         assert of[f"GI-Adam without warmup is as good as the best-warmed AdamW {tail}"].verdict == "holds"
@@ -395,9 +392,10 @@ def test_the_catapult_table_says_what_was_saved_and_what_it_cost(tmp_path):
     write(tmp_path, "catapult_study", study.jobs, number)
     made = complete(study, tmp_path)
     of = by_text(catapult_study.claims(made))
-    sgd = of["Starting at η_c of the first step (paper) saves 48% of T_wrm at equal loss (CNN, SGD)"]
+    sgd = of["Starting at η_c of the first step (paper) costs less than 0.03 nats (CNN, SGD, saves 48% of T_wrm)"]
     assert (sgd.measured, sgd.verdict) == ("+0.011 ± 0.001 nats, 3 seeds", "holds")
-    adam = of["Starting at η_c of the first step (paper) saves 48% of T_wrm at equal loss (GPT, AdamW, β2 = 0.95)"]
+    start = "Starting at η_c of the first step (paper) costs less than 0.03 nats"
+    adam = of[f"{start} (GPT, AdamW, β2 = 0.95, saves 48% of T_wrm)"]
     assert (adam.measured, adam.verdict) == ("+0.201 ± 0.001 nats, 3 seeds", "does not hold")
     table = catapult_study.report(made)
     (line,) = [line for line in table.splitlines() if "GPT, SGD" in line and "η_c of the first step" in line][:1]
@@ -406,7 +404,7 @@ def test_the_catapult_table_says_what_was_saved_and_what_it_cost(tmp_path):
     assert cells[2:] == ["0.52", "29.0", "24.0", "+0.011 ± 0.001", "+0.011", "is free"]
     assert "GPT, SGD: 0.3; " in table
     assert "In all of them: 0.3." in table
-    assert len(catapult_study.plot(made).axes) == 16
+    assert len(catapult_study.plot(made).axes) == 2
 
 
 def test_the_share_of_the_schedule_in_the_gain_is_what_it_was_given(tmp_path):
@@ -420,11 +418,11 @@ def test_the_share_of_the_schedule_in_the_gain_is_what_it_was_given(tmp_path):
     made = complete(study, tmp_path)
     of = by_text(second_moment_study.claims(made))
     for where in ("at the best η_trgt", "over the grid of η_trgt"):
-        text = f"The automatic ramp explains more than half of GI-Adam's gain {where} (GPT, no warmup, β2 = 0.999)"
+        text = f"The automatic ramp explains more than half of GI-Adam's gain {where} (β2 = 0.999)"
         assert (of[text].measured, of[text].verdict) == ("75% of +0.800 ± 0.000 nats, 5 seeds", "holds")
-    assert of["v_0 from another batch makes no difference (GPT, no warmup, β2 = 0.95)"].verdict == "holds"
+    assert of["v_0 from another batch makes no difference (β2 = 0.95)"].verdict == "holds"
     assert "-0.800 ± 0.000" in second_moment_study.report(made)
-    none = second_moment_study.explained("", {0: 3.0, 1: 3.0}, {0: 2.0, 1: 2.0}, {0: 3.1, 1: 2.8})
+    none = second_moment_study.explained("", "", {0: 3.0, 1: 3.0}, {0: 2.0, 1: 2.0}, {0: 3.1, 1: 2.8})
     assert (none.measured, none.verdict) == ("no sure gain: +0.050 ± 0.212 nats, 2 seeds", "unclear")
     assert len(second_moment_study.plot(made).axes) == 2
 
@@ -441,12 +439,22 @@ def test_a_baseline_is_compared_with_the_linear_warmup_that_is_tuned(tmp_path):
     assert "AdamW, linear over 30% (tuned)" in table
     assert "Prodigy" not in table
     of = by_text(baselines_study.claims(made))
-    muon = of["Muon, no warmup, is as good as tuned linear warmup of AdamW (GPT, β2 = 0.95)"]
+    muon = of["Muon is as good as tuned linear warmup of AdamW (GPT, β2 = 0.95) (no warmup)"]
     assert (muon.measured, muon.verdict) == ("-0.200 ± 0.000 nats, 5 seeds", "holds")
     assert (
-        of["RAdam, no warmup, is as good as tuned linear warmup of AdamW (GPT, β2 = 0.95)"].verdict == "does not hold"
+        of["RAdam is as good as tuned linear warmup of AdamW (GPT, β2 = 0.95) (no warmup)"].verdict == "does not hold"
     )
     assert len(baselines_study.plot(made).axes) == 1
+
+
+def test_a_sentence_has_a_row_with_the_cases_in_which_it_holds():
+    values = {"there": [-0.1, -0.101, -0.099], "here": [0.1, 0.101, 0.099], "nowhere": [-1.0, 1.0]}
+    made = [loss_claim("A is better", where, "us", "a_study", of, high=0.0) for where, of in values.items()]
+    made.append(loss_claim("B is better", "", "us", "a_study", values["here"], high=0.0))
+    assert overview(made).splitlines()[2:] == [
+        "| A is better | us | [a_study](results/a_study.md) | there | here | nowhere |",
+        "| B is better | us | [a_study](results/a_study.md) |  | +0.100 ± 0.001 nats, 3 seeds |  |",
+    ]
 
 
 def test_the_claims_go_between_the_markers_and_nowhere_else():
@@ -468,8 +476,6 @@ def test_a_committed_table_is_that_of_the_committed_runs(study):
 
 
 def test_the_claims_of_the_readme_are_those_of_the_committed_runs():
-    readme = claims.README.read_text()
-    if COMMITTED:
-        assert claims.put(readme, claims.text(reporting.RESULTS)) == readme
-    else:
-        assert "| verdict |" not in readme
+    readme, text = claims.README.read_text(), claims.text(reporting.RESULTS)
+    assert claims.put(readme, text) == readme
+    assert len(text.splitlines()) <= 2 + 40  # a page that can be read

@@ -5,10 +5,14 @@ from dataclasses import replace
 import pytest
 
 import warmup_study
+from grid import KEYS, appending, lines, rows, run
+from reporting import RESULTS
 from warmup_cases import CNN, Setting, make_model, train, unigram_entropy
 from warmup_rules import RULES, cosine, linear, ramp
-from warmup_study import AUTO, FRESH, GPT, LLAMA, SEEDS, TIMES, TUNING, Job, compared, methods, run, tuned
+from warmup_study import AUTO, PARTS, TIMES, TUNING, compared, methods, study, tuned
 
+GPT, LLAMA = (study(part).jobs[0].setting for part in ("gpt", "llama"))
+SEEDS = (10, 11, 12)
 TINY = Setting("tiny", width=16, depth=1, context=16, batch=4, steps=6, dropout=0.1)
 
 
@@ -89,23 +93,9 @@ def test_a_scaled_model_is_scaled_in_its_matrices():
     assert unigram_entropy(TINY) == pytest.approx(3.3, abs=0.3)
 
 
-def test_a_finished_run_is_not_repeated_and_an_unfinished_study_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(warmup_study, "RESULTS", tmp_path)
-    made = [Job(TINY, "AdamW", "linear", {"fraction": f}, 1e-3, 0) for f in (0.0, 0.5)]
-    monkeypatch.setattr(warmup_study, "jobs", lambda part: iter(made[: len(warmup_study.read(part)) + 1]))
-    warmup_study.finish("tiny", 1)
-    first = warmup_study.read("tiny")
-    warmup_study.finish("tiny", 1)
-    second = warmup_study.read("tiny")
-    assert second[:1] == first
-    assert len(second) == 2
-    warmup_study.finish("tiny", 1)
-    assert warmup_study.read("tiny") == second
-
-
 def row(seed, rule, options, target, loss, optimizer="AdamW"):
-    names = {"optimizer": optimizer, "rule": rule, "options": json.dumps(options), "seed": str(seed)}
-    return {**names, "target": str(target), "loss": str(loss), "first": "5", "peak": str(target / 2)}
+    names = {"optimizer": optimizer, "rule": rule, "options": json.dumps(options), "seed": seed}
+    return {**names, "target": target, "loss": loss, "first": 5.0, "peak": target / 2}
 
 
 # On the seeds that are reported the other length and the next target are the better ones.
@@ -119,7 +109,7 @@ LINEAR = [
 
 
 def test_one_set_of_seeds_chooses_length_and_target_and_the_other_is_reported():
-    assert not set(TUNING) & {*SEEDS, *(seed for seeds in FRESH.values() for seed in seeds)}
+    assert not {job.seed for part in PARTS[:-2] for job in study(part).jobs if job.rule == "guided"} & {*TUNING}
     made = methods(LINEAR)
     assert tuned(made).options == {"fraction": 0.3}
     assert tuned(made).chosen == 8e-3
@@ -138,7 +128,7 @@ def test_guided_warmup_has_the_target_of_tuned_linear_warmup_a_multiple_of_it_or
     # Of linear warmup the best length there.
     high = lines[f"linear, {TIMES} times the target"]
     assert (high.target, high.losses[10]) == ("0.064", pytest.approx(2 + 4 / 9))
-    texts = {claim.text: claim.verdict for claim in warmup_study.part_claims(methods(LINEAR + guided + auto), "(x)")}
+    texts = {claim.text: claim.verdict for claim in warmup_study.part_claims(methods(LINEAR + guided + auto), "x")}
     assert [text.split(" guided")[0] for text in texts] == [
         "Without a learning rate",
         "With the learning rate of tuned linear warmup",
@@ -154,7 +144,7 @@ def test_of_a_part_without_guided_runs_there_are_tables_of_what_is_there():
     assert warmup_study.part_claims(methods(LINEAR), "") == []
 
 
-@pytest.mark.parametrize("loss", ["inf", "nan", "7.5"])
+@pytest.mark.parametrize("loss", [math.inf, 7.5])
 def test_a_run_that_diverges_counts_as_one_that_ended_where_it_began(loss):
     (made,) = methods([row(10, "guided", {}, 1e-3, loss)])
     assert made.reported == {1e-3: {10: 5.0}}
@@ -176,20 +166,44 @@ def test_every_other_kind_of_warmup_has_the_line_that_was_best_on_the_seeds_that
 
 @pytest.mark.slow
 def test_the_committed_tables_are_those_of_the_committed_runs():
-    committed = (warmup_study.RESULTS / "warmup_study.md").read_text().rsplit("\n\nMeans ±", 1)[0]
-    assert committed == warmup_study.report().rsplit("\n\nMeans ±", 1)[0]
+    assert (RESULTS / "warmup_study.md").read_text() == warmup_study.report(RESULTS)
 
 
 @pytest.mark.slow
 def test_a_committed_run_can_be_made_again():
-    job = next(job for job in warmup_study.jobs("random") if job.rule == "linear")
-    again = run(job)
-    (row,) = [r for r in warmup_study.read("random") if all(r[k] == again[k] for k in warmup_study.KEYS)]
-    assert float(row["loss"]) == pytest.approx(float(again["loss"]), rel=0.02)  # another CPU rounds otherwise
+    job = next(job for job in study("random").jobs if job.rule == "linear")
+    committed = lines(RESULTS, "warmup_random")[job.key()]
+    assert float(committed["loss"]) == pytest.approx(float(run(job)["loss"]), rel=0.02)  # another CPU rounds otherwise
 
 
-@pytest.mark.parametrize("part", [part for part in warmup_study.TITLES if warmup_study.read(part)])
+@pytest.mark.parametrize("part", [part for part in warmup_study.TITLES if rows(RESULTS, f"warmup_{part}")])
 def test_a_part_asks_for_the_best_target_of_tuned_linear_warmup_and_a_multiple_of_it(part):
-    best = tuned(methods(warmup_study.read(part))).chosen
-    bounds = {job.target for job in warmup_study.jobs(part) if job.rule == "guided" and job.options != AUTO}
+    best = tuned(methods(rows(RESULTS, f"warmup_{part}"))).chosen
+    bounds = {job.target for job in study(part).jobs if job.rule == "guided" and job.options != AUTO}
     assert {best, TIMES * best} <= bounds
+
+
+def test_the_tables_are_those_of_the_parts_that_have_runs(tmp_path):
+    """Linear warmup of the GPT, and four random settings, of which one learns nothing."""
+    with appending(tmp_path / "warmup_gpt.csv") as write:
+        for job in study("gpt").jobs:
+            if job.rule == "linear":
+                write(line(job, 2 + abs(math.log2(job.target / 1e-2)) / 9))
+    with appending(tmp_path / "warmup_random.csv") as write:
+        for job in study("random").jobs[:20]:
+            write(line(job, 3.0 if job.rule == "guided" or job.seed else 3.2))
+    text = warmup_study.report(tmp_path)
+    assert [part for part in text.splitlines() if part.startswith("## ")] == [
+        "## All settings",
+        "## GPT, AdamW (β2 = .95)",
+        "## 200 random settings",
+    ]
+    assert "| guided           | 0 of 4 " in text
+    assert "| RAdam, no warmup | 1 of 4 " in text
+    assert warmup_study.claims(tmp_path) == []  # no part is finished
+    assert len(warmup_study.plot(tmp_path).axes) == 2
+
+
+def line(job, loss):
+    numbers = {"loss": loss, "first": 4.8, "entropy": 3.2, "peak": job.target, "probes": 0}
+    return dict(zip(KEYS, job.key(), strict=True)) | {k: str(v) for k, v in numbers.items()} | {"conditions": "here."}
