@@ -83,7 +83,7 @@ class TrainerStep:
 
     @property
     def shards(self) -> Shards:
-        """What this process holds, once it is known that the step can be measured; on all processes at once."""
+        """What this process holds; NotMeasurable if the step cannot be measured; on all processes at once."""
         if self._shards is None:
             shards = self.backend.shards()
             if not self.backend.can_step(shards, first=self.first):
