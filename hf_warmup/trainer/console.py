@@ -46,7 +46,7 @@ def begins(trainer: Trainer, arguments: WarmupArguments, rule: Warmup) -> Block:
         rows.append(("resumed", f"after {rule.num_steps} steps of warmup, and goes on exactly"))
     kind = trainer.args.lr_scheduler_type
     # Nothing else tells a schedule that was handed over, or made by a subclass.
-    decay = getattr(kind, "value", kind) if trainer._created_lr_scheduler else "your own schedule"
+    decay = getattr(kind, "value", kind) if getattr(trainer, "_created_lr_scheduler", True) else "your own schedule"
     return f"{rule.kind} warmup", [*rows, ("then", f"{decay}, in the steps left")]
 
 

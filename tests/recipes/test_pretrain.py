@@ -64,7 +64,7 @@ def test_a_recipe_has_only_options_that_are_known_and_says_its_tokens(path):
     args, recipe = arguments.parse([str(path), "--use_cpu"])
     assert isinstance(args.learning_rate, float)
     kind = args.kind(args.warmup_steps)
-    expected = {"catapult": "linear", "gi_adam": "linear", "zero": "none"}.get(path.stem)
+    expected = {"catapult": "linear", "gi_adam": "linear", "zero": "none", "gpt_muon": "guided"}.get(path.stem)
     assert kind == (expected or ("linear" if path.parent.name == "tiny" else "guided"))
     assert 0 < args.warmup_steps < args.max_steps if kind in ("linear", "none") else args.warmup_steps == 0
     text = path.read_text()
