@@ -23,6 +23,7 @@ STYLES = {
     "untuned exponential": ("#C49C94", ">"),
     "Muon": ("#000000", "*"),
     "schedule-free RAdam": ("#44AA99", "h"),
+    "ScheduleFree+": ("#CC79A7", "d"),
     "Prodigy": ("#999933", "p"),
     "GI-Adam, v_0 of another batch": ("#332288", "<"),
     "GI-Adam, v_0 = 10 g_0²": ("#CC6677", "p"),
