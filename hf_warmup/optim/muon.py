@@ -13,6 +13,7 @@ Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024, 
 The factor: Liu et al., "Muon is scalable for LLM training", arXiv:2502.16982.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -34,7 +35,8 @@ class MuonAdamW(Optimizer):
         >>> optimizer.step()
 
     Args:
-        params: Parameter groups, at least one of them with `muon=True`, whose parameters are matrices.
+        params: Parameter groups, at least one of them with `muon=True`, whose parameters are matrices. An option in
+            a group is that group's.
         lr: η, for both.
         betas: β1 and β2 of AdamW.
         eps: AdamW's.
@@ -60,15 +62,29 @@ class MuonAdamW(Optimizer):
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise ValueError(f"MuonAdamW needs torch.optim.Muon, which came with torch 2.9; got {torch.__version__}")
-        groups = [{"muon": False, **group} if isinstance(group, dict) else {} for group in params]
-        if not any(group.get("muon") for group in groups):
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "momentum": momentum, "nesterov": nesterov, "fused": fused})
+        if not any(group["muon"] for group in self.param_groups):
             raise ValueError("params must be groups, of which at least one has muon=True, got none")
-        # torch's own check what they are given, and complete the groups.
-        ours = [group for group in groups if group.get("muon")]
-        torch.optim.Muon(ours, lr, weight_decay, momentum, nesterov, adjust_lr_fn="match_rms_adamw")
-        if others := [group for group in groups if not group.get("muon")]:
-            AdamW(others, lr, betas, eps, weight_decay, fused=fused)
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, Muon's if it has `muon=True`.
+
+        Args:
+            param_group: Its parameters, and what differs from the defaults.
+        """
+        group = {**param_group, "muon": bool(param_group.get("muon"))}
+        own = ("momentum", "nesterov") if group["muon"] else ("betas", "eps", "fused")
+        options = {name: self.defaults[name] for name in ("lr", "weight_decay", *own)}
+        # torch's own check what they are given, and complete the group.
+        if group["muon"]:
+            torch.optim.Muon([group], adjust_lr_fn="match_rms_adamw", **options)
+        else:
+            AdamW([group], **options)
+        complete = set(group)
+        super().add_param_group(group)
+        for name in group.keys() - complete:  # the options of the other
+            del group[name]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -88,7 +104,7 @@ class MuonAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for kind, is_muon in ((torch.optim.Muon, True), (AdamW, False)):
-            groups = [group for group in self.param_groups if group["muon"] is is_muon]
+            groups = [group for group in self.param_groups if bool(group["muon"]) is is_muon]
             if is_muon and any(p.ndim != 2 for group in groups for p in group["params"]):
                 raise RuntimeError(
                     "Muon needs whole matrices, and something has flattened them, as DeepSpeed's ZeRO does: train on "
@@ -97,5 +113,5 @@ class MuonAdamW(Optimizer):
             # An optimizer of that kind over the same groups and state: nothing of it has to be kept.
             inner = object.__new__(kind)
             inner.__setstate__({"defaults": {}, "state": self.state, "param_groups": groups})
-            inner.step()
+            inspect.unwrap(kind.step)(inner)  # the hooks of all optimizers see one step, and not three
         return loss

@@ -382,7 +382,7 @@ def _names(owner: Any, names: Callable[[], Iterable[str]], named: Mapping[str, A
         # A frozen dataclass refuses its own way of setting.
         kind: Any = type if isinstance(owner, type) else object
         put, drop = kind.__setattr__, kind.__delattr__
-        if isinstance(owner, dict):  # of global variables
+        if named is owner:  # a dictionary of global variables, and not the slots of one
             put, drop = dict.__setitem__, dict.__delitem__
         for name in changed():
             if name in held and held[name] is not _MISSING:

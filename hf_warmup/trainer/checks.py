@@ -143,8 +143,8 @@ def check_optimizer(optimizer: Any, kind: str, auto_lr: bool = False) -> None:
     name = type(made).__name__
     if name in _IN_BACKWARD:
         raise ValueError(
-            f"optim must make its step behind the backward pass, got {name}, which makes it there: no step can be "
-            f"measured; {_KEEP}"
+            f"optim must make its step behind the backward pass, got {name}, which makes it there: what is "
+            f"decided behind it comes too late; {_KEEP}"
         )
     for group in made.param_groups:
         if auto_lr and "d" in group:
@@ -152,7 +152,13 @@ def check_optimizer(optimizer: Any, kind: str, auto_lr: bool = False) -> None:
                 f"auto_lr must be left out with {name}, which finds the size of its steps itself: give it "
                 "learning_rate=1.0"
             )
-        if kind == "linear" and group.get("warmup_steps"):
+        schedule_free = "weight_lr_power" in group
+        if kind == "guided" and schedule_free:
+            raise ValueError(
+                f"warmup=guided needs an optimizer with momentum, and {name} averages its weights instead: "
+                "warmup=none and lr_scheduler_type=constant leave it as it is"
+            )
+        if kind == "linear" and schedule_free and group.get("warmup_steps"):
             raise ValueError(
                 f"warmup_steps must be 0 with {name}, got {group['warmup_steps']}: it warms up over them by itself, "
                 "and a schedule would do so a second time; warmup=none and lr_scheduler_type=constant leave it to "
@@ -232,7 +238,8 @@ def check_processes(trainer: Trainer) -> None:
                     f"the DeepSpeed configuration has a section {section}, {config[section]}, which takes the place "
                     f"of the Trainer's: leave it out and set {way} instead"
                 )
-        if trainer.optimizer_cls_and_kwargs is not None and trainer.optimizer_cls_and_kwargs[0] is MuonFactory:
+        chosen = (trainer.optimizer_cls_and_kwargs or (None,))[0]
+        if isinstance(chosen, type) and issubclass(chosen, MuonFactory):
             raise ValueError(
                 "optimizer_cls_and_kwargs asks for Muon, which needs whole matrices, and DeepSpeed's ZeRO cuts them "
                 "into flat pieces: train with DDP or FSDP2, or with AdamW"

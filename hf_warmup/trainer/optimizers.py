@@ -4,6 +4,7 @@ from typing import Any, cast
 
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 from transformers.training_args import OptimizerNames
 
 from hf_warmup.optim.gi_adam import GIAdamW
@@ -51,9 +52,9 @@ class MuonFactory:
     """Makes a `MuonAdamW` for a model, in transformers' optimizer-factory protocol.
 
     `Trainer(..., optimizer_cls_and_kwargs=(MuonFactory, {"lr": 2e-3, "weight_decay": 0.1}))`, or
-    `optimizer_cls_and_kwargs=muon_cls_and_kwargs(args)` with the options of `args`. Muon has the matrices inside the
-    model. AdamW has embeddings, the head (all outside of `model.base_model`; without one the last matrix), norms,
-    biases, and what is no matrix, as a convolution or a layer's experts in one tensor.
+    `optimizer_cls_and_kwargs=muon_cls_and_kwargs(args)` with the options of `args`. Muon has the weights of the
+    linear layers inside the model. AdamW has the rest: embeddings, the head (what is outside of `model.base_model`;
+    of a plain module the last linear layer), norms, biases, convolutions, and a layer's experts in one tensor.
     """
 
     def __call__(self, model: nn.Module, *, weight_decay: float = 0.0, **kwargs: Any) -> MuonAdamW:
@@ -84,14 +85,25 @@ class MuonFactory:
         return MuonAdamW(made, **kwargs)
 
 
-def _inner_matrices(model: nn.Module) -> set[int]:
-    """The ids of the matrices that are neither an embedding nor the head."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    inside: Any = model
-    while (base := getattr(inside, "base_model", inside)) is not inside:  # of PEFT's model there are three
-        inside = base
-    matrices = [id(p) for p in inside.parameters() if p.ndim == 2 and id(p) not in embeddings]
-    return set(matrices if hasattr(model, "base_model") else matrices[:-1])
+def _inner_matrices(model: Any) -> set[int]:
+    """The ids of the weights of linear layers that are neither an embedding nor the head."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's is around it
+    base = getattr(model, "base_model", model)
+    linear = [(name, m) for name, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    apart: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None:
+        apart.append(head)
+    elif base is model and not getattr(model, "base_model_prefix", "") and linear:
+        # The last one, with what PEFT has put around it.
+        last = _without_adapter(linear[-1][0])
+        apart += [m for name, m in linear if _without_adapter(name) == last]
+    outside = {id(p) for m in apart for p in m.parameters()}
+    return {id(m.weight) for _, m in linear if m.weight.ndim == 2} - outside
+
+
+def _without_adapter(name: str) -> str:
+    return name.partition(".lora_")[0].partition(".base_layer")[0]
 
 
 def muon_cls_and_kwargs(args: TrainingArguments) -> tuple[type[MuonFactory], dict[str, Any]]:

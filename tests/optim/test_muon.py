@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_warmup.optim import MuonAdamW
 
@@ -125,3 +126,28 @@ def test_matrices_that_something_flattened_are_refused_at_the_step():
     optimizer.param_groups[1]["params"] = [torch.nn.Parameter(torch.zeros(64))]
     with pytest.raises(RuntimeError, match="something has flattened them"):
         optimizer.step()
+
+
+def test_a_group_that_is_added_is_stepped_by_its_own_kind():
+    model = make_model()
+    (first, second), others = split(model)
+    optimizer = MuonAdamW([{"params": [first], "muon": 1}], lr=1e-2)
+    optimizer.add_param_group({"params": [second], "muon": True})
+    optimizer.add_param_group({"params": others})
+    assert "betas" not in optimizer.param_groups[1]
+    assert "momentum" not in optimizer.param_groups[2]
+    before = [p.detach().clone() for p in model.parameters()]
+    after = train(model, optimizer, steps=1)
+    assert not any(map(torch.equal, before, after))
+    with pytest.raises(ValueError, match="only supports 2D"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "muon": True})
+
+
+def test_hooks_of_all_optimizers_see_one_step():
+    model, seen = make_model(), []
+    handle = register_optimizer_step_post_hook(lambda optimizer, *_: seen.append(type(optimizer)))
+    try:
+        train(model, make(model), steps=2)
+    finally:
+        handle.remove()
+    assert seen == [MuonAdamW, MuonAdamW]

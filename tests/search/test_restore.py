@@ -351,6 +351,20 @@ def test_what_is_left_alone_is_neither_put_back_nor_walked_into_nor_its_memory_w
     assert weight.sum() == 4
 
 
+class SlottedDict(dict):
+    __slots__ = ("calls",)
+
+
+def test_the_slots_of_a_dictionary_are_not_its_elements():
+    counts = SlottedDict(a=1)
+    counts.calls = 0
+    before = Snapshot([[counts]])
+    counts.calls += 1
+    counts["b"] = 2
+    before.restore()
+    assert (counts.calls, counts) == (0, {"a": 1})
+
+
 def test_objects_stay_the_same_objects():
     root = {"list": [1], "tensor": torch.zeros(1)}
     held = dict(root)

@@ -12,6 +12,9 @@ from transformers import (
     GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
 )
@@ -49,6 +52,29 @@ def plain():
     return model
 
 
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(32, 8)
+        self.inside = torch.nn.Linear(8, 8)
+        self.head = torch.nn.Linear(8, 32, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+class OfTheUser(PreTrainedModel):
+    """Without a base model of its own."""
+
+    config_class, _supports_sdpa = LlamaConfig, True
+
+    def __init__(self):
+        super().__init__(UNTIED)
+        self.inside, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 32)
+
+
+def lora_on_a_module():
+    return get_peft_model(plain(), LoraConfig(r=2, target_modules=["inside", "head"]))
+
+
 def inside(prefix, names):
     return {prefix + name for name in names}
 
@@ -69,9 +95,22 @@ def inside(prefix, names):
             lora,
             inside("base_model.model.model.layers.0.self_attn.q_proj.lora_", {"A.default.weight", "B.default.weight"}),
         ),
+        (
+            lora_on_a_module,
+            inside("base_model.model.inside.lora_", {"A.default.weight", "B.default.weight"}),
+        ),
         (plain, {"inside.weight"}),
+        (Tied, {"inside.weight"}),
+        (OfTheUser, {"inside.weight"}),
+        (
+            lambda: MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, state_size=2)),
+            inside("backbone.layers.0.mixer.", {f"{name}_proj.weight" for name in ("in", "x", "dt", "out")}),
+        ),
     ],
-    ids=["GPT-2", "GPT-2 without a head", "Llama", "BERT", "classification", "LoRA", "a module"],
+    ids=[
+        *("GPT-2", "GPT-2 without a head", "Llama", "BERT", "classification", "LoRA", "LoRA on a module", "a module"),
+        *("a tied head", "a model of the user", "Mamba"),
+    ],
 )
 def test_muon_gets_the_matrices_that_are_neither_embedding_nor_head(make, expected):
     model = make()
