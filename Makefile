@@ -21,14 +21,15 @@ demo: $(READY)
 # Two at a time, of different files: those of one share what they have launched.
 TWO := -n 2 --dist loadfile
 
-# The science, and the Trainer on one process.
+# The science, and the Trainer on one process: three minutes on two cores.
 test: $(READY)
-	$(BIN)/python -m pytest $(TWO) -m 'not slow and not smoke'
+	$(BIN)/python -m pytest $(TWO) -m 'not slow and not smoke' --ignore tests/recipes
 
-# Many processes, and trainings of more than a few steps. Where DeepSpeed is installed its tests are still those of
-# `make test-deepspeed`.
+# Many processes, trainings of more than a few steps, recipes and studies. Where DeepSpeed is installed its tests are
+# still those of `make test-deepspeed`.
 test-slow: $(READY)
-	$(BIN)/python -m pytest $(TWO) -m 'slow and not smoke' --ignore tests/trainer/test_deepspeed.py
+	$(BIN)/python -m pytest $(TWO) -m 'slow and not smoke' --ignore tests/trainer/test_deepspeed.py --ignore tests/recipes
+	$(BIN)/python -m pytest $(TWO) -m 'not smoke' tests/recipes
 
 test-all: test test-slow smoke studies-smoke test-deepspeed test-floor
 

@@ -77,6 +77,7 @@ def test_the_import_loads_nothing_heavy_beyond_torch():
     assert [name for name in loaded if any(f"{name}.".startswith(f"{heavy}.") for heavy in HEAVY)] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["accelerate", "tabulate", "transformers", "yaml"])
 def test_the_trainers_side_says_which_extra_it_needs(missing):
     refused = "try:\n    import hf_warmup.trainer\nexcept ImportError as error:\n    print(error)"
@@ -85,6 +86,7 @@ def test_the_trainers_side_says_which_extra_it_needs(missing):
     assert "pip install 'hf-warmup[trainer]'" in said
 
 
+@pytest.mark.slow
 def test_the_trainers_side_needs_nothing_of_the_other_extras():
     others = ("datasets", "evaluate", "matplotlib", "peft", "tensorboard", "trl")
     run(f"import sys; sys.modules.update(dict.fromkeys({others})); import hf_warmup.trainer")

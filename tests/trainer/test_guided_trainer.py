@@ -321,6 +321,7 @@ class Overflows(Gaps):
         self.accelerator.scaler = torch.amp.GradScaler("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [Gaps, Overflows])
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_without_a_gradient_are_made_at_the_learning_rate_that_there_is_and_resume_exactly(

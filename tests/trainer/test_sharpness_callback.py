@@ -120,6 +120,7 @@ def test_critical_sharpness_is_two_over_the_critical_learning_rate(clip, make_tr
     assert ratio == pytest.approx(0.25 / critical)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learning_rate", [1e-2, 5e-2])
 def test_a_later_measurement_costs_few_passes_and_is_near_what_a_fine_search_gives(
     learning_rate, make_trainer, monkeypatch
@@ -291,6 +292,7 @@ def test_micro_batches_and_one_batch_give_the_same(make_trainer):
     assert values[1:] == pytest.approx([values[0]] * 2, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpointed_activations_and_streams_are_measured(kind, make_trainer):
     class Stream(IterableDataset):
@@ -443,6 +445,7 @@ class Halves(Trainer):
         return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_of_a_step_of_several_backward_passes_it_is_that_of_their_sum(kind, make_trainer):
     seen = []
