@@ -95,7 +95,8 @@ def drawn(seed):
         "bf16": draw.random() < 0.2,
         "lr_scheduler_type": draw.choice(["linear", "cosine"]),
     }
-    if made["cls"] is Unseeded:  # no two of its runs are alike, which only a replay can tell
+    # Guided warmup refuses the one; no two runs of the other are alike, which only a replay can tell.
+    if made["optimizer"] == "schedule-free" or made["cls"] is Unseeded:
         made["warmup"] = draw.choice(["linear", "persistent"])
     return made
 
