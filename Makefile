@@ -21,7 +21,7 @@ demo: $(READY)
 # Two at a time, of different files: those of one share what they have launched.
 TWO := -n 2 --dist loadfile
 
-# The science, and the Trainer on one process: three minutes on two cores.
+# The science, and the Trainer on one process: little more than three minutes on two cores.
 test: $(READY)
 	$(BIN)/python -m pytest $(TWO) -m 'not slow and not smoke' --ignore tests/recipes
 

@@ -108,10 +108,15 @@ def has_momentum(optimizer: Optimizer) -> bool:
     return all(_momentum(made, group) for group in made.param_groups)
 
 
+def is_schedule_free(group: dict[str, Any]) -> bool:
+    """Whether a parameter group is one of a schedule-free optimizer, of any library."""
+    return "weight_lr_power" in group
+
+
 def _momentum(optimizer: Optimizer, group: dict[str, Any]) -> Any:
     """The β1 or momentum of a group, by whatever name libraries give it; nothing or 0 if it has none."""
-    if "weight_lr_power" in group:
-        return None  # schedule-free: its β averages weights, and a step without a gradient moves nothing
+    if is_schedule_free(group):
+        return None  # its β averages weights, and a step without a gradient moves nothing
     if betas := group.get("betas"):
         # bitsandbytes' RMSprop has its α and its momentum there.
         return betas[1 if type(optimizer).__name__.startswith("RMSprop") else 0]

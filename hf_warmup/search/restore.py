@@ -279,8 +279,7 @@ class Snapshot:
         elif isinstance(value, numpy.ndarray) and value.flags.writeable:
             has_objects = value.dtype.hasobject
             if not has_objects and not self._may_copy(value.nbytes):
-                flat = lambda: torch.from_numpy(value.reshape(-1).view("uint8"))  # noqa: E731
-                yield _watched(lambda: checksum(flat()), torch.equal), ()
+                yield _watched(lambda: checksum(torch.from_numpy(value.reshape(-1).view("uint8"))), torch.equal), ()
                 return
             before = value.copy()
 

@@ -10,7 +10,7 @@ from transformers import Trainer
 from transformers.trainer_utils import SchedulerType
 
 from hf_warmup.numeric import number
-from hf_warmup.search.probe import has_momentum, needs_closure
+from hf_warmup.search.probe import has_momentum, is_schedule_free, needs_closure
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.trainer.arguments import WarmupArguments
 from hf_warmup.trainer.optimizers import MuonFactory
@@ -152,7 +152,7 @@ def check_optimizer(optimizer: Any, kind: str, auto_lr: bool = False) -> None:
                 f"auto_lr must be left out with {name}, which finds the size of its steps itself: give it "
                 "learning_rate=1.0"
             )
-        schedule_free = "weight_lr_power" in group
+        schedule_free = is_schedule_free(group)
         if kind == "guided" and schedule_free:
             raise ValueError(
                 f"warmup=guided needs an optimizer with momentum, and {name} averages its weights instead: "
