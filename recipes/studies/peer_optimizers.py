@@ -20,7 +20,7 @@ def missing(name: str) -> str:
     """What to install for an optimizer; empty if it is there."""
     if name == "Muon":
         return "" if hasattr(torch.optim, "Muon") else "torch>=2.9"
-    package = PACKAGES.get(name)
+    package = PACKAGES.get(name.partition(" ")[0])
     return package if package and find_spec(package) is None else ""
 
 
@@ -34,10 +34,11 @@ def make_peer(
         from schedulefree import RAdamScheduleFree
 
         return RAdamScheduleFree(groups, 1.0, betas)
-    if name == "Prodigy":
+    if name in ("Prodigy", "Prodigy safeguarded"):
         from prodigyopt import Prodigy
 
-        return Prodigy(groups, 1.0, betas)
+        # As its authors advise for a run with warmup.
+        return Prodigy(groups, 1.0, betas, safeguard_warmup=name != "Prodigy")
     if name == "ScheduleFree+":
         return ScheduleFreePlus(groups, betas, steps)
     raise ValueError(f"no optimizer is called {name!r}")

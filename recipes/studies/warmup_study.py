@@ -51,7 +51,7 @@ TITLES = {
     "modernbert_long": "ModernBERT, 4 times the steps",
     "gpu": "GPT of 14M parameters on a GPU, 1000 steps",
 }
-PARTS = (*TITLES, "random", "ablation")
+PARTS = (*TITLES, "random", "ablation", "rivals")
 ABLATED = ("gpt", "long", "modernbert")  # the parts whose settings the ablation has
 
 
@@ -256,6 +256,39 @@ def formulas_table(made: dict[str, list[Method]]) -> str:
     return table(lines)
 
 
+RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
+    "AdamW, linear over 10%": ("AdamW", {"rule": "linear", "options": {"fraction": 0.1}}),
+    "AdamW, guided, auto_lr": ("AdamW", {"rule": "guided", "options": AUTO}),
+    "AdamW, OLMo formula": ("AdamW", {"rule": "OLMo formula"}),
+    "AdamW, Step Law": ("AdamW", {"rule": "Step Law"}),
+    "RAdam, no warmup": ("RAdam", {"rule": "linear"}),
+    "schedule-free RAdam": ("RAdamScheduleFree", {"rule": "constant"}),
+    "Prodigy, linear over 10%": ("Prodigy safeguarded", {"rule": "linear"}),
+    "ScheduleFree+": ("ScheduleFree+", {"rule": "constant"}),
+    "Muon, linear": ("Muon", {"rule": "linear"}),
+    "Muon, guided, auto_lr": ("Muon", {"rule": "guided", "options": AUTO}),
+}
+
+
+def rivals_table(runs: list[Row]) -> str:
+    """What needs no learning rate, or no warmup, minus tuned linear warmup of AdamW, on three settings."""
+    places = {study(part).jobs[0].key()[0]: TITLES[part] for part in ("gpt", "long", "llama")}
+    made = {title: methods(evidence.select(runs, setting=setting)) for setting, title in places.items()}
+    adam = {title: tuned([m for m in of if m.optimizer == "AdamW"]) for title, of in made.items()}
+    lines = [{"method": "AdamW, linear, tuned"}]
+    for title, method in adam.items():
+        lines[0][title] = evidence.spread(method.reported[method.chosen].values())
+    for label, (optimizer, wanted) in RIVALS.items():
+        lines.append({"method": label})
+        for title, of in made.items():
+            own = [m for m in of if m.optimizer == optimizer and all(getattr(m, k) == v for k, v in wanted.items())]
+            if own:
+                method = min(own, key=lambda m: m.at_chosen) if own[0].tuning else own[0]
+                losses = method.reported[method.chosen if method.tuning else next(iter(method.reported))]
+                lines[-1][title] = _difference(losses, adam[title].reported[adam[title].chosen])
+    return table(lines)
+
+
 def _difference(losses: Seeds, reference: Seeds) -> str:
     values = evidence.difference(losses, reference)
     return evidence.spread(values, "+") if any(values) else ""
@@ -394,10 +427,16 @@ def report(folder: Path) -> str:
         varied = ablation_table(runs["ablation"])
         texts.append(f"## The constants of the rule, halved and doubled\n\nWith auto_lr.\n\n{varied}")
     every = [row for of in runs.values() for row in of]
+    if "rivals" in runs:
+        texts.append(f"## Beside what needs no learning rate, or no warmup\n\n{RIVALS_NOTE}\n\n{rivals_table(every)}")
     how = f"Means ± standard deviations. {len(every)} runs; {made_with(every)}."
     return "\n\n".join([*texts, f"{how} `python recipes/studies/warmup_study.py`\n"])
 
 
+RIVALS_NOTE = (
+    "Minus AdamW with linear warmup whose length and target are chosen. Nothing is chosen for those with auto_lr, the "
+    "formulas, Prodigy and ScheduleFree+; for the others the target, and for Muon whether it has a warmup."
+)
 NOTES = (
     "Losses of tuned linear warmup and differences from it, seed by seed, over seeds 10, 11, 12 (BERT also 20, 21, "
     "22, 30, 31, 32; GPT, 5 and 20 times the steps, also 30, 31, 32). The length and target of linear warmup are "
