@@ -185,15 +185,19 @@ def claims_table(claims: Iterable[Claim]) -> str:
 
 
 def overview(claims: Iterable[Claim]) -> str:
-    """A row per sentence: in which cases it holds, and in which not; of a single case what was measured."""
-    rows = []
+    """A row per sentence: in which cases it holds, and in which not; of a single case what was measured.
+
+    A sentence that the seeds decide in no case has none.
+    """
+    rows = [dict.fromkeys(("claim", "whose", "study", "holds", "does not hold", "unclear"), "---")]
     for (text, source, study), cases in groups(claims, lambda c: (c.text, c.source, c.study)).items():
         row = {"claim": text, "whose": source, "study": f"[{study}](results/{study}.md)"}
         for word in ("holds", "does not hold", "unclear"):
             said = [(c.where, c.measured) if len(cases) == 1 else (c.where,) for c in cases if c.verdict == word]
             row[word] = "; ".join(": ".join(filter(None, parts)) for parts in said)
-        rows.append(row)
-    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+        if row["holds"] or row["does not hold"]:
+            rows.append(row)
+    lines = [rows[0].keys(), *(row.values() for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

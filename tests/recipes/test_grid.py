@@ -447,10 +447,11 @@ def test_a_baseline_is_compared_with_the_linear_warmup_that_is_tuned(tmp_path):
     assert len(baselines_study.plot(made).axes) == 1
 
 
-def test_a_sentence_has_a_row_with_the_cases_in_which_it_holds():
+def test_a_sentence_that_the_seeds_decide_has_a_row_with_its_cases():
     values = {"there": [-0.1, -0.101, -0.099], "here": [0.1, 0.101, 0.099], "nowhere": [-1.0, 1.0]}
     made = [loss_claim("A is better", where, "us", "a_study", of, high=0.0) for where, of in values.items()]
     made.append(loss_claim("B is better", "", "us", "a_study", values["here"], high=0.0))
+    made.append(loss_claim("C is better", "", "us", "a_study", values["nowhere"], high=0.0))
     assert overview(made).splitlines()[2:] == [
         "| A is better | us | [a_study](results/a_study.md) | there | here | nowhere |",
         "| B is better | us | [a_study](results/a_study.md) |  | +0.100 ± 0.001 nats, 3 seeds |  |",
