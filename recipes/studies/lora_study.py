@@ -136,7 +136,8 @@ def run(job: Job) -> dict[str, Any]:
     make = blocks if job.task == "language" else sentences
     data, held_out = make(text[:cut], STEPS * BATCH + 128, job.seed), make(text[cut:], 256, 99)
     model = model_of(job)
-    critical = critical_lr(model, data[STEPS * BATCH :])
+    # Once for all learning rates.
+    critical = critical_lr(model, data[STEPS * BATCH :]) if job.lr == (LORA if job.rank else FULL)[0] else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], job.lr, weight_decay=0.0)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = job.lr * (1 - step / STEPS)
@@ -144,7 +145,12 @@ def run(job: Job) -> dict[str, Any]:
     model.eval()
     with torch.no_grad():
         loss = statistics.mean(float(loss_of(model, held_out[i : i + 32])) for i in range(0, 256, 32))
-    return {**job._asdict(), "lr": f"{job.lr:g}", "loss": f"{loss:.5f}", "critical_lr": f"{critical:.5g}"}
+    return {
+        **job._asdict(),
+        "lr": f"{job.lr:g}",
+        "loss": f"{loss:.5f}",
+        "critical_lr": f"{critical:.5g}" if critical else "",
+    }
 
 
 class Place(NamedTuple):
@@ -176,7 +182,7 @@ def places(rows: Iterable[dict[str, str]]) -> list[Place]:
         by_rate = evidence.groups(of, lambda row: float(row["lr"]))
         losses = {lr: statistics.mean(float(row["loss"]) for row in runs) for lr, runs in by_rate.items()}
         best = min(losses, key=lambda lr: losses[lr])
-        critical = statistics.geometric_mean(float(row["critical_lr"]) for row in of)
+        critical = statistics.geometric_mean(float(row["critical_lr"]) for row in of if row["critical_lr"])
         edge = best in (min(losses), max(losses))
         made.append(Place(*key, best_of(losses), critical, losses[best], edge))
     return made
