@@ -286,7 +286,7 @@ def inverse_root(diagonal: list[Tensor], like: Tensor) -> Tensor:
 def _born(optimizer: GIAdamW) -> GIAdamW:
     """A twin with the same state, in which parameters that are new have the v_0 that the next step gives them."""
     twin = copy.copy(optimizer)
-    twin.process_group, twin._waiting = optimizer.process_group, optimizer._waiting
+    twin._waiting = optimizer._waiting
     # v_0 is written in place.
     state = {
         p: {name: t.clone() for name, t in s.items()} if p in twin._waiting else s for p, s in optimizer.state.items()
