@@ -71,7 +71,7 @@ class SharpnessCallback(TrainerCallback):
         self.trainer: Trainer | None = None
         self._step: TrainerStep | None = None
         self._norm: float | None = None
-        self._vectors: Tensor | None = None
+        self._vector: Tensor | None = None
         self._steepness: float | None = None
         self._noted = False
 
@@ -151,10 +151,10 @@ class SharpnessCallback(TrainerCallback):
                 if self.kind == "critical":
                     logs, self._steepness = measure_critical(self._step, self._norm, self._steepness)
                 else:
-                    logs, self._vectors = measure_eigenvalue(
+                    logs, self._vector = measure_eigenvalue(
                         self._step,
                         adam=self.kind == "preconditioned",
-                        start=self._vectors,
+                        start=self._vector,
                         tol=self.tol,
                         max_hvps=self.max_hvps,
                     )
@@ -200,7 +200,7 @@ class SharpnessCallback(TrainerCallback):
             self._step = None
             self._end_step()
             self._end_watch()
-        self._vectors = self._steepness = None
+        self._vector = self._steepness = None
 
 
 def _why_not(trainer: Trainer, kind: SharpnessKind) -> str | None:

@@ -132,16 +132,16 @@ def descend(lr: float, seed: int, steps: int) -> list[dict[str, Any]]:
     longer = round(max(EDGE_LRS) / lr)
     model, loss_fn = mlp(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr)
-    rows, vectors = [], None
+    rows, vector = [], None
     for step in range(longer * steps):
         optimizer.zero_grad()
         loss = loss_fn()
         if step % (longer * EDGE_EVERY) == 0:
-            found = sharpness(loss_fn, model.parameters(), tol=1e-2, start=vectors)
-            vectors = found.vectors
+            found = sharpness(loss_fn, model.parameters(), tol=1e-2, start=vector)
+            vector = found.vector
             named = {"part": "edge", "optimizer": "SGD", "target_lr": lr, "seed": seed, "step": step, "lr": lr}
             edge = stability_threshold(optimizer)
-            rows.append({**named, "loss": loss.item(), "sharpness": found.values[0], "threshold": edge})
+            rows.append({**named, "loss": loss.item(), "sharpness": found.value, "threshold": edge})
         loss.backward()
         optimizer.step()
     return rows
@@ -170,8 +170,8 @@ def initial(setting: Setting, seed: int) -> list[dict[str, Any]]:
             loss.backward()
             found = measure(optimizer, loss_fn, tol=1e-3, max_hvps=200)
             named = {"part": "initial", "optimizer": name, "init": "standard", "beta2": beta2, "seed": seed, "step": 0}
-            named["share"] = found.vectors[0].square().max().item()
-            rows.append({**named, "loss": loss.item(), "sharpness": found.values[0]})
+            named["share"] = found.vector.square().max().item()
+            rows.append({**named, "loss": loss.item(), "sharpness": found.value})
     return rows
 
 
@@ -217,7 +217,7 @@ def train(case: Case, warmup_steps: int, setting: Setting, seed: int) -> list[Ro
     named = {"part": "warmup", **case.names, "beta2": setting.beta2}
     named |= {"target_lr": case.target, "warmup_steps": warmup_steps, "seed": seed}
     rows: list[Row] = []
-    vectors = None
+    vector = None
     for step, loss_fn in zip(range(steps), batches, strict=False):
         lr = case.target * min(1.0, (step + 1) / warmup_steps)
         for group in optimizer.param_groups:
@@ -226,11 +226,11 @@ def train(case: Case, warmup_steps: int, setting: Setting, seed: int) -> list[Ro
         loss = loss_fn()
         loss.backward()
         if step in wanted:
-            found = measure(optimizer, loss_fn, tol=0.1, max_hvps=20, start=vectors)
-            vectors = found.vectors
+            found = measure(optimizer, loss_fn, tol=0.1, max_hvps=20, start=vector)
+            vector = found.vector
             edge = stability_threshold(optimizer)
             row = {**named, "step": step, "lr": lr, "loss": loss.item()}
-            rows.append({**row, "sharpness": found.values[0], "threshold": edge})
+            rows.append({**row, "sharpness": found.value, "threshold": edge})
         optimizer.step()
     rows[-1]["held_out_loss"] = evaluate(setting, model)
     return rows

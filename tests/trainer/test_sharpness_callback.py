@@ -57,10 +57,10 @@ class Seen(TrainerCallback):
         params = list(model.parameters())
         adam = isinstance(optimizer, torch.optim.Adam)
         self.threshold = stability_threshold(optimizer)
-        self.hessian = sharpness(loss, params, tol=1e-5, max_hvps=300).values[0]
+        self.hessian = sharpness(loss, params, tol=1e-5, max_hvps=300).value
         if adam:
             p = adam_preconditioner(optimizer)
-            self.preconditioned = sharpness(loss, params, preconditioner=p, tol=1e-5, max_hvps=300).values[0]
+            self.preconditioned = sharpness(loss, params, preconditioner=p, tol=1e-5, max_hvps=300).value
         self.loss = float(loss().detach())
         self.loss_at = {lr: loss_after_step(optimizer, loss, lr, module=model) for lr in getattr(self, "tries", ())}
 
