@@ -6,8 +6,6 @@ import difflib
 import json
 import math
 import sys
-import types
-import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +18,6 @@ from transformers import AutoConfig, HfArgumentParser, PretrainedConfig, Trainin
 from transformers.integrations import get_available_reporting_integrations
 
 from hf_warmup.trainer import WarmupArguments, WarmupTrainingArguments
-from hf_warmup.trainer.arguments import GONE
 from hf_warmup.trainer.secrets import hide_known
 
 
@@ -261,9 +258,7 @@ class Parser(HfArgumentParser):
 
 
 def unknown(name: str, shown: str, known: Iterable[str], where: str = "") -> ValueError:
-    """What to say of an option that there is not: what it has become, or which is meant."""
-    if name in GONE:
-        return ValueError(f"{name}{where} is no option any more: {GONE[name]}")
+    """What to say of an option that there is not: which is meant."""
     near = difflib.get_close_matches(name, known, 1)
     return ValueError(f"unknown option {shown}{where}" + "".join(f"; did you mean {n}?" for n in near))
 
@@ -480,36 +475,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path} must be a mapping of options, got {type(options).__name__}")
-    annotations = {
-        name: hint
-        for cls in (WarmupTrainingArguments, RecipeArguments)
-        for name, hint in typing.get_type_hints(cls).items()
-        if name in {f.name for f in dataclasses.fields(cls)}
-    }
+    known = {option.name for cls in (WarmupTrainingArguments, RecipeArguments) for option in dataclasses.fields(cls)}
     for name, value in options.items():
-        if name not in annotations:
-            raise unknown(str(name), f"{name}: {value}", annotations, f" in {path}")
-        _check_type(name, value, annotations[name])
+        if name not in known:
+            raise unknown(str(name), f"{name}: {value}", known, f" in {path}")
     if options.get("text"):
-        files = [options["text"]] if isinstance(options["text"], str) else options["text"]
+        files = options["text"] if isinstance(options["text"], list) else [options["text"]]
         options["text"] = [str(path.parent / str(file)) for file in files]
     return options
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    """Refuse text where a number belongs: YAML 1.1 reads 6e-4 as text, and only 6.0e-4 as a number."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    accepted = set(typing.get_args(hint)) if union else {hint}
-    if accepted & {int, float} and str not in accepted and (isinstance(value, str | list | dict) or value is True):
-        raise ValueError(f"{name} must be a number, got {value!r}; YAML needs the dot: 6.0e-4, not 6e-4")
-    if bool in accepted and str not in accepted and not isinstance(value, bool | None):
-        raise ValueError(f"{name} must be true or false, got {value!r}")
-    kinds = {typing.get_origin(kind) or kind for kind in accepted}
-    if list in kinds and not kinds & {dict, str} and not isinstance(value, str | list | None):
-        raise ValueError(f"{name} must be a word or a list of words, got {value!r}")
-    if isinstance(value, list) and (
-        list not in kinds or not all(isinstance(item, str | int | float) for item in value)
-    ):
-        raise ValueError(f"{name} must be {'a list of words' if list in kinds else 'one value'}, got {value!r}")
-    if isinstance(value, dict) and dict not in kinds and name != "model":
-        raise ValueError(f"{name} must be one value, got {value!r}")

@@ -94,7 +94,6 @@ WRONG = {
         *(lambda v=v: LinearWarmup(9, 1.0, 3, init_lr=v) for v in [*NUMBERS, 0, 2, math.nan]),
     ],
     "v0": [lambda v=v: GIAdamW([parameter()], v0=v) for v in [*NUMBERS, 0, math.nan, math.inf]],
-    "k": [lambda v=v: sharpness(lambda: None, [parameter()], k=v) for v in [*NUMBERS, 0, 1.5]],
     "max_hvps": [lambda v=v: sharpness(lambda: None, [parameter()], max_hvps=v) for v in [*NUMBERS, 1.5]],
     "tol": [lambda v=v: sharpness(lambda: None, [parameter()], tol=v) for v in NUMBERS],
     "previous": [lambda v=v: critical_sharpness(lambda lr: lr, previous=v) for v in ["x", [1.0], True]],

@@ -25,7 +25,7 @@ shards of FSDP2 (DTensors), of which one that happens to be zero does not wait i
 partitions of DeepSpeed's ZeRO, each of which is a parameter of its own here.
 
 [1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements",
-    NeurIPS 2024, arXiv:2406.09405, GI-Adam; v_0 = α g_0² and RI-Adam are variants named there.
+    NeurIPS 2024, arXiv:2406.09405, GI-Adam; v_0 = α g_0² is a variant named there.
 [2] `adam_init(grads=...)`, github.com/dayal-kalra/why-warmup at 877d887 (JAX, MIT).
 """
 
@@ -67,19 +67,13 @@ class GIAdamW(torch.optim.AdamW):
         eps: ε, outside the root.
         weight_decay: Decoupled weight decay w.
         amsgrad: Divide by the largest v_t so far. It is counted from v_1 on.
-        v0: Where the second moment starts: `"gradient"` (g_0²), a positive number α (α g_0²), or `"random"`
-            (RI-Adam: r², r normal and scaled so that ‖r‖ = ‖g_0‖ over the parameters born together). r is drawn
-            from a generator of its own, seeded with `torch.initial_seed()`: ranks that share a seed share r, and
-            shards of a DTensor are parts of the one r.
+        v0: Where the second moment starts: `"gradient"` (g_0²), or a positive number α (α g_0²).
         **options: AdamW's others. In a CUDA graph (`capturable`) once every parameter is born. With the fused kernel
             under `torch.amp.GradScaler` gradients arrive scaled: v_0 is the square of the unscaled gradient, and a
             step that overflows leaves no state.
 
     Attributes:
         v0: Where the second moment starts.
-        process_group: Processes over which the parameters are split without torch's knowledge, as ZeRO's
-            partitions are: `"random"` takes its norm over all of them, and draws other numbers on each. None if
-            they are not.
 
     Raises:
         ValueError: If `v0` is none of these, or AdamW refuses an argument.
@@ -99,11 +93,10 @@ class GIAdamW(torch.optim.AdamW):
     ) -> None:
         try:
             # Python's own, as it goes into checkpoints.
-            v0 = v0 if isinstance(v0, str) and v0 in ("gradient", "random") else positive("v0", v0)
+            v0 = v0 if isinstance(v0, str) and v0 == "gradient" else positive("v0", v0)
         except ValueError:
-            raise ValueError(f'v0 must be "gradient", "random" or a positive number, got {shown(v0)}') from None
+            raise ValueError(f'v0 must be "gradient" or a positive number, got {shown(v0)}') from None
         self.v0 = v0
-        self.process_group: dist.ProcessGroup | None = None
         # Parameters with state whose gradients so far were exactly zero. Not in the state: whether a
         # parameter waits can be read off its state, at the price of a device sync.
         self._waiting: set[Tensor] = set()
@@ -114,7 +107,6 @@ class GIAdamW(torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        vars(self).setdefault("process_group", None)  # of this run's processes, so not in the state
         self._waiting = {
             p
             for p in self._parameters()
@@ -201,35 +193,17 @@ class GIAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             self._init_group(group, [], [], [], [], [], [])
         grads = [_real(p.grad) for p in params if p.grad is not None]
-        # The random numbers are scaled by a norm over all processes: then all partitions are born together.
-        processes = self.process_group if self.v0 == "random" else None
-        born = [p for p, nonzero in zip(params, _are_nonzero(grads, processes), strict=True) if nonzero]
+        born = [p for p, nonzero in zip(params, _are_nonzero(grads), strict=True) if nonzero]
         self._waiting = (self._waiting | set(params)) - set(born)
-        if not born:
-            return  # on no process, as the flags are those of all
-        for p, square in zip(born, self._v0_squares([_real(p.grad) for p in born]), strict=True):
-            _real(self.state[p]["exp_avg_sq"]).copy_(square)
+        for p in born:
+            _real(self.state[p]["exp_avg_sq"]).copy_(self._v0_of(_real(p.grad)))
 
-    def _v0_squares(self, grads: list[Tensor]) -> Iterable[Tensor]:
-        grad_scale = getattr(self, "grad_scale", None)
-
-        def unscaled(g: Tensor) -> Tensor:
+    def _v0_of(self, g: Tensor) -> Tensor:
+        """Where the second moment starts, for a gradient that may be scaled."""
+        if (scale := getattr(self, "grad_scale", None)) is not None:
             # In single precision: a scaled half-precision gradient may be a normal number only there.
-            return g if grad_scale is None else g.to(_at_least_single(g)) / grad_scale.to(g.device)
-
-        if self.v0 != "random":
-            factor = 1.0 if self.v0 == "gradient" else float(self.v0)
-            # One after another, so that there is never a second copy of all.
-            return (unscaled(g).square().mul_(factor) for g in grads)
-        grads = [unscaled(g) for g in grads]
-        # Later births must not draw the same numbers again; the count is the same after a resume.
-        seed = torch.initial_seed() + sum(map(self._has_state, self.state)) - len(grads)
-        if self.process_group is not None:
-            seed += 2**32 * dist.get_rank(self.process_group)
-        generators = {g.device: torch.Generator(g.device).manual_seed(seed % 2**63) for g in grads}
-        draws = [_normal_like(g, generators[g.device]) for g in grads]
-        scale = _global_norm(grads, self.process_group) / _global_norm(draws, self.process_group)
-        return [(r * scale.to(r.device, r.dtype)).square() for r in draws]
+            g = g.to(torch.promote_types(g.dtype, torch.float32)) / scale.to(g.device)
+        return g.square().mul_(1.0 if self.v0 == "gradient" else float(self.v0))
 
     def _decay(self, params: Iterable[Tensor]) -> None:
         """Decay `params` as AdamW does under a zero gradient."""
@@ -246,11 +220,7 @@ def _real(tensor: Tensor | None) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _at_least_single(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _are_nonzero(tensors: list[Tensor], group: dist.ProcessGroup | None) -> list[bool]:
+def _are_nonzero(tensors: list[Tensor]) -> list[bool]:
     """Whether each whole tensor has an element that is not zero (a NaN is none), in one device sync."""
     if not tensors:
         return []
@@ -264,25 +234,4 @@ def _are_nonzero(tensors: list[Tensor], group: dist.ProcessGroup | None) -> list
     for mesh in meshes:
         for dim in range(mesh.ndim):
             dist.all_reduce(flags, dist.ReduceOp.MAX, mesh.get_group(dim))
-    if group is not None:
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group)
     return flags.bool().tolist()
-
-
-def _normal_like(tensor: Any, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers; of a DTensor this process's part of those that one process would draw for all."""
-    numbers = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=_at_least_single(tensor))
-    if not is_dtensor(tensor):
-        return numbers
-    from torch.distributed.tensor import distribute_tensor  # Of a DTensor only: it takes as long as torch to import.
-
-    return distribute_tensor(numbers, tensor.device_mesh, tensor.placements, src_data_rank=None)
-
-
-def _global_norm(tensors: list[Tensor], group: dist.ProcessGroup | None) -> Tensor:
-    norms = map(whole, torch._foreach_norm([t.to(_at_least_single(t)) for t in tensors]))
-    norm = torch.stack([norm.to(tensors[0].device, torch.float64) for norm in norms]).norm()
-    if group is not None:
-        dist.all_reduce(norm.square_(), group=group)
-        norm.sqrt_()
-    return norm

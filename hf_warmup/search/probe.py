@@ -346,10 +346,8 @@ def _check_steps(shards: Shards) -> None:
 
 
 def _is_elementwise(optimizer: Optimizer) -> bool:
-    # RI-Adam's norm is over all parameters.
     kind = type(optimizer)
-    known = kind in _ELEMENTWISE or f"{kind.__module__}.{kind.__qualname__}" in _ELEMENTWISE_NAMES
-    return known and getattr(optimizer, "v0", None) != "random"
+    return kind in _ELEMENTWISE or f"{kind.__module__}.{kind.__qualname__}" in _ELEMENTWISE_NAMES
 
 
 class _Part(NamedTuple):

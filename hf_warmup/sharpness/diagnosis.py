@@ -203,9 +203,9 @@ def diagnose(
                     f"{found.asymmetry:.0%} from symmetric. Give the loss in single precision, without autocast or "
                     "TF32, and from torch's random numbers only"
                 )
-            return found.values[0], found.vectors, p
+            return found.value, found.vector, p
 
-        first, vectors, _ = measured()
+        first, vector, _ = measured()
         if not math.isfinite(first):
             raise RuntimeError(f"the sharpness is {first} at the start: check the data and the model")
         threshold = stability_threshold(inner, first_step=True)
@@ -220,10 +220,10 @@ def diagnose(
             inner.zero_grad()
             loss_fn().backward()
             inner.step()
-        after, vectors, p_later = measured(last=vectors)
+        after, vector, p_later = measured(last=vector)
         before = first
         if adam:
             start.restore()
-            before, _, _ = measured(p_later, vectors)
+            before, _, _ = measured(p_later, vector)
     kind: Literal["hessian", "preconditioned"] = "preconditioned" if adam else "hessian"
     return Diagnosis(kind, first, num_steps, before, after, target_lr, first / threshold, critical)

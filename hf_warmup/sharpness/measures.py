@@ -11,7 +11,7 @@ divides by,
 Largest is meant algebraically. At a standard initialization the largest eigenvalue in magnitude is often negative,
 and no instability. P⁻¹H is not symmetric; P^-½ H P^-½ is, and has the same eigenvalues.
 
-H is known by its products with vectors (`hf_warmup.sharpness.hessian`), whose eigenvalues are found by
+H is known by its products with vectors (`hf_warmup.sharpness.hessian`), whose largest eigenvalue is found by
 `hf_warmup.sharpness.lanczos`.
 
 On a quadratic loss of curvature λ an optimizer's iterates grow above a threshold (`stability_threshold`), and λ over
@@ -48,28 +48,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_warmup.numeric import number, whole
+from hf_warmup.numeric import number, positive, whole
 from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.critical_lr import CriticalLR, find_critical_lr
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.sharpness.hessian import LossFn, hessian_products
-from hf_warmup.sharpness.lanczos import Eigenpairs, extreme_eigenpairs
+from hf_warmup.sharpness.lanczos import Eigenpair, largest_eigenpair
 
 # Of the start: what is drawn at random beside the vectors of the last measurement, relative to them.
 _FRESH = 0.1
 
 
 @dataclass(frozen=True)
-class Sharpness(Eigenpairs):
-    """Eigenvalues of the Hessian, or the pre-conditioned one, and what they cost.
+class Sharpness(Eigenpair):
+    """The largest eigenvalue of the Hessian, or the pre-conditioned one, and what it cost.
 
     Attributes:
-        values: From the largest on down, in loss / parameter²; pre-conditioned in 1 / lr. NaN if a product was not
-            finite.
-        vectors: An eigenvector of norm 1 in each row, over the elements of all parameters that require a gradient
-            one after another; pre-conditioned those of P^-½ H P^-½.
-        residuals: Norm of (H - λ) times the vector, of each: an eigenvalue lies within it of λ.
-        converged: Whether all residuals are as small as was asked.
+        value: λ, in loss / parameter²; pre-conditioned in 1 / lr. NaN if a product was not finite.
+        vector: Its eigenvector of norm 1, over the elements of all parameters that require a gradient one after
+            another; pre-conditioned that of P^-½ H P^-½.
+        residual: Norm of (H - λ) times the vector: an eigenvalue lies within it of λ.
+        converged: Whether the residual is as small as was asked.
         asymmetry: Largest |xᵀH y - yᵀH x| met, relative to the largest eigenvalue in magnitude: rounding, unless the
             loss is not the same in every product, or is rounded too much.
     """
@@ -85,22 +84,20 @@ def sharpness(
     params: Iterable[Tensor],
     *,
     preconditioner: Mapping[Tensor, Tensor] | None = None,
-    k: int = 1,
     tol: float = 1e-3,
     max_hvps: int = 100,
-    num_vectors: int | None = None,
     start: Tensor | None = None,
     module: nn.Module | None = None,
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Sharpness:
-    """The largest eigenvalues of the loss's Hessian.
+    """The largest eigenvalue of the loss's Hessian.
 
     Leaves no trace: parameters, gradients, random numbers and, of `module`, buffers and train/eval mode are what
     they were.
 
     Example:
         >>> w = torch.ones(2, requires_grad=True)
-        >>> round(sharpness(lambda: (w * w * torch.tensor([1.0, 3.0])).sum() / 2, [w]).values[0], 3)
+        >>> round(sharpness(lambda: (w * w * torch.tensor([1.0, 3.0])).sum() / 2, [w]).value, 3)
         3.0
 
     Args:
@@ -111,40 +108,37 @@ def sharpness(
         params: Parameters θ. Those that do not require a gradient are held fixed.
         preconditioner: P, as a positive tensor of the parameter's shape for each: `adam_preconditioner(optimizer)`.
             Parameters without an entry are held fixed.
-        k: Eigenvalues wanted, in algebraic order; those of the other end are of the loss times -1.
         tol: Largest residual wanted, relative to |λ|. λ itself is mostly far closer.
         max_hvps: Most products to spend.
-        num_vectors: Copies of the parameters, in single precision, that the solver holds; 8, or 4 + twice the number
-            of eigenvalues wanted, if None. Up to five more, and what a backward pass with its graph takes, are held
-            while a product is computed.
-        start: `vectors` of an earlier measurement, to start from. Sets the cost, not the answer.
+        start: `vector` of an earlier measurement, to start from. Sets the cost, not the answer.
         module: The model, to restore its buffers and train/eval mode. Needed if it has parameters in half precision:
             it is then computed in single precision, with a copy of its weights.
         reduce: Under DDP, the mean over processes of the tensor it gets. Every process then has the same answer.
 
     Returns:
-        Eigenvalues, vectors and cost. A product takes about 3.5 forward and backward passes, or 2 if `loss_fn` is a
-        single callable: its graph is then kept from product to product.
+        Eigenvalue, vector and cost. A product takes about 3.5 forward and backward passes, or 2 if `loss_fn` is a
+        single callable: its graph is then kept from product to product. The solver holds 8 copies of the
+        parameters in single precision; up to five more, and what a backward pass with its graph takes, are held
+        while a product is computed.
 
     Raises:
         ValueError: If an argument is out of range or of the wrong shape, there is nothing to differentiate in,
             a parameter is there twice or a DTensor (FSDP2 has no second derivative), or `module` is missing.
     """
-    k, tol, max_hvps = whole("k", k, 1), number("tol", tol), whole("max_hvps", max_hvps)
-    num_vectors = None if num_vectors is None else whole("num_vectors", num_vectors)
+    tol, max_hvps = positive("tol", tol), whole("max_hvps", max_hvps, 1)
     free = [p for p in params if p.requires_grad and (preconditioner is None or p in preconditioner)]
-    if start is not None and start.shape[-1:] != (num_elements := sum(p.numel() for p in free),):
-        raise ValueError(f"start must be of shape (k, {num_elements}), got {tuple(start.shape)}")
+    if start is not None and start.shape != (num_elements := sum(p.numel() for p in free),):
+        raise ValueError(f"start must be of shape ({num_elements},), got {tuple(start.shape)}")
     with hessian_products(loss_fn, free, module=module) as (hessian, like):
         scale = None if preconditioner is None else inverse_root([preconditioner[p] for p in free], like)
-        options = {"k": k, "tol": tol, "max_products": max_hvps, "num_vectors": num_vectors}
-        return sharpness_of(hessian, start_vector(like, start), scale, reduce_dots=reduce, **options)
+        options = {"tol": tol, "max_products": max_hvps, "reduce_dots": reduce}
+        return sharpness_of(hessian, start_vector(like, start), scale, **options)
 
 
 def sharpness_of(
     hessian: Callable[[Tensor], Tensor], start: Tensor, scale: Tensor | None, **options: Any
 ) -> Sharpness:
-    """The same of flat products v ↦ H v, with P^-½ as `scale` and the options of `extreme_eigenpairs`."""
+    """The same of flat products v ↦ H v, with P^-½ as `scale` and the options of `largest_eigenpair`."""
     reduce = options.get("reduce_dots")
 
     def product(v: Tensor) -> Tensor:
@@ -152,7 +146,7 @@ def sharpness_of(
         result = result if reduce is None else reduce(result)
         return result if scale is None else result.mul_(scale)
 
-    return Sharpness(**vars(extreme_eigenpairs(product, start, **options)))
+    return Sharpness(**vars(largest_eigenpair(product, start, **options)))
 
 
 @torch.no_grad()
@@ -265,14 +259,14 @@ def critical_sharpness(
 
 
 def start_vector(like: Tensor, last: Tensor | None, fresh: float = _FRESH) -> Tensor:
-    """The first vector: random, or the sum of the last ones and some (`fresh`) of a random one."""
+    """The first vector: random, or the sum of the last one and some (`fresh`) of a random one."""
     # On the CPU, so that it is the same on every device.
     random = torch.randn(like.shape, dtype=like.dtype, generator=torch.Generator().manual_seed(0)).to(like.device)
     if last is None or not last.any():
         return random
-    mean = last.detach().reshape(-1, like.numel()).to(like).sum(dim=0)
+    last = last.detach().to(like)
     # Not alone: near another eigenvector the largest eigenvalue would be missed.
-    return mean.add_(random, alpha=fresh * float(mean.norm() / random.norm()))
+    return last.add(random, alpha=fresh * float(last.norm() / random.norm()))
 
 
 def inverse_root(diagonal: list[Tensor], like: Tensor) -> Tensor:
@@ -286,7 +280,7 @@ def inverse_root(diagonal: list[Tensor], like: Tensor) -> Tensor:
 def _born(optimizer: GIAdamW) -> GIAdamW:
     """A twin with the same state, in which parameters that are new have the v_0 that the next step gives them."""
     twin = copy.copy(optimizer)
-    twin.process_group, twin._waiting = optimizer.process_group, optimizer._waiting
+    twin._waiting = optimizer._waiting
     # v_0 is written in place.
     state = {
         p: {name: t.clone() for name, t in s.items()} if p in twin._waiting else s for p, s in optimizer.state.items()

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.shards import Shard, Shards, largest_magnitude, unwrap_optimizer
 from hf_warmup.trainer.processes import Backend
 from hf_warmup.trainer.replay import INSTEAD
@@ -183,8 +182,6 @@ def prepare_optimizer(trainer: Trainer) -> None:
     if not trainer.is_deepspeed_enabled:
         return
     optimizer = unwrap_optimizer(trainer.optimizer)
-    if isinstance(optimizer, GIAdamW):
-        optimizer.process_group = getattr(trainer.model_wrapped.optimizer, "dp_process_group", None)
     # From a universal checkpoint ZeRO-3 gives all its partitions one tensor to count steps in: each would be
     # counted once per partition.
     for state in optimizer.state.values():

@@ -69,8 +69,8 @@ def measure_critical(
 def measure_eigenvalue(
     step: TrainerStep, *, adam: bool, start: Tensor | None, tol: float, max_hvps: int
 ) -> tuple[dict[str, float], Tensor | None]:
-    """λ^H, or λ^(P⁻¹H) for `adam`, of the step to come, as numbers to log, and its eigenvectors."""
-    # `start` are those of the last measurement.
+    """λ^H, or λ^(P⁻¹H) for `adam`, of the step to come, as numbers to log, and its eigenvector."""
+    # `start` is that of the last measurement.
     trainer = step.trainer
     optimizer = unwrap_optimizer(trainer.optimizer)
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
@@ -79,7 +79,7 @@ def measure_eigenvalue(
     losses = step.replay.losses_with_graph()
     preconditioner = adam_preconditioner(optimizer) if adam else None
     free = [p for p in model.parameters() if p.requires_grad and (preconditioner is None or p in preconditioner)]
-    if start is not None and start.shape[-1] != sum(p.numel() for p in free):
+    if start is not None and len(start) != sum(p.numel() for p in free):
         start = None  # a parameter was unfrozen, or has its first gradient, as those of LoRA in its second step
     found = sharpness(
         losses[0] if len(losses) == 1 else losses,
@@ -91,16 +91,15 @@ def measure_eigenvalue(
         module=model,
         reduce=mean if trainer.args.world_size > 1 else None,
     )
-    (value,), (residual,) = found.values, found.residuals
     logs = {"hvps": float(found.hvps)}
-    if not math.isfinite(value):
+    if not math.isfinite(found.value):
         logger.warning(f"the sharpness before step {trainer.state.global_step + 1} is not finite")
         return logs, None
-    logs |= {"preconditioned" if adam else "hessian": value}
-    logs["relative_residual"] = residual / abs(value) if value else 0.0
+    logs |= {"preconditioned" if adam else "hessian": found.value}
+    logs["relative_residual"] = found.residual / abs(found.value) if found.value else 0.0
     if (threshold := _threshold(optimizer, adam)) is not None:
-        logs |= {"threshold": threshold, "stability_ratio": value / threshold}
-    return logs, found.vectors
+        logs |= {"threshold": threshold, "stability_ratio": found.value / threshold}
+    return logs, found.vector
 
 
 def _threshold(optimizer: Optimizer, adam: bool) -> float | None:

@@ -173,7 +173,7 @@ class RunCard:
         described = _described(data, trainer, report, names, _DRAFT in body, failed)
         line = "\r\n" if "\r\n" in text else "\n"
         if described != data:
-            block = _spliced(block, described, line, failed)
+            block = _rewritten(block, described, line, failed)
         head = f"{opening or f'---{line}'}{block}{closing or f'{line}---{line}'}" if block else ""
         if new or _DRAFT in body:  # every name in it is of the run; what an author says stays
             head, before, after = map(hide_known, (head, before, after))
@@ -275,20 +275,16 @@ def _described(
         new["tags"] = [*tags, "hf-warmup"]
     if task is not None and not data.get("pipeline_tag"):
         new["pipeline_tag"] = task
-    index, ours = data.get("model-index"), _results(task, report, datasets) if task is not None else []
-    folder = _one_line(Path(str(trainer.args.output_dir)).name)
+    if task is None:
+        return new
+    index = data.get("model-index")
     try:
-        if index:
-            model_index_to_eval_results(index)  # the hub's own reading
-            first = dict(index[0])
-            if draft:
-                first["name"] = _one_line(first["name"])
-            if task is not None:
-                others = [r for r in first["results"] if not draft and r["dataset"].get("split") != _HELD_OUT]
-                first["results"] = others + ours
-            new["model-index"] = [first, *index[1:]]
-        elif ours:
-            new["model-index"] = [{"name": folder, "results": ours}]
+        name, others = model_index_to_eval_results(index) if index else (Path(str(trainer.args.output_dir)).name, [])
+        others = [result for result in others if not draft and result.dataset_split != _HELD_OUT]
+        if results := others + _results(task, report, datasets):
+            new["model-index"] = eval_results_to_model_index(_one_line(name), results)
+        else:
+            new.pop("model-index", None)
     except Exception as error:
         failed["the evaluation in the metadata of README.md"] = f"its model-index is malformed, {_reason(error)}"
     return new
@@ -298,10 +294,10 @@ def _one_line(name: Any) -> str:
     return " ".join(str(name).split())
 
 
-def _results(task: str, report: Report, datasets: list[str]) -> list[dict[str, Any]]:
+def _results(task: str, report: Report, datasets: list[str]) -> list[EvalResult]:
     """The evaluation as the hub's metadata have it."""
     name = _one_line(", ".join(datasets)) or "the run's own data"
-    results = [
+    return [
         EvalResult(
             task_type=task,
             dataset_type=re.sub(r"[^A-Za-z0-9._/-]+", "-", name),
@@ -313,40 +309,14 @@ def _results(task: str, report: Report, datasets: list[str]) -> list[dict[str, A
         )
         for metric, value in report.evaluation.items()
     ]
-    return eval_results_to_model_index("", results)[0]["results"] if results else []
 
 
-def _spliced(block: str, new: dict[str, Any], line: str, failed: dict[str, str]) -> str:
-    """The metadata with the keys that changed written anew; all else, comments too, is as it was."""
-    old = _mapping(block)
-    root: Any = yaml.compose(block, Loader=yaml.SafeLoader)
-    places = {key.value: (key.start_mark.index, value.end_mark.index) for key, value in root.value} if old else {}
-    spliced = block
-    # From the end on, as places before stay where they are; keys that are not there yet follow all.
-    for key in sorted((k for k in new if new[k] != old.get(k)), key=lambda k: places.get(k, (-1, -1)), reverse=True):
-        text = yaml_dump({key: new[key]}, sort_keys=False).strip().replace("\n", line)
-        if key not in places:
-            spliced = f"{spliced.rstrip()}{line}{text}".lstrip()
-            continue
-        start, end = places[key]
-        lines = block[start:end].splitlines(keepends=True)
-        # A list ends where the next key begins, behind the comments before that.
-        while not lines[-1].strip() or lines[-1].lstrip().startswith("#"):
-            lines.pop()
-        own = "".join(lines).rstrip()
-        if _has_comments(own):
-            failed[f"{key} in the metadata of README.md"] = "there are comments in it, which would be lost"
-            continue
-        spliced = spliced[:start] + text + spliced[start + len(own) :]
-    expected = {k: old.get(k) if f"{k} in the metadata of README.md" in failed else v for k, v in new.items()}
-    try:
-        if _mapping(spliced) == expected:
-            return spliced
-        reason = "they cannot be written without a change to other keys"
-    except (ValueError, yaml.YAMLError) as error:
-        reason = _reason(error)
-    failed["the metadata of README.md"] = reason
-    return block
+def _rewritten(block: str, new: dict[str, Any], line: str, failed: dict[str, str]) -> str:
+    """The metadata anew, as the hub's library writes them; as they were if that would lose comments."""
+    if _has_comments(block):
+        failed["the metadata of README.md"] = "there are comments in it, which would be lost"
+        return block
+    return yaml_dump(new, sort_keys=False, line_break=line).strip()
 
 
 def _has_comments(block: str) -> bool:

@@ -12,10 +12,7 @@ rate (of `critical`: η / η_c). 1 is the edge of stability. A measurement leave
 """
 
 import logging
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
@@ -71,7 +68,7 @@ class SharpnessCallback(TrainerCallback):
         self.trainer: Trainer | None = None
         self._step: TrainerStep | None = None
         self._norm: float | None = None
-        self._vectors: Tensor | None = None
+        self._vector: Tensor | None = None
         self._steepness: float | None = None
         self._noted = False
 
@@ -147,17 +144,18 @@ class SharpnessCallback(TrainerCallback):
         self._step.first, instead = False, self._step.replay.instead
         try:
             self._step.replay.instead = "leave the SharpnessCallback out"
-            with self._noting():
-                if self.kind == "critical":
-                    logs, self._steepness = measure_critical(self._step, self._norm, self._steepness)
-                else:
-                    logs, self._vectors = measure_eigenvalue(
-                        self._step,
-                        adam=self.kind == "preconditioned",
-                        start=self._vectors,
-                        tol=self.tol,
-                        max_hvps=self.max_hvps,
-                    )
+            begin = time.perf_counter()
+            if self.kind == "critical":
+                logs, self._steepness = measure_critical(self._step, self._norm, self._steepness)
+            else:
+                logs, self._vector = measure_eigenvalue(
+                    self._step,
+                    adam=self.kind == "preconditioned",
+                    start=self._vector,
+                    tol=self.tol,
+                    max_hvps=self.max_hvps,
+                )
+            self._note(time.perf_counter() - begin)
         except NotMeasurable:
             return  # an overflow that the gradient scaler will skip, or nothing to learn from yet
         except BaseException:
@@ -173,34 +171,21 @@ class SharpnessCallback(TrainerCallback):
             if (measured := sharpness_report(history, unwrap_optimizer(self.trainer.optimizer))) is not None:
                 logger.info(sharpness_words(measured))
 
-    @contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _note(self, seconds: float) -> None:
         """Say once that measurements take long."""
-        assert self.trainer is not None
-        step, begin = self.trainer.state.global_step, time.perf_counter()
-
-        def note() -> None:
-            logger.warning(f"measuring the sharpness before step {step + 1}: it takes longer than a second")
-
-        timer = threading.Timer(_NOTE_AFTER, note)
-        timer.daemon = True
-        if not self._noted:
-            timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-        seconds = time.perf_counter() - begin
         if seconds > _NOTE_AFTER and not self._noted:
             self._noted = True
-            logger.warning(f"it took {seconds:.1f} s, as every {self.every} steps now; a larger `every` saves time")
+            logger.warning(
+                f"a measurement of the sharpness took {seconds:.1f} s, as every {self.every} steps now; a larger "
+                "`every` saves time"
+            )
 
     def _stop(self) -> None:
         if self._step is not None:
             self._step = None
             self._end_step()
             self._end_watch()
-        self._vectors = self._steepness = None
+        self._vector = self._steepness = None
 
 
 def _why_not(trainer: Trainer, kind: SharpnessKind) -> str | None:

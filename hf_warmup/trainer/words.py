@@ -16,8 +16,7 @@ def optimizer_words(report: Report) -> str:
     """The optimizer, and of GI-Adam v_0 and the warmup that is built in."""
     if report.v0 is None:
         return report.optimizer
-    named = {"gradient": "v_0 = g_0²", "random": "v_0 random (RI-Adam)"}
-    start = named.get(str(report.v0), f"v_0 = {report.v0} g_0²")
+    start = "v_0 = g_0²" if report.v0 == "gradient" else f"v_0 = {report.v0} g_0²"
     words = f"{report.optimizer}, {start}: a built-in warmup"
     if report.gi_adam_ramp_steps is None or report.betas is None:
         return words

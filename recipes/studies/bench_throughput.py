@@ -1,11 +1,13 @@
-"""How fast recipes/pretrain.py trains, beside what transformers' run_clm.py does, on the same model and text.
+"""How fast recipes/pretrain.py trains, beside transformers' run_clm.py and while the sharpness is watched.
 
     python recipes/studies/bench_throughput.py
+    python recipes/studies/bench_throughput.py --ways recipe critical preconditioned --beside recipe --sizes tiny \\
+        --steps 210 --out DIR   # results/bench_watching.md is of such a run
 
-Two sizes of GPT-2 on recipes/tiny/shakespeare.txt, in three ways: the recipe as recipes/tiny/gpt.yaml has it, the
-same with `streaming: true`, and run_clm.py's logic written anew: tokenize and group with `map`, a plain Trainer with
-transformers' default collator and fused AdamW. They take turns, in every other round the other way round. Writes
-results/bench_throughput.csv (a row per run) and results/bench_throughput.md.
+Two sizes of GPT-2 on recipes/tiny/shakespeare.txt, in several ways: the recipe as recipes/tiny/gpt.yaml has it, the
+same with `streaming: true`, the same with its sharpness watched, and run_clm.py's logic written anew: tokenize and
+group with `map`, a plain Trainer with transformers' default collator and fused AdamW. They take turns, in every
+other round the other way round. Writes bench_throughput.csv (a row per run) and bench_throughput.md.
 """
 
 import argparse
@@ -135,7 +137,13 @@ def grouped_text(told: RecipeArguments) -> tuple[Dataset, Any]:
     return tokens.map(group, batched=True, batch_size=None), tokenizer
 
 
-WAYS: dict[str, Callable[[list[str]], Trainer]] = {"recipe": recipe, "streaming": streaming, "run_clm": run_clm}
+WAYS: dict[str, Callable[[list[str]], Trainer]] = {
+    "recipe": recipe,
+    "streaming": streaming,
+    "run_clm": run_clm,
+    "critical": lambda argv: recipe([*argv, "--sharpness_every=10"]),
+    "preconditioned": lambda argv: recipe([*argv, "--sharpness_every=100", "--sharpness_kind=preconditioned"]),
+}
 
 
 def recipe_argv(size: str, steps: int, args: argparse.Namespace, folder: Path) -> list[str]:
@@ -181,29 +189,29 @@ def measure(way: str, size: str, steps: int, args: argparse.Namespace) -> dict[s
 def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every way in every round; before it a short run of each is thrown away, which pays for what is loaded late."""
     made = []
-    progress = tqdm(total=len(args.sizes) * len(WAYS) * (args.rounds + 1))
+    progress = tqdm(total=len(args.sizes) * len(args.ways) * (args.rounds + 1))
     for size in args.sizes:
-        for way in WAYS:
+        for way in args.ways:
             measure(way, size, args.skip + 1, args)
             progress.update()
-        for number, way in reporting.turns(WAYS, args.rounds):
+        for number, way in reporting.turns(args.ways, args.rounds):
             made.append({"round": number, **measure(way, size, args.steps or STEPS[size], args)})
             progress.update()
     progress.close()
     return made
 
 
-def table(made: list[dict[str, Any]]) -> str:
+def table(made: list[dict[str, Any]], args: argparse.Namespace) -> str:
     """A line per size and way: medians over the rounds; ratios are of runs of the same round."""
     lines = []
-    for size, way in dict.fromkeys((row["size"], way) for row in made for way in WAYS):
+    for size, way in itertools.product(args.sizes, args.ways):
         chosen = [row for row in made if row["size"] == size]
         median = {
             key: statistics.median(row[key] for row in chosen if row["way"] == way)
             for key in ("parameters", "steps", "step seconds", "tokens/s", "tokens/s, all steps", "data wait")
         }
         speed, whole, cpu = (
-            ratios(chosen, way, "run_clm", what) for what in ("tokens/s", "tokens/s, all steps", "step CPU seconds")
+            ratios(chosen, way, args.beside, what) for what in ("tokens/s", "tokens/s, all steps", "step CPU seconds")
         )
         lines.append(
             {
@@ -212,11 +220,11 @@ def table(made: list[dict[str, Any]]) -> str:
                 "steps": f"{median['steps']:g}",
                 "step, ms": f"{1000 * median['step seconds']:.1f}",
                 "tokens/s": f"{median['tokens/s']:,.0f}",
-                "of run_clm's": f"{statistics.median(speed):.3f}",
+                f"of {args.beside}'s": f"{statistics.median(speed):.3f}",
                 "lowest to highest": f"{min(speed):.3f} to {max(speed):.3f}",
                 "tokens/s, all steps": f"{median['tokens/s, all steps']:,.0f}",
-                "of run_clm's, all steps": f"{statistics.median(whole):.3f}",
-                "CPU time of run_clm's": f"{statistics.median(cpu):.3f}",
+                f"of {args.beside}'s, all steps": f"{statistics.median(whole):.3f}",
+                f"CPU time of {args.beside}'s": f"{statistics.median(cpu):.3f}",
                 "data wait": f"{median['data wait']:.2%}",
                 "most": f"{max(row['data wait'] for row in chosen if row['way'] == way):.2%}",
             }
@@ -232,14 +240,15 @@ def explanation(made: list[dict[str, Any]], args: argparse.Namespace, commit: st
 
 * Ways: `recipe` is `recipes/tiny/gpt.yaml` through `recipes/pretrain.py`, with the search for η_c and a log \
 line every 5 steps, but no evaluation; `streaming` is the same with `streaming: true`, reading and tokenizing while \
-it trains, {WINDOW} batches at a time; `run_clm` is the logic of transformers' `run_clm.py` without code of ours: the \
+it trains, {WINDOW} batches at a time; `critical` and `preconditioned` measure that sharpness every 10 and every 100 \
+steps; `run_clm` is the logic of transformers' `run_clm.py` without code of ours: the \
 same blocks, tokenized and grouped with `map`, a Trainer with `default_data_collator` and fused AdamW, and its \
 default of a log line every 500 steps.
 * Tokens/s leaves out the first {args.skip} steps, and with them the search. All steps: the whole of \
 `Trainer.train()`, with the search and, of ours, the model card at its end. What is done before it \
 (`map`, whose result is kept in a cache) is in neither.
-* Of run_clm's: the ratio to the run of the same round, median, lowest and highest. CPU time is that of all threads, \
-in the steps that count; other processes of a machine disturb it less.
+* Of {args.beside}'s: the ratio to the run of the same round, median, lowest and highest. CPU time is that of all \
+threads, in the steps that count; other processes of a machine disturb it less.
 * Data wait: the part of the time from the end of a step to the beginning of the next, log lines included; most is \
 that of the slowest round.
 
@@ -250,11 +259,15 @@ that of the slowest round.
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = reporting.parser(__doc__, rounds=5)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["recipe", "streaming", "run_clm"])
+    parser.add_argument("--beside", choices=WAYS, default="run_clm", help="the way whose speed is 1")
     parser.add_argument("--steps", type=int, help=f"of a run; {STEPS} if not given")
     parser.add_argument("--skip", type=int, default=10, help="steps at the start of a run that are left out")
     parser.add_argument("recipe_options", nargs="*", help="options for the recipe in all ways, behind --")
     args = parsed(parser, argv, "bench_throughput.py")
     fewest = args.steps or min(STEPS[size] for size in args.sizes)
+    if args.beside not in args.ways:
+        parser.error(f"--ways must have --beside={args.beside}, got {' '.join(args.ways)}")
     if not 0 < args.skip < fewest:
         parser.error(f"--skip must be positive and less than steps={fewest}, got {args.skip}")
     return args
@@ -265,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     commit = current_commit()
     with torch_threads(args.threads):
         made = rows(args)
-        text = f"{table(made)}\n\n{explanation(made, args, commit)}"
+        text = f"{table(made, args)}\n\n{explanation(made, args, commit)}"
     write(args.out, "bench_throughput", made, text)
 
 

@@ -28,7 +28,6 @@ STYLES = {
     "GI-Adam, v_0 of another batch": ("#332288", "<"),
     "GI-Adam, v_0 = 10 g_0²": ("#CC6677", "p"),
     "GI-Adam, v_0 = 100 g_0²": ("#882255", "*"),
-    "RI-Adam": ("#009E73", "D"),
 }
 CYCLE = [
     "#0072B2",

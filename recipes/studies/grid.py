@@ -13,8 +13,8 @@ A finished run is a line of `results/<study>.csv`. It has a key (setting, optimi
 run whose key is there is never made again: a study that is killed goes on where it was. A line is written at once
 and in whole, by one process that has locked the file; one that a killed process left unfinished is cut off.
 
-`--shard i/n` makes every n-th run, from the i-th, into a file of its own; all files of a study are read together.
-Under `accelerate launch` or in a Slurm array the shard is that of the process or the task. Tables are made from the
+`--shard i/n` makes every n-th run, from the i-th, into a file of its own; all files of a study are read together. In
+a Slurm array from 1 to n that is `--shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT`. Tables are made from the
 files alone.
 """
 
@@ -217,19 +217,12 @@ def appending(path: Path, columns: tuple[str, ...] = COLUMNS) -> Iterator[Callab
         yield write
 
 
-def shard_of(text: str | None, environ: dict[str, str]) -> tuple[int, int]:
-    """i and n of `--shard i/n`, of a process of `accelerate launch`, or of a task of a Slurm array."""
-    if text is not None:
-        index, _, count = text.partition("/")
-        if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
-            raise ValueError(f"--shard must be i/n with i from 1 to n, got {text}")
-        return int(index), int(count)
-    if int(environ.get("WORLD_SIZE", 1)) > 1:
-        return int(environ["RANK"]) + 1, int(environ["WORLD_SIZE"])
-    if "SLURM_ARRAY_TASK_COUNT" in environ:
-        first = int(environ["SLURM_ARRAY_TASK_MIN"])
-        return int(environ["SLURM_ARRAY_TASK_ID"]) - first + 1, int(environ["SLURM_ARRAY_TASK_COUNT"])
-    return 1, 1
+def shard_of(text: str) -> tuple[int, int]:
+    """i and n of `--shard i/n`."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise ValueError(f"--shard must be i/n with i from 1 to n, got {text}")
+    return int(index), int(count)
 
 
 def finish(study: Study, folder: Path, processes: int, shard: tuple[int, int] = (1, 1)) -> None:
@@ -310,7 +303,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     """The options of every study."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--processes", type=int, help="at once; by default as many as there are cores")
-    made.add_argument("--shard", help="i/n: every n-th run from the i-th, and no table")
+    made.add_argument("--shard", default="1/1", help="i/n: every n-th run from the i-th, and no table")
     made.add_argument("--smoke", action="store_true", help="two small runs of everything, to runs/studies-smoke")
     made.add_argument("--table", action="store_true", help="make no runs: the table and the plot from the CSVs")
     made.add_argument("--plan", action="store_true", help="make nothing: say how many runs are missing")
@@ -320,13 +313,12 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 def execute(studies: Iterable[Study], args: argparse.Namespace) -> Path | None:
     """Make what the options ask for; the folder of the results, or None if no table is wanted."""
     folder = SMOKE if args.smoke else reporting.RESULTS
-    index, count = shard_of(args.shard, dict(os.environ))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    index, count = shard_of(args.shard)
     for study in studies:
         if args.plan:
             print(plan(study, folder))
         elif not args.table:
-            finish(study, folder, args.processes or max(1, (os.cpu_count() or 1) // local), (index, count))
+            finish(study, folder, args.processes or os.cpu_count() or 1, (index, count))
     if count > 1:
         print(f"shard {index} of {count} is finished; when all are: the same command with --table")
     return None if args.plan or count > 1 else folder

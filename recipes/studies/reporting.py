@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import csv
-import importlib.util
 import io
 import logging
 import os
@@ -97,12 +96,6 @@ def parsed(made: argparse.ArgumentParser, argv: list[str] | None, script: str) -
         raise ValueError("device must be cpu where torch finds no GPU, got cuda")
     args.command = " ".join([f"python recipes/studies/{script}", *(sys.argv[1:] if argv is None else argv)])
     return args
-
-
-def need(packages: Iterable[tuple[str, str]]) -> None:
-    """Exit with a line if one is not installed; each is what pip installs, and the module that is imported."""
-    if missing := [package for package, module in packages if not importlib.util.find_spec(module.partition(".")[0])]:
-        sys.exit(f"not installed: {', '.join(missing)}; run: pip install -e '.[bench]'")
 
 
 def current_commit() -> str:

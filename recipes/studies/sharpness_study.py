@@ -1,13 +1,11 @@
-"""Sharpness along training: the edge of stability, Adam's and GI-Adam's start, and what warmup does to λ.
+"""Sharpness along training: what warmup does to λ, and whether that was known before.
 
     python recipes/studies/sharpness_study.py            # what is missing, then the tables and the plots
     python recipes/studies/sharpness_study.py --table    # these from results/sharpness_study.csv alone
 
-Four parts, which `--parts` chooses among:
+Two parts, which `--parts` chooses among:
 
-* `edge`: gradient descent with constant η on a small network. λ^H rises and then stays at 2/η.
-* `initial`: λ^(P⁻¹H) of AdamW and GIAdamW before the first step of the small GPT, against what theory says.
-* `warmup`: that GPT trained with constant η after linear warmup over T_wrm steps: λ against the threshold of
+* `warmup`: the small GPT trained with constant η after linear warmup over T_wrm steps: λ against the threshold of
   stability, from two initializations.
 * `diagnose`: whether `hf_warmup.sharpness.diagnose` knew before these trainings, and what it costs.
 
@@ -45,22 +43,17 @@ from evidence import (
     select,
     spread,
     table,
-    times,
 )
 from grid import SMALL, SMOKE, Line, appending, lines, made_with, results
 from reporting import RESULTS, conditions, current_commit, torch_threads
 from warmup_cases import A, Setting, evaluate, losses, make_model, make_optimizer
 
 NAME = "sharpness_study"
-EDGE_LRS = (0.05, 0.1, 0.2)  # 2/η above λ at initialization, about 9
-EDGE_EVERY = 40  # of the largest η; others make as many measurements in as much ηt
-BETA2S = (0.95, 0.999)
-EPS, SMALL_EPS = 1e-8, 1e-12  # torch's default, and one that no gradient is below
 EARLY = (0, 1, 2, 5)  # measured besides every tenth step, as λ changes most there
 DENSE, EVERY = 100, 10  # steps; behind the first ones a third as often
 NUMBERS = (
     *("beta2", "target_lr", "warmup_steps", "seed", "step", "lr", "loss", "sharpness", "threshold", "held_out_loss"),
-    *("before", "after", "training_steps", "share"),
+    *("before", "after", "training_steps"),
 )
 # Of all parts together; what a part does not know is left empty.
 COLUMNS = ("run", "part", "optimizer", "init", *NUMBERS, "needs_warmup", "regime", "conditions")
@@ -99,12 +92,7 @@ class Run(NamedTuple):
 
 def runs(part: str, smoke: bool) -> list[Run]:
     """The runs of a part."""
-    setting, steps = (replace(A, **SMALL), 800) if smoke else (A, 4000)
-    seeds = range(1 if smoke else 3)
-    if part == "edge":
-        return [Run(f"edge {lr:g} {seed}", partial(descend, lr, seed, steps)) for lr in EDGE_LRS for seed in seeds]
-    if part == "initial":
-        return [Run(f"initial {seed}", partial(initial, setting, seed)) for seed in range(len(seeds) + 2)]
+    setting, seeds = (replace(A, **SMALL), range(1)) if smoke else (A, range(3))
     made = []
     for case, seed in itertools.product(CASES, seeds):
         name = f"{case.optimizer} {case.init}"
@@ -115,76 +103,7 @@ def runs(part: str, smoke: bool) -> list[Run]:
     return made
 
 
-PARTS = ("edge", "initial", "warmup", "diagnose")
-
-
-def mlp(seed: int) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A network with two hidden layers, and its mean squared error on 256 points of a smooth function."""
-    torch.manual_seed(seed)
-    x = 2 * torch.rand(256, 2) - 1
-    y = torch.sin(3 * x[:, :1]) * torch.cos(2 * x[:, 1:])
-    model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
-    return model, lambda: (model(x) - y).square().mean()
-
-
-def descend(lr: float, seed: int, steps: int) -> list[dict[str, Any]]:
-    """Gradient descent on all points, over the same ηt as `steps` with the largest η."""
-    longer = round(max(EDGE_LRS) / lr)
-    model, loss_fn = mlp(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr)
-    rows, vectors = [], None
-    for step in range(longer * steps):
-        optimizer.zero_grad()
-        loss = loss_fn()
-        if step % (longer * EDGE_EVERY) == 0:
-            found = sharpness(loss_fn, model.parameters(), tol=1e-2, start=vectors)
-            vectors = found.vectors
-            named = {"part": "edge", "optimizer": "SGD", "target_lr": lr, "seed": seed, "step": step, "lr": lr}
-            edge = stability_threshold(optimizer)
-            rows.append({**named, "loss": loss.item(), "sharpness": found.values[0], "threshold": edge})
-        loss.backward()
-        optimizer.step()
-    return rows
-
-
-def initial(setting: Setting, seed: int) -> list[dict[str, Any]]:
-    """λ^(P⁻¹H) before the first step: AdamW, GIAdamW, and what explains the second."""
-    torch.manual_seed(seed)
-    model = make_model(setting)
-    batches = losses(setting, model, False, seed)
-    other, loss_fn = next(batches), next(batches)
-    params = list(model.parameters())
-    before = dict(zip(params, torch.autograd.grad(other(), params), strict=True))
-    rows = []
-    for beta2 in BETA2S:
-        for name, eps in epsilons(beta2).items():
-            optimizer = make_optimizer(name.partition(",")[0], replace(setting, beta2=beta2), model)
-            for group in optimizer.param_groups:
-                group["eps"] = eps
-            # Not in the order of the model's.
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            if "another" in name:
-                optimizer.seed_second_moment([before[p] for p in params])
-            optimizer.zero_grad()
-            loss = loss_fn()
-            loss.backward()
-            found = measure(optimizer, loss_fn, tol=1e-3, max_hvps=200)
-            named = {"part": "initial", "optimizer": name, "init": "standard", "beta2": beta2, "seed": seed, "step": 0}
-            named["share"] = found.vectors[0].square().max().item()
-            rows.append({**named, "loss": loss.item(), "sharpness": found.values[0]})
-    return rows
-
-
-def epsilons(beta2: float) -> dict[str, float]:
-    """What is measured before the first step."""
-    return {
-        "AdamW": EPS,
-        "AdamW, ε √(1-β2)": EPS * math.sqrt(1 - beta2),
-        "GIAdamW": EPS,
-        "GIAdamW, g_0 of another batch": EPS,
-        f"AdamW, ε = {SMALL_EPS:g}": SMALL_EPS,
-        f"GIAdamW, ε = {SMALL_EPS:g}": SMALL_EPS,
-    }
+PARTS = ("warmup", "diagnose")
 
 
 def measure(optimizer: Optimizer, loss_fn: Callable[[], Tensor], **options: Any) -> Sharpness:
@@ -217,7 +136,7 @@ def train(case: Case, warmup_steps: int, setting: Setting, seed: int) -> list[Ro
     named = {"part": "warmup", **case.names, "beta2": setting.beta2}
     named |= {"target_lr": case.target, "warmup_steps": warmup_steps, "seed": seed}
     rows: list[Row] = []
-    vectors = None
+    vector = None
     for step, loss_fn in zip(range(steps), batches, strict=False):
         lr = case.target * min(1.0, (step + 1) / warmup_steps)
         for group in optimizer.param_groups:
@@ -226,11 +145,11 @@ def train(case: Case, warmup_steps: int, setting: Setting, seed: int) -> list[Ro
         loss = loss_fn()
         loss.backward()
         if step in wanted:
-            found = measure(optimizer, loss_fn, tol=0.1, max_hvps=20, start=vectors)
-            vectors = found.vectors
+            found = measure(optimizer, loss_fn, tol=0.1, max_hvps=20, start=vector)
+            vector = found.vector
             edge = stability_threshold(optimizer)
             row = {**named, "step": step, "lr": lr, "loss": loss.item()}
-            rows.append({**row, "sharpness": found.values[0], "threshold": edge})
+            rows.append({**row, "sharpness": found.value, "threshold": edge})
         optimizer.step()
     rows[-1]["held_out_loss"] = evaluate(setting, model)
     return rows
@@ -302,20 +221,6 @@ def claims(rows: list[Row]) -> list[Claim]:
     ) -> None:
         made.append(factor_claim(text, where, source, NAME, values, low, high))
 
-    for lr in EDGE_LRS:
-        text = "Gradient descent ends at the edge of stability, λη/2 within 5% of 1"
-        claim(
-            text, f"MLP, η = {lr:g}", "Cohen et al.", late_ratios(select(rows, part="edge", target_lr=lr)), 0.95, 1.05
-        )
-    for beta2, eps in itertools.product(BETA2S, (EPS, SMALL_EPS)):
-        tail = "" if eps == EPS else f", ε = {eps:g}"
-        adam, gi = (
-            [row["sharpness"] for row in select(rows, part="initial", beta2=beta2, optimizer=f"{name}{tail}")]
-            for name in ("AdamW", "GIAdamW")
-        )
-        ratios = [a / g * math.sqrt(1 - beta2) for a, g in zip(adam, gi, strict=True)]
-        text = "Before the first step λ^(P⁻¹H) of AdamW is √(1-β2)⁻¹ times GI-Adam's, within 10%"
-        claim(text, f"GPT, β2 = {beta2:g}, ε = {eps:g}", "paper", ratios, 0.9, 1.1)
     for init, regime, low, high in (
         ("standard", "sharpness reduction", 0.0, 1 / 1.25),
         ("flat", "progressive sharpening", 1.25, math.inf),
@@ -334,59 +239,9 @@ def claims(rows: list[Row]) -> list[Claim]:
     return made
 
 
-def late_ratios(rows: list[Row]) -> list[float]:
-    """λ over the threshold, the mean of the last third of each seed's run."""
-    ratios = [[row["sharpness"] / row["threshold"] for row in run] for run in by_seed(rows)]
-    return [statistics.mean(run[-max(1, len(run) // 3) :]) for run in ratios]
-
-
 def later(run: list[Row]) -> list[float]:
     """λ over the threshold from step 5 on, or of the last measurement."""
     return [row["sharpness"] / row["threshold"] for row in run if row["step"] >= 5 or row is run[-1]]
-
-
-def edge_table(rows: list[Row]) -> str:
-    """A line per learning rate."""
-    made = []
-    for lr in EDGE_LRS:
-        runs = by_seed(select(rows, target_lr=lr))
-        ratios = [[row["sharpness"] / row["threshold"] for row in run] for run in runs]
-        made.append(
-            {
-                "η": f"{lr:g}",
-                "2/η": f"{2 / lr:g}",
-                "λη/2 at the start": spread((run[0] for run in ratios), digits=2),
-                "highest": spread(map(max, ratios), digits=2),
-                "last third, mean": spread(late_ratios(select(rows, target_lr=lr))),
-                "final loss": f"{statistics.mean(run[-1]['loss'] for run in runs):.4f}",
-            }
-        )
-    return table(made)
-
-
-def initial_table(rows: list[Row]) -> str:
-    """A line per β2; ratios are of the same seed."""
-    made = []
-    for beta2 in BETA2S:
-        found = {name: select(rows, beta2=beta2, optimizer=name) for name in epsilons(beta2)}
-        adam, scaled, gi, other, *small = ([row["sharpness"] for row in runs] for runs in found.values())
-        predicted = [math.sqrt(1 - beta2) * value for value in scaled]
-        made.append(
-            {
-                "β2": f"{beta2:g}",
-                "λ of AdamW": times(adam),
-                "λ of GIAdamW": times(gi),
-                "ratio": times(a / g for a, g in zip(adam, gi, strict=True)),
-                "√(1-β2)⁻¹": f"{1 / math.sqrt(1 - beta2):.4g}",
-                "error of theory with ε": f"{max(abs(g / p - 1) for g, p in zip(gi, predicted, strict=True)):.1e}",
-                f"ratio, ε = {SMALL_EPS:g}": times(a / g for a, g in zip(*small, strict=True)),
-                "ratio, g_0 of another batch": times(a / o for a, o in zip(adam, other, strict=True)),
-                "share of one weight": ", ".join(
-                    f"{statistics.mean(row['share'] for row in found[name]):.2f}" for name in ("AdamW", "GIAdamW")
-                ),
-            }
-        )
-    return table(made)
 
 
 def warmup_table(rows: list[Row]) -> str:
@@ -455,23 +310,6 @@ def counted(values: Iterable[str]) -> str:
     return ", ".join(f"{value} ({values.count(value)})" for value in dict.fromkeys(values))
 
 
-def edge_figure(rows: list[Row]) -> Figure:
-    """λ and the loss; a line per seed."""
-    figure = figures.new(5.5)
-    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
-    for color, lr in zip(figures.CYCLE, EDGE_LRS, strict=False):
-        for number, run in enumerate(by_seed(select(rows, target_lr=lr))):
-            steps = [row["step"] * lr for row in run]
-            label = None if number else f"η = {lr:g}"
-            upper.plot(steps, [row["sharpness"] for row in run], color=color, linewidth=0.9, label=label)
-            lower.plot(steps, [row["loss"] for row in run], color=color, linewidth=0.9)
-        upper.axhline(2 / lr, color=color, linestyle=":", label=f"2/η = {2 / lr:g}")
-    upper.set(yscale="log", ylabel="sharpness λ^H")
-    lower.set(yscale="log", ylabel="loss", xlabel="steps of gradient descent times η")
-    upper.legend(ncols=3, fontsize=8)
-    return figure
-
-
 def warmup_figure(rows: list[Row]) -> Figure:
     """Loss of the step and λ over its threshold: a row per case, a colour per warmup, its seeds' range shaded."""
     figure = figures.new(2.2 * len(CASES))
@@ -494,23 +332,6 @@ def warmup_figure(rows: list[Row]) -> Figure:
     return figure
 
 
-HOW_EDGE = """\
-Full-batch gradient descent with constant η on a network of 2 inputs, two hidden layers of 32 tanh and one output, \
-mean squared error on 256 points of sin(3 x_1) cos(2 x_2); 4,000 steps with the largest η, with others as many more \
-as η is smaller. λ^H is measured 100 times to a residual of 1%. λη/2 is λ over the threshold: below 1 it rises \
-(progressive sharpening), at 1 it is at the edge of stability."""
-
-HOW_INITIAL = """\
-λ^(P⁻¹H) on the batch of the first step, residual 0.1%. With g_1 = g_0
-
-    AdamW      v_1/(1-β2) = g²            P_1 = (1-β1) (|g| + ε), whatever β2
-    GIAdamW    v_1 = g², not corrected    P_1 = (1-β1) (|g|/√(1-β2) + ε) = (1-β1) (|g| + ε √(1-β2)) / √(1-β2)
-
-so λ_GI(ε) = √(1-β2) λ_Adam(ε √(1-β2)), exactly; `error of theory with ε` is the largest measured. The ratio of both \
-is √(1-β2)⁻¹ if all |g| are far above ε, and less otherwise. ε = 1e-08 is not small here: the eigenvector is mostly a \
-single weight, whose gradient happens to be near zero (`share of one weight`: its largest squared element, of AdamW \
-and GIAdamW). `g_0 of another batch` is as in the authors' code: v_1 = β2 g_0² + (1-β2) g_1²."""
-
 HOW_WARMUP = f"""\
 The GPT of 4 layers, d = 64, on bytes of Shakespeare, 300 steps of 1,024 tokens (SGD half as many); β = (0.9, 0.999), \
 no weight decay; constant η after warmup. λ is λ^(P⁻¹H) of AdamW and GIAdamW and λ^H of SGD, on the step's own batch, \
@@ -532,17 +353,13 @@ def report(rows: list[Row]) -> str:
     """The page, of the parts that there are."""
     of = groups(rows, lambda row: row["part"])
     texts = []
-    if edge := of.get("edge"):
-        texts.append(f"## Edge of stability\n\n{edge_table(edge)}\n\n{HOW_EDGE}\n\n![λ and loss](sharpness_edge.png)")
-    if first := of.get("initial"):
-        texts.append(f"## Before the first step\n\n{initial_table(first)}\n\n{HOW_INITIAL}")
     if warmed := of.get("warmup"):
         texts.append(f"## Warmup\n\n{warmup_table(warmed)}\n\n{HOW_WARMUP}\n\n![loss, λ](sharpness_warmup.png)")
         if told := of.get("diagnose"):
             texts.append(f"## What diagnose said\n\n{diagnose_table(warmed + told)}\n\n{HOW_DIAGNOSE}")
     if of.keys() >= {*PARTS}:
         texts.append(f"## Claims\n\n{claims_table(claims(rows))}")
-    seeds = "Mean ± standard deviation over seeds 0 to 2 (before the first step 0 to 4), of factors geometric."
+    seeds = "Mean ± standard deviation over seeds 0 to 2, of factors geometric."
     return "\n\n".join([*texts, f"{seeds} {made_with(rows)}. `python recipes/studies/{NAME}.py`\n"])
 
 
@@ -565,9 +382,8 @@ def main(argv: list[str] | None = None) -> None:
                     write(*made)
     rows = finished(folder)
     of = groups(rows, lambda row: row["part"])
-    for part, draw in (("edge", edge_figure), ("warmup", warmup_figure)):
-        if part in of:
-            draw(of[part]).savefig(folder / f"sharpness_{part}.png", dpi=120)
+    if "warmup" in of:
+        warmup_figure(of["warmup"]).savefig(folder / "sharpness_warmup.png", dpi=120)
     (folder / f"{NAME}.md").write_text(report(rows))
     print(folder / f"{NAME}.md")
 

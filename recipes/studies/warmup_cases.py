@@ -268,7 +268,6 @@ V0: dict[str, str | float] = {
     OTHER_BATCH: "gradient",
     "GIAdamW, 10 v0": 10.0,
     "GIAdamW, 100 v0": 100.0,
-    "RI-AdamW": "random",
 }
 
 

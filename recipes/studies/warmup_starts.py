@@ -53,7 +53,7 @@ class From:
         diagonal = None if self.sgd else adam_preconditioner(optimizer)
         measured = sharpness(loss_fn, params, preconditioner=diagonal, tol=0.1, max_hvps=40, module=model)
         most = 2.0 if self.sgd else (2 if self.start == "20/λ" else 2 + 2 * BETA1) / (1 - BETA1)
-        value = measured.values[0]
+        value = measured.value
         self.init = most / value if value > 0 else self.target
         self.found |= {"sharpness": value, "hvps": measured.hvps}
 

@@ -103,14 +103,10 @@ def test_shards_partition_the_grid(count, tmp_path):
         assert [row["keys"] for row in complete(study, tmp_path)] == [job.key() for job in study.jobs]
 
 
-def test_the_shard_is_that_of_the_option_the_launcher_or_the_array():
-    assert shard_of("2/4", {"RANK": "0", "WORLD_SIZE": "2"}) == (2, 4)
-    assert shard_of(None, {"RANK": "1", "WORLD_SIZE": "3"}) == (2, 3)
-    array = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}
-    assert shard_of(None, array) == (3, 4)
-    assert shard_of(None, {}) == shard_of(None, {"RANK": "0", "WORLD_SIZE": "1"}) == (1, 1)
+def test_a_shard_that_is_none_is_refused():
+    assert shard_of("2/4") == (2, 4)
     with pytest.raises(ValueError, match="--shard must be i/n with i from 1 to n, got 0/4"):
-        shard_of("0/4", {})
+        shard_of("0/4")
 
 
 def test_a_finished_run_is_not_repeated_and_its_numbers_come_back(tmp_path):

@@ -1,10 +1,8 @@
 import csv
-import math
-import statistics
 
 import pytest
 from studies import sharpness_study
-from studies.sharpness_study import BETA2S, CASES, COLUMNS, EDGE_LRS, finished
+from studies.sharpness_study import CASES, COLUMNS, finished
 
 
 def run(folder, *argv):
@@ -14,33 +12,6 @@ def run(folder, *argv):
         reader = csv.DictReader(file)
         assert tuple(reader.fieldnames) == COLUMNS
         return list(reader), (folder / "sharpness_study.md").read_text()
-
-
-def test_gradient_descent_sharpens_up_to_two_over_the_learning_rate(tmp_path):
-    rows, text = run(tmp_path, "--parts", "edge")
-    ratios = [float(row["sharpness"]) * float(row["lr"]) / 2 for row in rows if row["lr"] == "0.1"]
-    assert ratios[0] < 0.5
-    # Oscillates about the edge, as it does not come to rest there in so few steps.
-    assert statistics.mean(ratios[-len(ratios) // 3 :]) == pytest.approx(1, abs=0.1)
-    assert all(float(row["threshold"]) == pytest.approx(2 / float(row["lr"]), rel=1e-3) for row in rows)
-    assert {float(row["lr"]) for row in rows} == set(EDGE_LRS)
-    assert (tmp_path / "sharpness_edge.png").stat().st_size > 10_000
-    assert "![λ and loss](sharpness_edge.png)" in text
-
-
-def test_gi_adam_starts_with_the_sharpness_that_theory_gives_it(tmp_path):
-    rows, text = run(tmp_path, "--parts", "initial")
-    for beta2 in BETA2S:
-        chosen = [row for row in rows if float(row["beta2"]) == beta2]
-        assert len(chosen) == 6 * 3
-        for seed in "012":
-            found = {row["optimizer"]: float(row["sharpness"]) for row in chosen if row["seed"] == seed}
-            root = math.sqrt(1 - beta2)
-            # Four digits are written.
-            assert found["GIAdamW"] == pytest.approx(root * found["AdamW, ε √(1-β2)"], rel=2e-3)
-            assert 0.8 < found["AdamW"] / found["GIAdamW"] * root < 1.001
-            assert found["AdamW, ε = 1e-12"] / found["GIAdamW, ε = 1e-12"] == pytest.approx(1 / root, rel=2e-3)
-    assert "| 31.62 " in text
 
 
 def test_every_training_is_measured_against_its_threshold_and_foretold(tmp_path):
@@ -70,4 +41,4 @@ def test_every_training_is_measured_against_its_threshold_and_foretold(tmp_path)
         starts[row["optimizer"], row["init"]] == pytest.approx(float(row["sharpness"]), rel=0.5) for row in told
     )
     assert (tmp_path / "sharpness_warmup.png").stat().st_size > 10_000
-    assert text.count("## ") == 2
+    assert text.count("## ") == 3  # with the claims

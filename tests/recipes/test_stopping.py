@@ -1,5 +1,6 @@
 """Runs that are told to stop, or killed, and the same command again."""
 
+import functools
 import json
 import os
 import random
@@ -17,16 +18,17 @@ SCRIPT = str(Path(__file__).with_name("hashed.py"))
 STEPS = 14
 
 
-@pytest.fixture
-def start(tmp_path):
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
     """Starts a small streaming run in another process; returns the process."""
+    folder = tmp_path_factory.mktemp("start")
     parts = (ROOT / "recipes" / "tiny" / "shakespeare.txt").read_text()[:200_000].split("\n\n")
-    text = tmp_path / "plays.jsonl"
+    text = folder / "plays.jsonl"
     text.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT / "recipes"),
-        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "HF_DATASETS_CACHE": str(folder / "cache"),
     }
 
     def start(folder, *options, processes=1, recipe="llama_tiny.yaml"):
@@ -51,6 +53,19 @@ def start(tmp_path):
         )
 
     return start
+
+
+@pytest.fixture(scope="module")
+def unbroken(start, tmp_path_factory):
+    """The folder of a run with as many workers that nobody has stopped; each is made once."""
+
+    @functools.cache
+    def unbroken(workers):
+        folder = tmp_path_factory.mktemp("unbroken") / "run"
+        finish(start(folder, "--dataloader_num_workers", str(workers)))
+        return folder
+
+    return unbroken
 
 
 def finish(process, code=0):
@@ -89,25 +104,24 @@ def assert_same_run(unbroken, broken):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_streaming_run_killed_at_any_step_sees_the_same_batches_and_losses(workers, start, tmp_path):
-    options = ["--dataloader_num_workers", str(workers)]
-    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
-    finish(start(unbroken, *options))
+def test_a_streaming_run_killed_at_any_step_sees_the_same_batches_and_losses(workers, start, unbroken, tmp_path):
+    options, broken = ["--dataloader_num_workers", str(workers)], tmp_path / "broken"
     step = random.Random(workers).randrange(1, STEPS - 1)
     process = start(broken, *options)
     wait_for_step(process, broken, step)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+    # As a kill in the middle of saving leaves it: it is passed over.
+    (broken / f"checkpoint-{STEPS}").mkdir()
+    (broken / f"checkpoint-{STEPS}" / "model.safetensors").write_bytes(b"half")
     finish(start(broken, *options))
-    assert_same_run(unbroken, broken)
+    assert_same_run(unbroken(workers), broken)
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(number, start, tmp_path):
-    options = ["--warmup", "linear", "--warmup_steps", "8", "--save_steps", "100"]
-    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
-    finish(start(unbroken, *options))
+def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(number, start, unbroken, tmp_path):
+    options, broken = ["--save_steps", "100"], tmp_path / "broken"
     process = start(broken, *options)
     wait_for_step(process, broken, 4)
     process.send_signal(number)
@@ -116,22 +130,7 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(number, start,
     assert (broken / f"checkpoint-{step}").is_dir()
     assert not (broken / "model.safetensors").exists()
     finish(start(broken, *options))
-    assert_same_run(unbroken, broken)
-
-
-@pytest.mark.smoke
-def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(start, tmp_path):
-    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
-    finish(start(unbroken))
-    process = start(broken)
-    wait_for_step(process, broken, 7)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    # As a kill in the middle of saving leaves it.
-    (broken / "checkpoint-9").mkdir()
-    (broken / "checkpoint-9" / "model.safetensors").write_bytes(b"half")
-    finish(start(broken))
-    assert_same_run(unbroken, broken)
+    assert_same_run(unbroken(0), broken)
 
 
 @pytest.mark.smoke

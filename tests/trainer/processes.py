@@ -182,7 +182,6 @@ def run(
     *,
     name,
     backend="ddp",
-    v0=None,
     kill=None,
     fails=False,
     memory=False,
@@ -206,9 +205,7 @@ def run(
     model = make_large_model() if memory else make_model(dropout=0.0)
     if batch_norm:
         model.model.norm = FeatureNorm(model.config.hidden_size)
-    kwargs = {"optimizer_cls_and_kwargs": (GIAdamW, {"lr": args.learning_rate, "v0": v0})} if v0 else {}
-    if muon:
-        kwargs = {"optimizer_cls_and_kwargs": muon_cls_and_kwargs(args)}
+    kwargs = {"optimizer_cls_and_kwargs": muon_cls_and_kwargs(args)} if muon else {}
     cls = Failing if fails else Little if args.auto_find_batch_size else Trainer
     trainer = cls(model, args, train_dataset=make_dataset(vocab=tokens), **kwargs)
     WarmupCallback.attach(trainer)

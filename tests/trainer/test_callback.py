@@ -257,9 +257,9 @@ def test_a_refused_checkpoint_leaves_the_next_run_alone(make_trainer, tmp_path):
 def test_options_of_an_optimizer_that_come_after_attach_are_kept(make_trainer):
     trainer = make_trainer(gi_adam=True)
     WarmupCallback.attach(trainer)
-    trainer.optimizer_cls_and_kwargs = (GIAdamW, {"lr": 1e-3, "v0": "random"})
+    trainer.optimizer_cls_and_kwargs = (GIAdamW, {"lr": 1e-3, "v0": 10.0})
     trainer.train()
-    assert trainer.optimizer.optimizer.v0 == "random"
+    assert trainer.optimizer.optimizer.v0 == 10.0
 
 
 class OwnOptimizer(Trainer):

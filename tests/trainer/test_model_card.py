@@ -566,12 +566,11 @@ def test_a_trainer_that_goes_on_from_an_authors_card_does_so(make_trainer, folde
 @pytest.mark.parametrize(
     ("metadata", "kept", "warned"),
     [
-        ("license: mit  # ours\n# of the tests\ndatasets: 3", "license: mit  # ours\n# of the tests\ndatasets: 3", ""),
-        ("tags:\n- a\n- b\n# on the licence\nlicense: mit", "# on the licence\nlicense: mit", ""),
-        ("tags: [a, b]  # two\nx: {y: 1}", "x: {y: 1}", ""),
-        ("tags:\n- a  # why\n- b", "tags:\n- a  # why\n- b", "tags in the metadata of README.md: there are comments"),
-        ("tags: &t [a]\nkeywords: *t", "tags: &t [a]\nkeywords: *t", "the metadata of README.md"),
-        ("{license: mit}", "{license: mit}", "the metadata of README.md"),
+        ("license: mit\ndatasets: 3", "license: mit\ndatasets: 3", ""),
+        ("tags: [a, b]\nx: {y: 1}", "x:\n  y: 1", ""),
+        ("tags:\n- a  # why\n- b", "tags:\n- a  # why\n- b", "the metadata of README.md: there are comments"),
+        ("tags: &t [a]\nkeywords: *t", "keywords:\n- a", ""),
+        ("{license: mit}", "license: mit", ""),
         ("license: mit\nmodel-index: nonsense", "model-index: nonsense", "its model-index is malformed"),
         ("model-index:\n- name: x\n  results:\n  - 3", "- name: x\n  results:\n  - 3", "its model-index is malformed"),
     ],

@@ -23,7 +23,6 @@ GIVEN = {**LINEAR, "init_lr": "3e-4", "save_strategy": "no"}  # where the search
 SGD = {"learning_rate": 1e3, "optim": "sgd", "gi_adam": False, "init_lr": "catapult"}
 ADAM = {"learning_rate": 30, "init_lr": "catapult", "max_grad_norm": 0.3}
 FOUND = {"max_steps": 1, "warmup_steps": 1}
-RANDOM = {**FOUND, "v0": "random", "warmup": "none"}
 RUNS = {
     "linear": {**LINEAR, "max_grad_norm": 100.0},  # so that v is the square of a gradient that is not clipped
     "given": {**GIVEN, "max_grad_norm": 100.0},
@@ -31,7 +30,6 @@ RUNS = {
     "muon": {**GUIDED, "muon": True, "adam_beta2": 0.95},
     "sgd": {**SGD, **FOUND},
     "adam": {**ADAM, **FOUND},
-    "random": {**RANDOM, "max_grad_norm": 100.0},
     "watched": {**GIVEN, "max_grad_norm": 100.0, "sharpness": {"every": 4}},
     "both": {**LINEAR, "save_strategy": "no", "max_grad_norm": 100.0, "sharpness": {"every": 4}},
 }
@@ -146,14 +144,6 @@ def test_the_second_moment_starts_at_the_square_of_the_reduced_gradient(two, one
 def test_a_shard_whose_gradient_is_zero_does_not_wait_if_another_of_its_parameter_has_one(fsdp2):
     for process in Seen(fsdp2, "few_tokens").processes:
         assert set(process["counts"]) == {1.0}
-
-
-def test_random_second_moments_are_those_of_one_process(two, one):
-    v, alone = (Seen(folder, "random").tensors["second_moments"] for folder in (two, one))
-    norm = sum(float(t.sum()) for t in Seen(one, "linear").tensors["squares"].values())
-    assert sum(float(t.sum()) for t in v.values()) == pytest.approx(norm, rel=1e-5)
-    for name in v:
-        assert (v[name] - alone[name]).abs().max() < 1e-5 * alone[name].max(), name
 
 
 def test_a_search_leaves_no_trace(two):

@@ -57,10 +57,10 @@ class Seen(TrainerCallback):
         params = list(model.parameters())
         adam = isinstance(optimizer, torch.optim.Adam)
         self.threshold = stability_threshold(optimizer)
-        self.hessian = sharpness(loss, params, tol=1e-5, max_hvps=300).values[0]
+        self.hessian = sharpness(loss, params, tol=1e-5, max_hvps=300).value
         if adam:
             p = adam_preconditioner(optimizer)
-            self.preconditioned = sharpness(loss, params, preconditioner=p, tol=1e-5, max_hvps=300).values[0]
+            self.preconditioned = sharpness(loss, params, preconditioner=p, tol=1e-5, max_hvps=300).value
         self.loss = float(loss().detach())
         self.loss_at = {lr: loss_after_step(optimizer, loss, lr, module=model) for lr in getattr(self, "tries", ())}
 
@@ -353,10 +353,8 @@ def test_a_measurement_of_more_than_a_second_says_so_once(make_trainer, caplog, 
     watch(trainer, every=2, kind="hessian")
     with caplog.at_level(logging.WARNING, logger="hf_warmup"):
         trainer.train()
-    lines = [r.message for r in caplog.records if r.name == "hf_warmup.trainer.sharpness"]
-    assert lines[0] == "measuring the sharpness before step 1: it takes longer than a second"
-    assert "as every 2 steps now; a larger `every` saves time" in lines[1]
-    assert len(lines) == 2
+    (line,) = [r.message for r in caplog.records if r.name == "hf_warmup.trainer.sharpness"]
+    assert "as every 2 steps now; a larger `every` saves time" in line
 
 
 def test_a_resumed_run_goes_on_from_the_last_measurement(make_trainer):
