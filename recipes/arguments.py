@@ -18,6 +18,7 @@ from transformers import AutoConfig, HfArgumentParser, PretrainedConfig, Trainin
 from transformers.integrations import get_available_reporting_integrations
 
 from hf_warmup.trainer import WarmupArguments, WarmupTrainingArguments
+from hf_warmup.trainer.arguments import GONE
 from hf_warmup.trainer.secrets import hide_known
 
 
@@ -258,7 +259,9 @@ class Parser(HfArgumentParser):
 
 
 def unknown(name: str, shown: str, known: Iterable[str], where: str = "") -> ValueError:
-    """What to say of an option that there is not: which is meant."""
+    """What to say of an option that there is not: what it has become, or which is meant."""
+    if name in GONE:
+        return ValueError(f"{name}{where} is no option any more: {GONE[name]}")
     near = difflib.get_close_matches(name, known, 1)
     return ValueError(f"unknown option {shown}{where}" + "".join(f"; did you mean {n}?" for n in near))
 

@@ -11,6 +11,24 @@ from transformers import TrainingArguments
 from hf_warmup.numeric import boolean, number, shown
 
 WARMUPS = ("auto", "linear", "guided", "persistent", "none")
+# Options that are no more, and what to use now.
+GONE = {
+    "guide_target": "use auto_lr",
+    "guide_rate": "use ramp_steps",
+    "guide_until": "the run finds where warmup ends",
+    "guide_every": "guided warmup tries no learning rates",
+    "guide_kappa": "guided warmup tries no learning rates",
+    "guide_micro_batches": "guided warmup tries no learning rates",
+    "warmup_growth": "use warmup=guided",
+    "max_init_fraction": "use init_lr=catapult in place of 1.0",
+    "critical_lr_method": "the search is always the faster one",
+    "critical_lr_rtol": "only find_critical_lr has it",
+    "catapult_delta": "only PersistentCatapult has it",
+    "search_batches": "the first step's own batches are enough",
+    "search_copy_on_cpu": "the search copies the weights in pieces",
+    "sharpness_every": "use SharpnessCallback(every=...).attach(trainer)",
+    "sharpness_kind": "use SharpnessCallback(kind=...).attach(trainer)",
+}
 
 
 @dataclass
@@ -120,6 +138,8 @@ def check_names(names: Iterable[str]) -> None:
     """Refuse options that there are not, with those that are meant."""
     known = [option.name for option in fields(WarmupArguments)]
     for name in names:
+        if name in GONE:
+            raise ValueError(f"{name} is no option any more: {GONE[name]}")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             meant = f"; did you mean {near[0]}?" if near else ""

@@ -338,6 +338,7 @@ BAD_SFT = {
     "eval split": ({"eval_split": "test"}, "eval_split is for a dataset, got test"),
     "optimizer": ({"optim": "sgd", "gi_adam": True}, "optim.*sgd"),
     "warmup": ({"ramp_steps": -1.0, "warmup_steps": 0}, "ramp_steps must be positive and finite, got -1.0"),
+    "no more": ({"max_init_fraction": 1.0}, "max_init_fraction is no option any more"),
     "unknown": ({"learning_rat": 1}, "--learning_rat"),
     "not empty": ({"output_dir": "{folder}"}, "output_dir must be empty, got "),
 }

@@ -116,6 +116,8 @@ TYPED = [
     (["--learning_rte", "1e-3"], "unknown option --learning_rte 1e-3; did you mean learning_rate?"),
     (["--learning-rte=1e-3"], "unknown option --learning-rte=1e-3; did you mean learning_rate?"),
     (["--zzzz", "a", "b", "--seed", "1"], "unknown option --zzzz a b"),
+    (["--warmup_growth", "2"], "warmup_growth is no option any more: use warmup=guided"),
+    (["--max_init_fraction=1"], "max_init_fraction is no option any more: use init_lr=catapult in place of 1.0"),
 ]
 NESTED = [
     (["--model.n_layr", "2"], "model has an option that gpt2 does not know, got n_layr: 2"),

@@ -303,6 +303,7 @@ def yaml_with(tmp_path, **changes):
 BAD = [
     ({"learning_rat": "1.0e-3"}, "unknown option learning_rat: 0.001 in .* did you mean learning_rate"),
     ({"init_lr": "banana"}, "init_lr must be `auto`, `catapult` or a positive number, got 'banana'"),
+    ({"max_init_fraction": 1.0}, "max_init_fraction in .* is no option any more: use init_lr=catapult"),
     ({"init_lr": -1.0}, "init_lr must be .* got '-1.0'"),
     ({"max_steps": "many"}, "argument --max_steps.*: invalid int value: 'many'"),
     ({"use_cpu": "banana"}, "argument --use_cpu.*got banana"),

@@ -1,9 +1,11 @@
 import dataclasses
+import re
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_warmup.trainer import WarmupArguments, WarmupCallback, WarmupTrainingArguments
+from hf_warmup.trainer.arguments import GONE
 
 from tiny import start_of
 
@@ -98,6 +100,7 @@ NOT_OPTIONS = [
     ("ramp", "got ramp"),
     ("line_steps", "got line_steps; did you mean ramp_steps?"),
     ("learning_rate", "the options are warmup, auto_lr, init_lr, ramp_steps, gi_adam, warmup_card, got learning_rate"),
+    *((name, f"{name} is no option any more: {advice}") for name, advice in GONE.items()),
 ]
 
 
@@ -108,6 +111,13 @@ def test_an_option_that_there_is_not_is_refused_with_the_one_that_is_meant(make_
         WarmupCallback.attach(trainer, **{name: 1})
     assert words in str(error.value)
     assert WarmupCallback.attach(trainer)  # nothing is left of the one that was refused
+
+
+def test_what_old_names_advise_is_an_option_or_a_callback():
+    options = {f.name for f in dataclasses.fields(WarmupArguments)}
+    used = {match[1] for advice in GONE.values() if (match := re.match(r"use (\w+)", advice))}
+    assert used == {"auto_lr", "ramp_steps", "warmup", "init_lr", "SharpnessCallback"}
+    assert used - {"SharpnessCallback"} <= options
 
 
 def test_options_may_be_given_by_name_to_attach(make_trainer):
