@@ -7,8 +7,8 @@ theory allows is [1]
     η(D) = D / (K0 + K1 D + K2 D²),
 
 which has its maximum at D_p = √(K0 / K2): while the loss falls to that, η rises, and behind it η falls. Nobody knows
-the K's of a network, but three conditions fix them without a solver. Warmup begins at η(D_0) = η_p / a, with D_0 that
-of the first step, and its peak is η(D_p) = η_p, where η' = 0. With 1/η = K0/D + K1 + K2 D
+the K's of a network, but three conditions fix them without a solver. Warmup begins at η(D_0) = η_p / a, with D_0 of
+the first step, and its peak is η(D_p) = η_p, where η' = 0. With 1/η = K0/D + K1 + K2 D
 
     η' = 0           K0 = K2 D_p²
     η(D_p) = η_p     K1 = 1/η_p - 2 K2 D_p,    so    1/η = 1/η_p + K2 (D - D_p)² / D
@@ -19,8 +19,8 @@ of the first step, and its peak is η(D_p) = η_p, where η' = 0. With 1/η = K0
 The rule takes L* = 0, below which a cross-entropy does not go; `fraction` says where the peak is, at
 D_p = (1 - fraction) D_0, and a is 10. Three things are not the paper's. D is of a running mean of the losses, as a
 batch's own would make η jump; it is some 9 steps late. η never falls: where the loss rises again, η stays where it
-is. And behind the peak, which ends warmup, the user's decay takes over. The paper's K's are not negative; here
-K1 < 0 unless 2 (a - 1) D_p D_0 <= (D_0 - D_p)², so of the theory only the shape is left.
+is. And behind the peak, which ends warmup, the user's decay takes over. In a bound of the curvature no K is
+negative; here K1 is, unless 2 (a - 1) D_p D_0 <= (D_0 - D_p)², so of the theory only the shape is left.
 
 [1] Riabinin, Veprikov, Bolatov, Takáč and Beznosikov, "Where Does Warm-Up Come From? Adaptive Scheduling for
     Norm-Constrained Optimizers", arXiv:2602.05813.
