@@ -68,7 +68,7 @@ types: $(READY)
 
 STUDIES := phase_study catapult_study second_moment_study baselines_study sharpness_study
 
-# An hour and a half on two cores; warmup_study.py takes a day. What is in recipes/studies/results is not run again.
+# An hour and a half on two cores; warmup_study.py takes a day, remedies_study.py 45 minutes. What is in recipes/studies/results is not run again.
 studies: $(READY)
 	for study in $(STUDIES); do $(BIN)/python recipes/studies/$$study.py || exit 1; done
 	$(BIN)/python recipes/studies/claims.py --all
@@ -78,6 +78,7 @@ studies-smoke: $(READY)
 	rm -rf runs/studies-smoke
 	for study in $(STUDIES); do $(BIN)/python recipes/studies/$$study.py --smoke || exit 1; done
 	$(BIN)/python recipes/studies/warmup_study.py --smoke gpt random ablation
+	$(BIN)/python recipes/studies/remedies_study.py --smoke gpt
 	$(BIN)/python recipes/studies/claims.py --smoke
 
 clean:
