@@ -99,7 +99,8 @@ class RotationalAdamW(Optimizer):
         """Add a group, with options of its own."""
         group = {**self.defaults, **param_group}
         boolean("nesterov", group["nesterov"])
-        AdamW([group])  # checks its options, and completes the group
+        # Checks them, and completes the group.
+        AdamW([group], group["lr"], group["betas"], group["eps"], group["weight_decay"])
         if any(p.is_complex() for p in group["params"]):
             raise ValueError("params must be real numbers, got complex ones")
         super().add_param_group(group)
@@ -122,7 +123,8 @@ class RotationalAdamW(Optimizer):
             What the closure returns; None without one.
 
         Raises:
-            RuntimeError: If no parameter has rows, as under DeepSpeed's ZeRO, or rows are split over processes.
+            RuntimeError: If no parameter has rows, as under DeepSpeed's ZeRO, rows are split over processes, or a
+                gradient is sparse.
         """
         loss = None
         if closure is not None:
@@ -158,6 +160,8 @@ class RotationalAdamW(Optimizer):
     def _turn(self, p: Tensor, group: dict[str, Any]) -> None:
         lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
         grad, state = cast(Tensor, p.grad), self.state[p]
+        if grad.is_sparse:
+            raise RuntimeError("RotationalAdamW needs dense gradients, got a sparse one")
         if "step" not in state:
             state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         state["step"] += 1

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import distributed as dist
+from forking import on_two_processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -13,14 +13,14 @@ from hf_warmup.optim import clip_grad_relative_
 LR, DECAY = 0.3, 0.02
 
 
-def weights(size, *, place=lambda t: t):
+def weights(size):
     """Two weights with a gradient orthogonal to each, which is √(2λ/η) times `size` as long as both together."""
     params = []
     for seed, shape in enumerate([(5,), (4, 3)]):
         numbers = torch.randn((2, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         x, g = numbers
-        params.append(torch.nn.Parameter(place(x)))
-        params[-1].grad = place(g - x * (g * x).sum() / x.square().sum())
+        params.append(torch.nn.Parameter(x.clone()))
+        params[-1].grad = g - x * (g * x).sum() / x.square().sum()
     factor = size * math.sqrt(2 * DECAY / LR) * norm(params) / norm([p.grad for p in params])
     for p in params:
         p.grad.mul_(factor)
@@ -28,7 +28,7 @@ def weights(size, *, place=lambda t: t):
 
 
 def norm(tensors):
-    return math.sqrt(sum(float((t.full_tensor() if hasattr(t, "full_tensor") else t).square().sum()) for t in tensors))
+    return math.sqrt(sum(float(t.detach().square().sum()) for t in tensors))
 
 
 @pytest.mark.parametrize(
@@ -90,20 +90,22 @@ def test_nothing_is_divided_by_zero():
     assert math.isnan(clip_grad_relative_(params, LR, DECAY))
 
 
-def test_of_dtensors_the_norms_are_those_of_the_whole(tmp_path):
+def clip_shards(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    params = []
+    for p in weights(8.0):
+        params.append(torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])))
+        params[-1].grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+    return [clip_grad_relative_(params, LR, DECAY), *(p.grad.full_tensor() for p in params)]
+
+
+@pytest.mark.slow
+def test_of_shards_the_norms_are_those_of_the_whole(tmp_path):
     alone = weights(8.0)
-    factor = clip_grad_relative_(alone, LR, DECAY)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        sharded = weights(8.0, place=lambda t: distribute_tensor(t.detach(), mesh, [Shard(0)]))
-        same = clip_grad_relative_(sharded, LR, DECAY)
-        grads = [p.grad.full_tensor() for p in sharded]
-    finally:
-        dist.destroy_process_group()
-    torch.testing.assert_close(same, factor, rtol=1e-12, atol=0)
-    for p, grad in zip(alone, grads, strict=True):
-        torch.testing.assert_close(grad, p.grad, rtol=1e-12, atol=0)
+    expected = [clip_grad_relative_(alone, LR, DECAY), *(p.grad for p in alone)]
+    for found in on_two_processes(tmp_path, clip_shards):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
