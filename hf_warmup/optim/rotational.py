@@ -24,7 +24,8 @@ transformers' Conv1D, as in GPT-2); all that is behind it is flattened. What has
 has no weight decay takes the step of AdamW. Two choices are ours:
 
 * a row that is constant, as one of zeros is, has no direction: for all of the run it takes the step of AdamW with
-  decay, along u. So do LoRA's B, a projection that starts at zero, and the rows of a matrix with one column.
+  decay, along u. So do LoRA's B and a projection that starts at zero. Rows of one or two numbers cannot turn once
+  their mean is 0, and are AdamW's too.
 * rows are centred in every step, which without rounding changes nothing after the first. So there is no flag to
   keep, and a step with η = 0, as torch makes one to load a checkpoint into, moves nothing.
 
@@ -150,7 +151,7 @@ class RotationalAdamW(Optimizer):
             )
         for group in self.param_groups:
             for p in group["params"]:
-                if p.dim() > 1 and group["weight_decay"] != 0:
+                if p.dim() > 1 and p.shape[1:].numel() > 2 and group["weight_decay"] != 0:
                     if is_dtensor(p) and not all(s.is_replicate() or s.is_shard(0) for s in p.placements):
                         raise RuntimeError(
                             f"RotationalAdamW needs whole rows, got a parameter split as {p.placements}"

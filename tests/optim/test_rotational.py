@@ -166,10 +166,11 @@ def test_in_the_mean_of_many_steps_rows_turn_by_the_angle_of_the_equilibrium():
 
 
 def test_gains_and_what_has_no_decay_take_the_step_of_adamw_bit_for_bit():
-    ours, theirs = (parameters((4, 6), (6,), (), (3, 5), dtype=torch.float32) for _ in range(2))
-    split = [{"params": ours[:3], "weight_decay": DECAY}, {"params": ours[3:], "weight_decay": 0.0, "lr": 0.1}]
+    # Two numbers whose mean is 0 and whose length is given cannot turn.
+    ours, theirs = (parameters((4, 6), (6,), (), (5, 2), (3, 5), dtype=torch.float32) for _ in range(2))
+    split = [{"params": ours[:4], "weight_decay": DECAY}, {"params": ours[4:], "weight_decay": 0.0, "lr": 0.1}]
     optimizer = RotationalAdamW(split, LR, BETAS, nesterov=True)
-    groups = [{"params": theirs[1:3], "weight_decay": DECAY}, {"params": theirs[3:], "weight_decay": 0.0, "lr": 0.1}]
+    groups = [{"params": theirs[1:4], "weight_decay": DECAY}, {"params": theirs[4:], "weight_decay": 0.0, "lr": 0.1}]
     reference = torch.optim.AdamW(groups, LR, BETAS)
     train(optimizer, ours, torch.Generator().manual_seed(1), 20)
     train(reference, theirs, torch.Generator().manual_seed(1), 20)
