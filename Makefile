@@ -68,7 +68,7 @@ types: $(READY)
 
 STUDIES := phase_study catapult_study second_moment_study baselines_study sharpness_study
 
-# An hour and a half on two cores; warmup_study.py takes a day. What is in recipes/studies/results is not run again.
+# An hour and a half on two cores; warmup_study.py takes a day, remedies_study.py 45 minutes. What is in recipes/studies/results is not run again.
 studies: $(READY)
 	for study in $(STUDIES); do $(BIN)/python recipes/studies/$$study.py || exit 1; done
 	$(BIN)/python recipes/studies/claims.py --all
@@ -77,7 +77,7 @@ studies: $(READY)
 studies-smoke: $(READY)
 	rm -rf runs/studies-smoke
 	@# Two at a time, each in its own process: a pool of each would import everything three times.
-	{ printf '%s.py\n' $(STUDIES); echo warmup_study.py gpt random ablation; } \
+	{ printf '%s.py\n' $(STUDIES); echo warmup_study.py gpt random ablation; echo remedies_study.py gpt; } \
 		| sed 's|^|recipes/studies/|; s|$$| --smoke --processes 1|' | xargs -P 2 -L 1 $(BIN)/python
 	$(BIN)/python recipes/studies/claims.py --smoke
 

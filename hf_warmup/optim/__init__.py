@@ -1,4 +1,4 @@
-"""Optimizers: GI-Adam, whose warmup is built in, Muon with AdamW as one, and rotational AdamW; relative clipping."""
+"""Optimizers: GI-Adam, whose warmup is built in, Muon with AdamW as one, and what others name in place of warmup."""
 
 from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.optim.muon import MuonAdamW

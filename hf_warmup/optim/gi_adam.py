@@ -15,7 +15,8 @@ Only the birth of the state is written here; the update is torch's own, in its s
 kernels. Two choices differ from the authors' code [2]:
 
 * g_0 there is the gradient of one batch drawn before training. Here it is the gradient of step 1 itself, which costs
-  no backward pass. For their choice, call `seed_second_moment` with that batch's gradients.
+  no backward pass. For their choice, call `seed_second_moment` with that batch's gradients; of several batches it
+  makes v_0 = σ (E[g]² + Var[g]) = σ E[g²] [3], with σ the number that `v0` is.
 * a parameter whose gradient is exactly zero (LoRA's A, a zero-initialised projection's input) would be born with
   v_0 = 0 and get no warmup. Here it waits, with its step count at 0, for its first non-zero gradient. This holds for
   whole parameters, not for the row of an embedding whose token is not in the first batch.
@@ -27,6 +28,7 @@ partitions of DeepSpeed's ZeRO, each of which is a parameter of its own here.
 [1] Kalra and Barkeshli, "Why Warmup the Learning Rate? Underlying Mechanisms and Improvements",
     NeurIPS 2024, arXiv:2406.09405, GI-Adam; v_0 = α g_0² is a variant named there.
 [2] `adam_init(grads=...)`, github.com/dayal-kalra/why-warmup at 877d887 (JAX, MIT).
+[3] Abuduweili and Liu, "Revisiting the Initial Steps in Adaptive Gradient Descent Optimization", arXiv:2412.02153.
 """
 
 import inspect
@@ -129,32 +131,45 @@ class GIAdamW(torch.optim.AdamW):
         return loss
 
     @torch.no_grad()
-    def seed_second_moment(self, grads: Sequence[Tensor | None]) -> None:
+    def seed_second_moment(self, *grads: Sequence[Tensor | None]) -> None:
         """Set v_0 from gradients of the caller's choice, before the first step, as the authors' code does.
 
+        Nothing else changes: neither the parameters' gradients nor random numbers.
+
+        Example:
+            >>> weight = torch.ones(1, requires_grad=True)
+            >>> optimizer = GIAdamW([weight], v0=0.5)
+            >>> batches = torch.tensor([1.0]), torch.tensor([3.0])
+            >>> optimizer.seed_second_moment(*(torch.autograd.grad((weight * x).sum(), [weight]) for x in batches))
+            >>> optimizer.state[weight]["exp_avg_sq"].item()  # 0.5 * (1² + 3²) / 2
+            2.5
+
         Args:
-            grads: One gradient per parameter, of a batch drawn before training, unscaled, in the order of the
-                parameter groups; `v0` says what is made of them. A parameter whose gradient is None or zero is born
-                later, as usual.
+            *grads: Of each batch one gradient per parameter, unscaled, in the order of the parameter groups; `v0`
+                says what is made of them. Of several batches g_0² is the mean of the squares; None is counted as
+                zero. A parameter whose gradients are all None or zero is born later, as usual.
 
         Raises:
             RuntimeError: If a parameter has state already.
-            ValueError: If the number of gradients or a shape differs from the parameters'.
+            ValueError: If there is no batch, or the number of gradients or a shape differs from the parameters'.
         """
         params = list(self._parameters())
         if any(map(self._has_state, params)):
             raise RuntimeError(
                 "seed_second_moment must be called before the first step: a parameter has state already"
             )
-        if len(grads) != len(params):
-            raise ValueError(f"grads must hold one gradient per parameter: got {len(grads)} for {len(params)}")
-        for p, grad in zip(params, grads, strict=True):
-            if grad is not None and grad.shape != p.shape:
-                raise ValueError(f"grads must be shaped like the parameters: got {grad.shape} for {p.shape}")
+        if not grads:
+            raise ValueError("grads must be those of at least one batch, got none")
+        for batch in grads:
+            if len(batch) != len(params):
+                raise ValueError(f"grads must hold one gradient per parameter: got {len(batch)} for {len(params)}")
+            for p, grad in zip(params, batch, strict=True):
+                if grad is not None and grad.shape != p.shape:
+                    raise ValueError(f"grads must be shaped like the parameters: got {grad.shape} for {p.shape}")
         kept = [p.grad for p in params]
         try:
-            for p, grad in zip(params, grads, strict=True):
-                p.grad = None if grad is None else grad.detach().to(p)
+            for p, *seen in zip(params, *grads, strict=True):
+                p.grad = _root_mean_square([grad.detach().to(p) for grad in seen if grad is not None], len(grads))
             self._give_birth([p for p in params if p.grad is not None])
         finally:
             for p, grad in zip(params, kept, strict=True):
@@ -218,6 +233,22 @@ def _real(tensor: Tensor | None) -> Tensor:
     """Complex numbers as pairs: Adam squares the parts one by one."""
     assert tensor is not None
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _root_mean_square(grads: list[Tensor], num: int) -> Tensor | None:
+    """√E[g²] over `num` batches, of which those not in `grads` had none; of a single one the gradient itself."""
+    if num == 1 or not grads:
+        return grads[0] if grads else None
+    mean = torch.zeros_like(grads[0], dtype=_at_least_single(grads[0]))
+    for grad in grads:
+        part = _real(grad.to(mean.dtype))
+        _real(mean).addcmul_(part, part, value=1 / num)
+    _real(mean).sqrt_()
+    return mean.to(grads[0].dtype)
+
+
+def _at_least_single(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _are_nonzero(tensors: list[Tensor]) -> list[bool]:

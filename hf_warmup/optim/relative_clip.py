@@ -1,60 +1,67 @@
-"""Relative global clipping: a gradient is too large where it would turn the weights too far.
+"""Relative global clipping: gradients that are long beside the weights they are of are cut, for SGD and no warmup.
 
-SGD with weight decay on weights that a normalization follows ends where decay and updates balance: there the
-gradient's norm is about √(2λ/η) ‖x‖. The step is held to a multiple of that [1]:
+Where a network computes the same with weights x of any length (all of them before a normalization), a gradient g is
+orthogonal to x. SGD with weight decay λ then makes x longer by η² ‖g‖² and shorter by 2ηλ ‖x‖², to first order, and
+ends where the two balance, at ‖g‖ = √(2λ/η) ‖x‖. Weights that start too short for that are thrown far out by their
+first steps. The paper clips what is √C times the gradient of the balance [1]:
 
-    g ← g min(1, c √(2λ/η) ‖x‖ / ‖g‖),        x ← x - η (g + λ x)
+    g ← min(1, √C √(2λ/η) ‖x‖ / ‖g‖) g,    then    x ← x - η (g + λ x)
 
-with ‖x‖ and ‖g‖ over all scale-invariant parameters together, and c = 2 (their √C). A fixed `max_grad_norm` means
-another thing at every learning rate and norm of the weights; this one does not.
+with both norms over all of x together, and √C = 2. A clipped step makes ‖x‖² at most 1 + 2 (C-1) ηλ + η²λ² times as
+large.
 
 [1] Li, Bhojanapalli, Zaheer, Reddi and Kumar, "Robust Training of Neural Networks Using Scale Invariant
-    Architectures" (SIBERT), ICML 2022, arXiv:2202.00980.
+    Architectures", ICML 2022, arXiv:2202.00980.
 """
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from hf_warmup.distributed import whole
-from hf_warmup.numeric import positive
+from hf_warmup.numeric import not_negative, positive
 
 
 @torch.no_grad()
-def clip_grad_relative_(params: Iterable[Tensor], lr: float, weight_decay: float, *, factor: float = 2.0) -> Tensor:
-    """Clip gradients against the norm of their weights, in place, before a step of SGD with weight decay.
+def clip_grad_relative_(
+    parameters: Tensor | Iterable[Tensor], lr: float, weight_decay: float, sqrt_c: float = 2.0
+) -> Tensor:
+    """Clip the gradients of scale-invariant weights to √C √(2λ/η) times the norm of the weights, in place.
 
-    For SGD on weights whose scale does not matter: those that a normalization follows, and not its gains, biases,
-    nor a head without one.
+    Called between `backward()` and the `step()` of `torch.optim.SGD`, with the η and λ of that step; gradients of
+    other parameters are not looked at.
 
     Example:
-        >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
-        >>> weight.grad = torch.tensor([[0.0, 100.0]])
-        >>> clip_grad_relative_([weight], lr=0.5, weight_decay=0.01)  # to 2 √(2 * 0.01 / 0.5) * 5
-        tensor(0.0200)
-        >>> weight.grad
-        tensor([[0., 2.]])
+        >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> weight.grad = torch.tensor([-40.0, 30.0])
+        >>> round(clip_grad_relative_([weight], lr=0.5, weight_decay=0.25).item(), 4)  # 2 √(2 * 0.25 / 0.5) 5 / 50
+        0.2
+        >>> [round(g, 4) for g in weight.grad.tolist()]
+        [-8.0, 6.0]
 
     Args:
-        params: The scale-invariant parameters, with gradients.
-        lr: η of the step to come.
-        weight_decay: λ of the optimizer.
-        factor: c.
+        parameters: The scale-invariant weights, x; DTensors too. One without a gradient counts with its length.
+        lr: η. At 0 nothing is clipped.
+        weight_decay: λ, as SGD has it.
+        sqrt_c: √C.
 
     Returns:
-        What the gradients were multiplied by: 1 where they were small enough.
+        The factor, a 0-d tensor: 1 where nothing is clipped, NaN where a gradient is.
 
     Raises:
-        ValueError: If a number is not positive, or no parameter has a gradient.
+        ValueError: If a number is out of range, or there are no parameters.
     """
-    pairs = [(p, p.grad) for p in params if p.grad is not None]
-    if not pairs:
-        raise ValueError("params must have gradients, got none with one")
-    bound = positive("factor", factor) * math.sqrt(2 * positive("weight_decay", weight_decay) / positive("lr", lr))
-    weights, gradients = (whole(nn.utils.get_total_norm(of)) for of in zip(*pairs, strict=True))
-    scale = (bound * weights / gradients).clamp(max=1.0)  # of a gradient of zeros 1, as of infinity
-    for _, gradient in pairs:
-        gradient.mul_(scale.to(gradient.device, gradient.dtype))
-    return scale
+    eta, decay = not_negative("lr", lr), positive("weight_decay", weight_decay)
+    bound = positive("sqrt_c", sqrt_c) * (2 * decay) ** 0.5
+    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if not params:
+        raise ValueError("parameters must hold at least one, got none")
+    grads = [p.grad for p in params if p.grad is not None]
+    norm, length = (whole(nn.utils.get_total_norm(tensors)) for tensors in (grads, params))
+    # Not divided by η or ‖g‖, which may be 0.
+    limit, norm = bound * length, eta**0.5 * norm
+    factor = torch.where(norm <= limit, torch.ones_like(norm), limit / norm)
+    for grad in grads:
+        grad.mul_(factor.to(grad.device, grad.dtype))
+    return factor

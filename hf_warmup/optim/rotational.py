@@ -1,106 +1,117 @@
-"""Rotational AdamW: AdamW whose rows of weights keep their norm and turn by the same angle every step.
+"""Rotational AdamW: AdamW in the equilibrium that weight decay leads to, from the first step on.
 
-Under weight decay a row of weights that a normalization follows ends in an equilibrium: its norm stays where decay
-and updates balance, and each step turns it by an expected angle of AdamW [1]
+The gradient of a weight before a normalization is orthogonal to it, so AdamW's steps make it longer and weight decay
+makes it shorter. The two balance after about 1 / (ηλ) steps. From then on every row of a weight keeps its length and
+turns by the same angle in each step, in the mean [1]:
 
-    η_r = √(2 η λ (1-β1) / (1+β1)).
+    η_r = √(2 η λ (1-β1) / (1+β1))
 
-On the way there, which takes about 1/(ηλ) steps, the angles are others, and mostly too large: one reading of what
-warmup is for [2]. This optimizer has the equilibrium from the first step. With u the step of Adam at η = 1, of a
-row w of norm n:
+with η the learning rate and λ the decoupled weight decay. Before that rows turn by other angles, at the start often
+by much larger ones, and warmup is one way to bear them [2]. Here length and angle are those of the equilibrium from
+the first step on, and weight decay does nothing but set η_r. For a row w, with the direction of Adam
+u = (m_t / (1-β1^t)) / (√(v_t / (1-β2^t)) + ε):
 
-    once        w ← n (w - mean w) / ‖w - mean w‖
-    direction   d = u - mean u,   d ← d - w (w·d) / n²
-    angle       q ← 0.9 q + 0.1 ‖d‖²,   w ← w - η_r n d / √(q / (1-0.9^t))
-    norm        w ← n w / ‖w‖
+    once    w ← ‖w‖ (w - mean w) / ‖w - mean w‖,   n = ‖w‖
+    step    d = u - mean u,   d ← d - w <d, w> / n²
+            q ← 0.9 q + 0.1 ‖d‖²,   d ← d / (√(q / (1 - 0.9^t)) + 1e-8)
+            w ← w - η_r n d,   w ← n w / ‖w‖
 
-A parameter is rotated if it has two dimensions or more and its group has a decay; its rows are its first dimension.
-Norms, biases, and whatever has no decay take AdamW's step, with η. The step is proportional to √η: a learning rate
-twice as large turns by 1.4 times the angle.
+As d is orthogonal to w, a row turns by arctan η_r in the first step, whatever its gradient. Nesterov's momentum is
+(β1 m_t + (1-β1) g_t) / (1-β1^(t+1)) in place of m_t / (1-β1^t): both are g under a constant gradient g.
+
+Rows are those of the first dimension: the neurons of a linear layer, the tokens of an embedding (and the inputs of
+transformers' Conv1D, as in GPT-2); all that is behind it is flattened. What has no rows, gains and biases, and what
+has no weight decay takes the step of AdamW. Two choices are ours:
+
+* a row that is constant, as one of zeros is, has no direction: for all of the run it takes the step of AdamW with
+  decay, along u. So do LoRA's B and a projection that starts at zero. Rows of one or two numbers cannot turn once
+  their mean is 0, and are AdamW's too.
+* rows are centred in every step, which without rounding changes nothing after the first. So there is no flag to
+  keep, and a step with η = 0, as torch makes one to load a checkpoint into, moves nothing.
+
+The step grows with √η: a slope in units of the learning rate (`momentum_slope`) holds at the η at which it is taken.
+As the first step centres the rows, its loss at η → 0 is not the loss at θ. Where it is probed, call `center_rows`
+before its gradients are computed.
+
+DDP changes nothing, and FSDP2 leaves rows whole: the step is that of one process. A parameter that is split along
+another dimension is refused, and so are ZeRO's flat partitions.
 
 [1] Kosson, Messmer and Jaggi, "Rotational Equilibrium: How Weight Decay Balances Learning Across Neural Networks",
     ICML 2024, arXiv:2305.17212.
-[2] Kosson, Messmer and Jaggi, "Analyzing & Reducing the Need for Learning Rate Warmup in GPT Training", NeurIPS
-    2024, arXiv:2410.23922. Their LionAR is another optimizer in the same equilibrium.
+[2] The same, "Analyzing & Reducing the Need for Learning Rate Warmup in GPT Training", arXiv:2410.23922.
 """
 
 import inspect
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.optimizer import ParamsT
 
+from hf_warmup.distributed import is_dtensor
 from hf_warmup.numeric import boolean
 
-_adamw_step = inspect.unwrap(AdamW.step)  # without the hooks that torch puts around every optimizer's
+_DECAY, _EPS = 0.9, 1e-8  # of the mean of ‖d‖², and under it [1]
 
 
-class RotationalAdamW(AdamW):
-    """AdamW that is in its equilibrium from the first step on.
+class RotationalAdamW(Optimizer):
+    """AdamW that turns every row of a matrix by the angle of its equilibrium and keeps the row's length.
 
-    For trainings with weight decay whose weights are followed by normalizations, as in Transformers and CNNs: their
-    norms cannot be a reason to warm up then. It needs whole rows: one process, DDP, or FSDP2, which
-    splits between rows.
+    To train without warmup, or to see what of warmup's use is the angles of the first steps. Takes the η and λ of
+    AdamW, in the usual groups: weight decay for matrices, none for gains and biases.
 
     Example:
-        >>> weight = torch.nn.Parameter(torch.tensor([[3.0, -3.0, 4.0, -4.0]]))
-        >>> optimizer = RotationalAdamW([weight], lr=0.1, betas=(0.0, 0.95), weight_decay=0.05)
-        >>> before = weight.detach().clone()
-        >>> (weight * torch.tensor([1.0, -1.0, 0.0, 0.0])).sum().backward()
-        >>> optimizer.step()
-        >>> angle = torch.nn.functional.cosine_similarity(weight, before).arccos()
-        >>> round(weight.norm().item(), 4), round(angle.tan().item(), 4)  # √(2 * 0.1 * 0.05) = 0.1
-        (7.0711, 0.1)
+        >>> weight = torch.tensor([[5.0, -5.0, 0.0, 0.0]], requires_grad=True)
+        >>> optimizer = RotationalAdamW([weight], lr=0.1, betas=(0.0, 0.999), weight_decay=0.2)
+        >>> weight.grad = torch.tensor([[0.0, 0.0, 7.0, -7.0]])
+        >>> optimizer.step()  # η_r = √(2 * 0.1 * 0.2) = 0.2
+        >>> round(weight.norm().item() ** 2, 3), round(-weight[0, 2].item() / weight[0, 0].item(), 3)
+        (50.0, 0.2)
 
     Args:
-        params: As for AdamW. Their rows are centred at once, and keep their norms.
-        lr: η.
-        betas: β1 and β2.
-        eps: ε of Adam.
-        weight_decay: λ, which sets the angle, and decays nothing that is rotated.
-        nesterov: Whether the direction looks ahead: that of β1 m_t + (1-β1) g_t in place of m_t, with the same
-            correction of its bias as m_{t+1}.
+        params: As for AdamW.
+        lr: Learning rate η.
+        betas: β1, which may be high, and β2.
+        eps: ε, outside the root.
+        weight_decay: λ. A group in which it is 0 is AdamW's.
+        nesterov: Whether rows turn along Nesterov's momentum. What takes the step of AdamW does not.
 
     Raises:
-        ValueError: If AdamW refuses an argument, or `nesterov` is not a boolean.
-        RuntimeError: In `step`, if something has flattened the rows, as DeepSpeed's ZeRO does.
+        ValueError: If an argument is out of range, or a parameter is complex.
     """
-
-    AVERAGE = 0.9  # of ‖d‖², over steps
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.1,
+        weight_decay: float = 1e-2,
         *,
         nesterov: bool = False,
     ) -> None:
-        self.nesterov = boolean("nesterov", nesterov)
-        super().__init__(params, lr, betas, eps, weight_decay)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "nesterov": nesterov})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with options of its own."""
+        group = {**self.defaults, **param_group}
+        boolean("nesterov", group["nesterov"])
+        # Checks them, and completes the group.
+        AdamW([group], group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        if any(p.is_complex() for p in group["params"]):
+            raise ValueError("params must be real numbers, got complex ones")
+        super().add_param_group(group)
 
     @torch.no_grad()
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, and centre its rows.
-
-        Args:
-            param_group: Its parameters, and what differs from the defaults.
-        """
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group["rotated"] = [bool(group["weight_decay"]) and p.ndim > 1 for p in group["params"]]
-        for p in self._params(group, rotated=True):
-            rows = p.flatten(1)
-            centred = rows - rows.mean(1, keepdim=True)
-            norm = _norm(centred)
-            # A row of zeros, as of a padding token, has no direction; nor has one of equal numbers.
-            p.copy_(torch.where(norm > 0, centred * (_norm(rows) / norm), rows).view_as(p))
+    def center_rows(self) -> None:
+        """Do now what the first step would do to the weights beside the step: give every row a mean of 0."""
+        for p, _ in self._matrices():
+            norm, w = _polar(p)
+            p.copy_(torch.where(norm > 0, norm * w, p))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -111,62 +122,79 @@ class RotationalAdamW(AdamW):
 
         Returns:
             What the closure returns; None without one.
+
+        Raises:
+            RuntimeError: If no parameter has rows, as under DeepSpeed's ZeRO, rows are split over processes, or a
+                gradient is sparse.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for p in self._params(group, rotated=True):
-                if p.grad is not None:
-                    self._rotate(p, group)
-        # AdamW over the same state: nothing of it has to be kept.
+        matrices = dict(self._matrices())
+        groups = [{**g, "params": [p for p in g["params"] if p not in matrices]} for g in self.param_groups]
+        # An AdamW over the same state: nothing of it has to be kept.
         inner = object.__new__(AdamW)
-        groups = [
-            {
-                **group,
-                "params": [p for p, rotated in zip(group["params"], group["rotated"], strict=True) if not rotated],
-            }
-            for group in self.param_groups
-        ]
-        inner.__setstate__({"defaults": self.defaults, "state": self.state, "param_groups": groups})
-        _adamw_step(inner)
+        inner.__setstate__({"defaults": {}, "state": self.state, "param_groups": groups})
+        inspect.unwrap(AdamW.step)(inner)  # the hooks of all optimizers see one step, and not two
+        for p, group in matrices.items():
+            if p.grad is not None:
+                self._turn(p, group)
         return loss
 
-    @staticmethod
-    def _params(group: dict[str, Any], *, rotated: bool) -> list[Tensor]:
-        pairs = list(zip(group["params"], group["rotated"], strict=False))
-        if len(pairs) < len(group["rotated"]) or any(turns and p.ndim < 2 for p, turns in pairs):
+    def _matrices(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """The parameters whose rows turn, with their groups."""
+        if all(p.dim() < 2 for group in self.param_groups for p in group["params"]):
             raise RuntimeError(
-                "RotationalAdamW needs whole rows, and something has flattened its parameters, as DeepSpeed's ZeRO "
-                "does: train on one process, with DDP or with FSDP2"
+                "RotationalAdamW needs matrices, and there is none: something has flattened them, as DeepSpeed's ZeRO "
+                "does; train on one process, with DDP or with FSDP2"
             )
-        return [p for p, turns in pairs if turns is rotated]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dim() > 1 and p.shape[1:].numel() > 2 and group["weight_decay"] != 0:
+                    if is_dtensor(p) and not all(s.is_replicate() or s.is_shard(0) for s in p.placements):
+                        raise RuntimeError(
+                            f"RotationalAdamW needs whole rows, got a parameter split as {p.placements}"
+                        )
+                    yield p, group
 
-    def _rotate(self, p: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[p]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            state["norm"] = _norm(p.flatten(1))
-            state["square"] = torch.zeros_like(state["norm"])
+    def _turn(self, p: Tensor, group: dict[str, Any]) -> None:
+        lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
+        grad, state = cast(Tensor, p.grad), self.state[p]
+        if grad.is_sparse:
+            raise RuntimeError("RotationalAdamW needs dense gradients, got a sparse one")
+        if "step" not in state:
+            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         state["step"] += 1
-        t, lr, (beta1, beta2) = state["step"].item(), group["lr"], group["betas"]
-        m, v = state["exp_avg"].lerp_(p.grad, 1 - beta1), state["exp_avg_sq"]
-        v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-        ahead = m.lerp(p.grad, 1 - beta1) / (1 - beta1 ** (t + 1)) if self.nesterov else m / (1 - beta1**t)
-        update = (ahead / ((v / (1 - beta2**t)).sqrt() + group["eps"])).flatten(1)
-        rows, norm = p.flatten(1), state["norm"]
-        d = update - update.mean(1, keepdim=True)
-        d = d - rows * (rows * d).sum(1, keepdim=True) / norm.square().clamp_min(torch.finfo(p.dtype).tiny)
-        state["square"].lerp_(d.square().sum(1, keepdim=True), 1 - self.AVERAGE)
-        size = (state["square"] / (1 - self.AVERAGE**t)).sqrt() + 1e-8
-        angle = math.sqrt(2 * lr * group["weight_decay"] * (1 - beta1) / (1 + beta1))
-        turned = rows - angle * norm * d / size
-        turned = turned * (norm / _norm(turned))
-        plain = rows * (1 - lr * group["weight_decay"]) - lr * update  # of a row without a direction
-        p.copy_(torch.where(norm > 0, turned, plain).view_as(p))
+        t = seen = float(state["step"])
+        momentum = state["exp_avg"].lerp_(grad, 1 - beta1)
+        second = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        if group["nesterov"]:
+            momentum, seen = momentum.lerp(grad, 1 - beta1), t + 1
+        u = momentum / (1 - beta1**seen) / ((second / (1 - beta2**t)).sqrt() + group["eps"])
+
+        rows, (norm, w) = tuple(range(1, p.dim())), _polar(p)
+        d = u - u.mean(rows, keepdim=True)
+        d = d - w * (d * w).sum(rows, keepdim=True)
+        square = d.square().sum(rows, keepdim=True)
+        if "norm" not in state:
+            # In the parameter's own precision, in which a checkpoint is loaded.
+            state.update(norm=norm.to(p.dtype), square=square.to(p.dtype))
+        # q / (1 - 0.9^t) itself, whose step has this weight.
+        state["square"].lerp_(square.to(p.dtype), (1 - _DECAY) / (1 - _DECAY**t))
+        if lr != 0:
+            angle = math.sqrt(2 * lr * decay * (1 - beta1) / (1 + beta1))
+            turned = w - angle * d / (state["square"].sqrt() + _EPS)
+            turned *= state["norm"] / torch.linalg.vector_norm(turned, dim=rows, keepdim=True)
+            p.copy_(torch.where(state["norm"] > 0, turned, (1 - lr * decay) * p - lr * u))
 
 
-def _norm(rows: Tensor) -> Tensor:
-    return rows.square().sum(1, keepdim=True).sqrt()
+def _polar(p: Tensor) -> tuple[Tensor, Tensor]:
+    """The length of every row, and its direction with mean 0; 0 of one that is constant up to rounding."""
+    rows, x = tuple(range(1, p.dim())), p.to(torch.promote_types(p.dtype, torch.float32))
+    centered = x - x.mean(rows, keepdim=True)
+    norm, spread = (torch.linalg.vector_norm(t, dim=rows, keepdim=True) for t in (x, centered))
+    limits = torch.finfo(x.dtype)
+    # Below it the direction would be that of the errors of rounding.
+    turns = spread > p.shape[1:].numel() * limits.eps * norm
+    return torch.where(turns, norm, 0.0), centered / spread.clamp_min(limits.tiny)

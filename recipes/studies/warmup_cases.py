@@ -280,6 +280,8 @@ def make_optimizer(name: str, setting: Setting, model: nn.Module) -> Any:
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
     betas = (0.9, setting.beta2)
+    if name == "SGD momentum":
+        return torch.optim.SGD(groups, 1.0, momentum=0.9)
     if name == "RAdam":
         return torch.optim.RAdam(groups, 1.0, betas, decoupled_weight_decay=True)
     if name in V0:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_warmup import GuidedWarmup, PersistentCatapult, has_momentum, momentum_slope, update_slope
-from hf_warmup.warmup import Warmup
+from hf_warmup.warmup import LossAdaptiveWarmup, Warmup
 
 from warmup_cases import LossAt, Rule, Setting, make_model
 
@@ -112,6 +112,11 @@ def persistent(setting: Setting, optimizer: str, target: float, delta: float = 0
     return Ruled(setting, PersistentCatapult(setting.steps, target, delta=delta))
 
 
+def loss_adaptive(setting: Setting, optimizer: str, target: float, fraction: float = 0.4) -> Rule:
+    """As far as the loss has fallen."""
+    return Ruled(setting, LossAdaptiveWarmup(setting.steps, target, fraction=fraction))
+
+
 def formula(lr: Callable[[int, int], float]) -> Callable[..., Rule]:
     """Linear warmup over a token per parameter, at most half of the run, to a formula's learning rate.
 
@@ -133,6 +138,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "ramp": ramp,
     "guided": guided,
     "persistent": persistent,
+    "loss adaptive": loss_adaptive,
     # After Porian et al., arXiv:2406.19146, as OLMo-core's ladder has it; Li et al., arXiv:2503.04715.
     "OLMo formula": formula(lambda size, tokens: 0.0047 * (size / 108e6) ** (-1 / 3) / 2),
     "Step Law": formula(lambda size, tokens: 1.79 * size**-0.713 * tokens**0.307),

@@ -166,13 +166,62 @@ def test_second_moment_can_be_seeded_by_another_batch(kernel):
         torch.testing.assert_close(p.detach(), expected.x, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("sigma", ["gradient", 10.0])
+def test_seeded_by_several_batches_v0_is_the_squared_mean_plus_the_variance(sigma):
+    # arXiv:2412.02153: v_0 = σ (E[g]² + Var[g]), m_0 = 0. None is a gradient of zero.
+    params = parameters((5,), (2, 3))
+    optimizer = GIAdamW(params, 0.1, (0.9, 0.99), v0=sigma)
+    generator = torch.Generator().manual_seed(1)
+    batches = [[torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in params] for _ in range(4)]
+    alpha, written = 1.0 if sigma == "gradient" else sigma, []
+    for i, p in enumerate(params):
+        g = torch.stack([grads[i] * (i == 0 or grads is not batches[2]) for grads in batches])
+        v0 = alpha * (g.mean(0) ** 2 + g.var(0, correction=0))
+        written.append(Written(p, (0.9, 0.99), 1e-8, 1e-2, v0=v0))
+    batches[2][1] = None
+
+    optimizer.seed_second_moment(*batches)
+    for _ in range(30):
+        set_gradients(params, generator)
+        for p, expected in zip(params, written, strict=True):
+            expected.step(p.grad, 0.1)
+        optimizer.step()
+    for p, expected in zip(params, written, strict=True):
+        torch.testing.assert_close(p.detach(), expected.x, rtol=1e-10, atol=1e-14)
+
+
+def test_seeding_leaves_parameters_gradients_and_random_numbers_alone():
+    params = parameters((5,), (3,))
+    set_gradients(params, torch.Generator().manual_seed(1))
+    before, held = [(p.detach().clone(), p.grad.clone()) for p in params], [p.grad for p in params]
+    batches = [[torch.ones(5), torch.ones(3)], [torch.ones(5), None]]
+    numbers = torch.get_rng_state()
+    GIAdamW(params, v0=2.0).seed_second_moment(*batches)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert all(torch.equal(g, torch.ones_like(g)) for grads in batches for g in grads if g is not None)
+    for p, (value, grad), gradient in zip(params, before, held, strict=True):
+        assert p.grad is gradient
+        assert torch.equal(p, value)
+        assert torch.equal(gradient, grad)
+
+
+def test_squares_of_many_batches_are_added_in_single_precision():
+    (p,) = parameters((64,), dtype=torch.bfloat16)
+    optimizer = GIAdamW([p], 0.1, (0.9, 0.5))
+    optimizer.seed_second_moment(*([p.detach()] for _ in range(300)))
+    # Three roundings to 8 bits; in bfloat16 a sum stands still where a part is 1/256 of it.
+    torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"].double(), p.detach().double() ** 2, rtol=2**-6, atol=0)
+
+
 def test_seeding_survives_a_checkpoint_and_is_refused_when_late_or_ill_shaped():
     params = parameters((5,), (3,))
     optimizer = GIAdamW(params)
     with pytest.raises(ValueError, match="got 1 for 2"):
         optimizer.seed_second_moment([torch.ones(5)])
     with pytest.raises(ValueError, match="shaped like"):
-        optimizer.seed_second_moment([torch.ones(5), torch.ones(4)])
+        optimizer.seed_second_moment([torch.ones(5), torch.ones(3)], [torch.ones(5), torch.ones(4)])
+    with pytest.raises(ValueError, match="at least one batch, got none"):
+        optimizer.seed_second_moment()
     optimizer.seed_second_moment([torch.ones(5), torch.zeros(3)])
     resumed = GIAdamW(params)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from transformers import Adafactor
 
 from hf_warmup import GIAdamW, loss_after_step
-from hf_warmup.optim import MuonAdamW
+from hf_warmup.optim import MuonAdamW, RotationalAdamW
 from hf_warmup.search.probe import has_momentum, momentum_slope
 
 LR = 1e-3
@@ -45,6 +45,7 @@ MADE = {
     **{name: getattr(torch.optim, name) for name in TORCH},
     "MuonAdamW": make_muon,
     "GIAdamW": GIAdamW,
+    "RotationalAdamW": RotationalAdamW,
     "SGD, Nesterov, foreach": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9, nesterov=True, foreach=True),
     "SGD, decay, maximized": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=0.1, maximize=True),
     "AdamW, fused": lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True),

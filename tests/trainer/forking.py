@@ -7,6 +7,9 @@ import socket
 import sys
 import traceback
 
+import torch
+from torch import distributed as dist
+
 
 def free_ports(num):
     """So many, at which nobody listens, below those that the system gives to whoever connects."""
@@ -18,6 +21,19 @@ def free_ports(num):
         if len(found) == num:
             return found
     raise RuntimeError(f"fewer than {num} ports are free")
+
+
+def _on_gloo(rank, folder, work):
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    torch.save(work(rank), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_two_processes(folder, work):
+    """What `work(rank)` gives on each of two forks of this process, which have a process group of gloo."""
+    torch.multiprocessing.start_processes(_on_gloo, (folder, work), nprocs=2, start_method="fork")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 def in_fork(port, work):

@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from hf_warmup import GuidedWarmup, LinearWarmup, PersistentCatapult, WarmupSchedule
+from hf_warmup.warmup import LossAdaptiveWarmup
 from hf_warmup.warmup.schedule import checkpoint_of
 
 N, T_WRM, TARGET = 100, 20, 0.5
@@ -48,6 +49,7 @@ RULES = {
     "linear": (lambda: LinearWarmup(N, TARGET, T_WRM, init_lr=0.05), T_WRM),
     "linear, searched": (lambda: LinearWarmup(N, TARGET, T_WRM, init_lr="catapult"), T_WRM),
     "guided": (lambda: GuidedWarmup(N, TARGET), 0),
+    "loss adaptive": (lambda: LossAdaptiveWarmup(N, TARGET, fraction=0.02), 0),
     "persistent": (lambda: PersistentCatapult(N, TARGET, init_lr=1e-3), 0),
 }
 every_rule = pytest.mark.parametrize(("make", "warmup_steps"), RULES.values(), ids=RULES)
