@@ -23,6 +23,8 @@ from hf_warmup.trainer import WarmupArguments, WarmupTrainingArguments
 from hf_warmup.trainer.arguments import GONE
 from hf_warmup.trainer.secrets import hide_known
 
+CHARACTERS = "characters"  # the tokenizer that is none of the hub's
+
 
 @dataclass
 class RecipeArguments:
@@ -49,9 +51,17 @@ class RecipeArguments:
     held_out: int = field(
         default=500, metadata={"help": "Documents at the start of a stream that are kept for evaluation."}
     )
+    held_out_end: bool = field(
+        default=False,
+        metadata={"help": "Keep the last tenth for evaluation, in place of every tenth part; not of a stream."},
+    )
     shuffle_blocks: int = field(default=4096, metadata={"help": "Blocks of a stream that are shuffled together."})
     tokenizer: str = field(
-        default="", metadata={"help": "A tokenizer of the hub or a folder; one is trained on the text if empty."}
+        default="",
+        metadata={
+            "help": "A tokenizer of the hub or a folder; one is trained on the text if empty; `characters` takes the "
+            "text's characters (`clm` only)."
+        },
     )
     init_from: str = field(
         default="",
@@ -64,7 +74,9 @@ class RecipeArguments:
             "defaults. The vocabulary size and the context are filled in. `--model.n_layer 2` changes one key of it."
         },
     )
-    vocab_size: int = field(default=4096, metadata={"help": "Size of the tokenizer that is trained on the text."})
+    vocab_size: int = field(
+        default=4096, metadata={"help": "Size of the tokenizer that is trained on the text; of `characters` the most."}
+    )
     context: int = field(default=128, metadata={"help": "Tokens in a training sequence."})
     document_mask: bool = field(
         default=False,
@@ -140,6 +152,10 @@ class RecipeArguments:
         for name, objective in (("document_mask", "clm"), ("sample_prompt", "clm"), ("whole_word_mask", "mlm")):
             if getattr(self, name) and self.objective != objective:
                 raise ValueError(f"{name} is for objective={objective}, got {self.objective}")
+        if self.tokenizer == CHARACTERS and self.objective != "clm":
+            raise ValueError(f"tokenizer={CHARACTERS} is for objective=clm, got {self.objective}")
+        if self.held_out_end and self.streaming:
+            raise ValueError("held_out_end must be false with streaming=true, got true: the end is not known")
         if self.vocab_size > _MOST_WORDS:
             raise ValueError(f"vocab_size must be at most {_MOST_WORDS}, got {self.vocab_size}")
         if not 0 <= self.peak_tflops < math.inf:
@@ -337,7 +353,7 @@ def _smoke_data(given: Any, typed: Sequence[str], said: list[str]) -> list[str]:
     if given.dataset and not Path(given.dataset).exists():
         options += ["--dataset=", "--dataset_config=", f"--text={_SHAKESPEARE}", "--text_column=text"]
         said.append(f"{_SHAKESPEARE.name} in place of {given.dataset}")
-    if given.tokenizer and not Path(given.tokenizer).exists():
+    if given.tokenizer not in ("", CHARACTERS) and not Path(given.tokenizer).exists():
         options += ["--tokenizer=", f"--vocab_size={min(512, given.vocab_size)}"]
         said.append(f"a tokenizer trained on the text in place of {given.tokenizer}")
     if not any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in typed):
