@@ -203,6 +203,7 @@ def make_config(recipe: RecipeArguments, vocab_size: int, **special_ids: int | N
             raise ValueError(f"model must have sizes that are positive whole numbers, got {name}: {value!r}")
     if recipe.smoke:
         options |= {known.attribute_map.get(name, name): size for name, size in _SMOKE.items() if hasattr(known, name)}
+        options.pop("vocab_size", None)  # of the hub's tokenizer, padded
     positions = {"max_position_embeddings": recipe.context}
     with one_line("model must be a configuration that transformers takes", recipe.model):
         return AutoConfig.for_model(model_type, **{"vocab_size": vocab_size, **positions, **special_ids, **options})
@@ -344,7 +345,8 @@ def _smoke_sizes(given: Any) -> list[str]:
     sizes = {name: min(most, getattr(given, name)) for name, most in _SMOKE_SIZES.items()}
     if sizes["max_steps"] <= 0:  # epochs
         sizes["max_steps"] = _SMOKE_SIZES["max_steps"]
-    return [f"--{name}={size}" for name, size in sizes.items()]
+    # A compiler takes longer than the steps.
+    return ["--torch_compile=false", *(f"--{name}={size}" for name, size in sizes.items())]
 
 
 def _smoke_data(given: Any, typed: Sequence[str], said: list[str]) -> list[str]:
