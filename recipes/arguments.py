@@ -21,6 +21,8 @@ from hf_warmup.trainer import WarmupArguments, WarmupTrainingArguments
 from hf_warmup.trainer.arguments import GONE
 from hf_warmup.trainer.secrets import hide_known
 
+CHARACTERS = "characters"  # the tokenizer that is none of the hub's
+
 
 @dataclass
 class RecipeArguments:
@@ -47,9 +49,17 @@ class RecipeArguments:
     held_out: int = field(
         default=500, metadata={"help": "Documents at the start of a stream that are kept for evaluation."}
     )
+    held_out_end: bool = field(
+        default=False,
+        metadata={"help": "Keep the last tenth for evaluation, in place of every tenth part; not of a stream."},
+    )
     shuffle_blocks: int = field(default=4096, metadata={"help": "Blocks of a stream that are shuffled together."})
     tokenizer: str = field(
-        default="", metadata={"help": "A tokenizer of the hub or a folder; one is trained on the text if empty."}
+        default="",
+        metadata={
+            "help": "A tokenizer of the hub or a folder; one is trained on the text if empty; `characters` takes the "
+            "text's characters (`clm` only)."
+        },
     )
     init_from: str = field(
         default="",
@@ -62,7 +72,9 @@ class RecipeArguments:
             "defaults. The vocabulary size and the context are filled in. `--model.n_layer 2` changes one key of it."
         },
     )
-    vocab_size: int = field(default=4096, metadata={"help": "Size of the tokenizer that is trained on the text."})
+    vocab_size: int = field(
+        default=4096, metadata={"help": "Size of the tokenizer that is trained on the text; of `characters` the most."}
+    )
     context: int = field(default=128, metadata={"help": "Tokens in a training sequence."})
     document_mask: bool = field(
         default=False,
@@ -138,6 +150,10 @@ class RecipeArguments:
         for name, objective in (("document_mask", "clm"), ("sample_prompt", "clm"), ("whole_word_mask", "mlm")):
             if getattr(self, name) and self.objective != objective:
                 raise ValueError(f"{name} is for objective={objective}, got {self.objective}")
+        if self.tokenizer == CHARACTERS and self.objective != "clm":
+            raise ValueError(f"tokenizer={CHARACTERS} is for objective=clm, got {self.objective}")
+        if self.held_out_end and self.streaming:
+            raise ValueError("held_out_end must be false with streaming=true, got true: the end is not known")
         if self.vocab_size > _MOST_WORDS:
             raise ValueError(f"vocab_size must be at most {_MOST_WORDS}, got {self.vocab_size}")
         if not 0 <= self.peak_tflops < math.inf:
@@ -185,6 +201,7 @@ def make_config(recipe: RecipeArguments, vocab_size: int, **special_ids: int | N
             raise ValueError(f"model must have sizes that are positive whole numbers, got {name}: {value!r}")
     if recipe.smoke:
         options |= {known.attribute_map.get(name, name): size for name, size in _SMOKE.items() if hasattr(known, name)}
+        options.pop("vocab_size", None)  # of the hub's tokenizer, padded
     positions = {"max_position_embeddings": recipe.context}
     with one_line("model must be a configuration that transformers takes", recipe.model):
         return AutoConfig.for_model(model_type, **{"vocab_size": vocab_size, **positions, **special_ids, **options})
@@ -326,7 +343,8 @@ def _smoke_sizes(given: Any) -> list[str]:
     sizes = {name: min(most, getattr(given, name)) for name, most in _SMOKE_SIZES.items()}
     if sizes["max_steps"] <= 0:  # epochs
         sizes["max_steps"] = _SMOKE_SIZES["max_steps"]
-    return [f"--{name}={size}" for name, size in sizes.items()]
+    # A compiler takes longer than the steps.
+    return ["--torch_compile=false", *(f"--{name}={size}" for name, size in sizes.items())]
 
 
 def _smoke_data(given: Any, typed: Sequence[str], said: list[str]) -> list[str]:
@@ -335,7 +353,7 @@ def _smoke_data(given: Any, typed: Sequence[str], said: list[str]) -> list[str]:
     if given.dataset and not Path(given.dataset).exists():
         options += ["--dataset=", "--dataset_config=", f"--text={_SHAKESPEARE}", "--text_column=text"]
         said.append(f"{_SHAKESPEARE.name} in place of {given.dataset}")
-    if given.tokenizer and not Path(given.tokenizer).exists():
+    if given.tokenizer not in ("", CHARACTERS) and not Path(given.tokenizer).exists():
         options += ["--tokenizer=", f"--vocab_size={min(512, given.vocab_size)}"]
         said.append(f"a tokenizer trained on the text in place of {given.tokenizer}")
     if not any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in typed):

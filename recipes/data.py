@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,20 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from arguments import RecipeArguments
+from arguments import CHARACTERS, RecipeArguments
 from collator import Collator
 from framing import Framing
 from texts import LeftOut, columns_of, texts
 
-# One segment in ten is held out, spread over the text: its last tenth may be of another kind.
+# One segment in ten is held out, spread over the text: its last tenth, `held_out_end`, may be of another kind.
 _HELD_OUT = 10
 _SEGMENT_CHARACTERS = 5000
 _FIRST = 10_000  # documents of a stream that a tokenizer is trained on
 _LONG = re.compile(r"\S{1000}")  # the longest word that a tokenizer is trained on: longer ones take hours
+_END, _UNKNOWN = "<|endoftext|>", "<|unknown|>"
 _AT_ONCE = 1000  # documents packed together, with the end of the last block lost
 
 
@@ -54,6 +56,9 @@ def load_text(recipe: RecipeArguments) -> tuple[Dataset | IterableDataset, Datas
     ends = np.cumsum([len(text) for text in lines])
     if not any(text.strip() for text in lines):
         raise _nothing(left)
+    if recipe.held_out_end:
+        held_out = ends > ends[-1] * (1 - 1 / _HELD_OUT)
+        return documents.select(np.flatnonzero(~held_out)), documents.select(np.flatnonzero(held_out))
     if joined(recipe):
         segments = ends // min(_SEGMENT_CHARACTERS, max(1, ends[-1] // (2 * _HELD_OUT)))
     else:
@@ -146,12 +151,14 @@ def _load_from_hub(recipe: RecipeArguments, left: LeftOut) -> Dataset | Iterable
 def load_tokenizer(recipe: RecipeArguments, documents: Dataset | IterableDataset) -> PreTrainedTokenizerFast:
     """The tokenizer of that name or folder, or of `init_from`, or one trained on the text and kept in the cache.
 
-    Trained are a byte-level BPE for `clm` and a WordPiece for `mlm`; of a stream, on its first documents.
+    Trained are a byte-level BPE for `clm` and a WordPiece for `mlm`, or the text's characters are counted; of a
+    stream, on its first documents.
 
     Raises:
         ValueError: In one line, if there is no such tokenizer or it cannot be reached.
     """
-    if name := recipe.tokenizer or recipe.init_from:
+    characters = recipe.tokenizer == CHARACTERS
+    if not characters and (name := recipe.tokenizer or recipe.init_from):
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ConnectionError, OfflineModeIsEnabled) as error:
@@ -170,21 +177,36 @@ def load_tokenizer(recipe: RecipeArguments, documents: Dataset | IterableDataset
         return tokenizer
     taken = documents["text"] if isinstance(documents, Dataset) else [r["text"] for r in documents.take(_FIRST)]
     lines = [_LONG.sub(r"\g<0> ", text) for text in taken]
-    key = hashlib.sha256(f"2 {recipe.objective} {recipe.vocab_size} ".encode())  # 2: how they are trained
+    # 2: how they are trained
+    key = hashlib.sha256(f"2 {recipe.objective} {recipe.tokenizer} {recipe.vocab_size} ".encode())
     for text in lines:
         key.update(text.encode())
     path = Path(datasets.config.HF_DATASETS_CACHE) / "hf_warmup_tokenizers" / f"{key.hexdigest()[:32]}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        trained = _train_bpe(recipe, lines) if recipe.objective == "clm" else _train_wordpiece(recipe, lines)
+        train = _characters if characters else _train_bpe if recipe.objective == "clm" else _train_wordpiece
+        trained = train(recipe, lines)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
             file.write(trained.to_str())
         os.replace(file.name, path)  # whole or not at all, also when several processes come here
     if recipe.objective == "clm":
-        special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+        special = {"bos_token": _END, "eos_token": _END, "pad_token": _END}
+        special |= {"unk_token": _UNKNOWN} if characters else {}
     else:
         special = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "UNK", "CLS", "SEP", "MASK")}
     return PreTrainedTokenizerFast(tokenizer_file=str(path), model_max_length=recipe.context, **special)
+
+
+def _characters(recipe: RecipeArguments, texts: Iterable[str]) -> Tokenizer:
+    special = [_END, _UNKNOWN]
+    counts = Counter(itertools.chain.from_iterable(texts))
+    kept = sorted(letter for letter, _ in counts.most_common(recipe.vocab_size - len(special)))
+    words = {word: i for i, word in enumerate([*special, *kept])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=_UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(special)
+    return tokenizer
 
 
 def _train_bpe(recipe: RecipeArguments, texts: Iterable[str]) -> Tokenizer:
@@ -193,7 +215,7 @@ def _train_bpe(recipe: RecipeArguments, texts: Iterable[str]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.vocab_size,
-        special_tokens=["<|endoftext|>"],
+        special_tokens=[_END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

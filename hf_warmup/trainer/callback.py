@@ -229,7 +229,7 @@ class WarmupCallback(TrainerCallback):
         if rule is None or schedule is None or step is None:
             return
         self._notice_other_lrs(schedule)
-        step.lr, step.first = rule.lr, rule.num_steps == 0
+        step.lr, step.first, step.asks = rule.lr, rule.num_steps == 0, rule.asks
         before = rule.num_steps
         try:
             lr = schedule.warm_up(rule, step)

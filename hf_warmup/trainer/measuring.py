@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import Trainer
@@ -53,7 +53,7 @@ def measure_critical(
     if _is_exact_along(shards):
         with along_step(optimizer, replay.loss, 2 / previous, shards=shards) as (loss_along, slope):
             found = search(
-                lambda eta: backend.mean_over_ranks(lambda: [loss_along(eta)])[0],
+                lambda eta: backend.mean_over_ranks(lambda: loss_along(eta)),
                 slope=_unclipped(trainer, backend, optimizer, slope, gradient_norm),
             )
     else:
@@ -123,7 +123,7 @@ def _unclipped(
         params = [p for group in optimizer.param_groups for p in group["params"]]
         if not all(is_dtensor(p) and p.device_mesh.ndim == 1 for p in params):
             return None
-        slope = sum(gather_object([slope]))  # of each process its shards' part
+        slope = backend.total(*backend.gathered(lambda: slope))  # of each process its shards' part
     if clips and gradient_norm is not None:
         slope /= min(1.0, most / (gradient_norm + 1e-6))
     return slope if slope > 0 else None

@@ -3,9 +3,10 @@
 Every process moves what it holds of the weights: all of them, its shards, or its partition of the single-precision
 weights (`hf_warmup.trainer.deepspeed`, where the step is made inside `accelerator.backward`).
 
-All processes take the same decisions, from losses averaged over them in the same order, and one that fails says
-so to the others. Where the forward pass itself is collective (FSDP2, ZeRO-3) the others are inside it when one
-fails, and learn of it when that process ends: the launcher (torchrun, `accelerate launch`) then ends them all.
+All processes take the same decisions, from numbers of each of them, taken together in the same order. What is known
+to be asked of a step travels in one tensor. A process that fails says so in it, and only then are its words sent.
+Where the forward pass itself is collective (FSDP2, ZeRO-3) the others are inside it when one fails, and learn of it
+when that process ends: the launcher (torchrun, `accelerate launch`) then ends them all.
 """
 
 import logging
@@ -13,7 +14,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, gather, gather_object
 from transformers import Trainer
 
 from hf_warmup.search.shards import Shards
@@ -47,9 +48,8 @@ class Backend:
         """Whether a step whose gradients are not finite is left out, as under fp16."""
         return getattr(self.trainer.accelerator, "scaler", None) is not None
 
-    def can_step(self, shards: Shards, *, first: bool = False) -> bool:
-        """Whether the gradients of all processes are finite and not all zero; on all processes at once."""
-        largest = self.largest(shards.largest_gradient())
+    def can_step(self, largest: float, *, first: bool = False) -> bool:
+        """Whether gradients with that largest magnitude on all processes are finite and not all zero."""
         step, skips = self.trainer.state.global_step + 1, self.skips_overflows and not math.isfinite(largest)
         if first and not math.isfinite(largest) and not skips:
             raise RuntimeError(
@@ -66,46 +66,55 @@ class Backend:
             )
         return possible
 
-    def largest(self, value: float) -> float:
-        """The largest `value` of all processes, NaN if one is; on all processes at once."""
-        values = [value] if self.trainer.args.world_size == 1 else gather_object([value])
-        return math.nan if any(map(math.isnan, values)) else max(values)  # max() would pass over it
-
-    def mean_over_ranks(self, measure: Callable[[], list[float]]) -> list[float]:
-        """The numbers of `measure`, averaged over the processes; on all processes at once."""
-        # If it raises, it must have restored what it changed; then all processes raise.
-        if self.trainer.args.world_size == 1:
-            return measure()
-        losses: list[float] = []
+    def gathered(self, *measures: Callable[[], float]) -> list[list[float]]:
+        """What each measure gives on every process; on all processes at once, in one collective."""
+        # If one raises, it must have restored what it changed; then all processes raise.
+        world, numbers = self.trainer.args.world_size, [math.nan] * len(measures)
+        if world == 1:
+            return [[measure()] for measure in measures]
         failure: BaseException | None = None
         try:
-            losses = measure()
+            numbers = [measure() for measure in measures]
         except BaseException as error:  # Ctrl-C too: the others would wait for this process
             if self.collective_forward:
                 raise  # the others wait inside the forward pass, not here
             failure = error
-        message = "" if failure is None else f"{type(failure).__name__}: {failure}"
-        outcomes = gather_object([(losses, message)])
-        if failure is not None:
-            raise failure
-        for process, (_, said) in enumerate(outcomes):
-            if said:
-                raise RuntimeError(
-                    f"process {process} failed while learning rates were tried, which ends all: {said} (the weights "
-                    "are as they were before it)"
-                )
-        # In single precision, as the Trainer averages the loss that it logs.
-        return torch.tensor([given for given, _ in outcomes]).mean(dim=0).tolist()
+        row = torch.tensor([[failure is not None, *numbers]], dtype=torch.float64, device=self.trainer.args.device)
+        failed, *columns = gather(row).T.tolist()
+        if any(failed):
+            said = gather_object(["" if failure is None else f"{type(failure).__name__}: {failure}"])
+            if failure is not None:
+                raise failure
+            process = failed.index(True)
+            raise RuntimeError(
+                f"process {process} failed while learning rates were tried, which ends all: {said[process]} (the "
+                "weights are as they were before it)"
+            )
+        return columns
 
-    def total(self, measure: Callable[[], list[float]]) -> list[float]:
-        """The numbers of `measure`, each of what this process holds, over all of it; on all processes at once."""
-        world, config = self.trainer.args.world_size, self.trainer.accelerator.parallelism_config
-        copies = world if not self.splits_weights else 1 if config is None else config.dp_replicate_size
-        return [mean * world / copies for mean in self.mean_over_ranks(measure)]
+    def mean_over_ranks(self, measure: Callable[[], float]) -> float:
+        """The number of `measure`, averaged over the processes; on all processes at once."""
+        return mean(self.gathered(measure)[0])
+
+    def total(self, parts: list[float]) -> float:
+        """The sum over the whole model of numbers that each process has for what it holds of it."""
+        config = self.trainer.accelerator.parallelism_config
+        copies = len(parts) if not self.splits_weights else 1 if config is None else config.dp_replicate_size
+        return sum(parts) / copies
 
     def watch_step(self, before: Callable[[], None]) -> Callable[[], None]:
         """Have `before` called before every step, if `steps_in_backward`; gives a function that ends it."""
         return lambda: None
+
+
+def largest(values: list[float]) -> float:
+    """The largest, NaN if one is."""
+    return math.nan if any(map(math.isnan, values)) else max(values)  # max() would pass over it
+
+
+def mean(values: list[float]) -> float:
+    """The mean, in single precision, as the Trainer averages the loss that it logs."""
+    return values[0] if len(values) == 1 else torch.tensor(values).mean().item()
 
 
 def backend_of(trainer: Trainer) -> Backend:

@@ -131,7 +131,7 @@ class StepReplay:
             self._refuse(self._moved())
         if self._checked:
             return
-        (own,) = self._backend.mean_over_ranks(lambda: [self.own_loss() if self._losses else math.nan])
+        own = self._backend.mean_over_ranks(lambda: self.own_loss() if self._losses else math.nan)
         reason = self._difference(own, measure)
         if reason is not None and self._can_go_backward:
             self._goes_backward = True
@@ -152,7 +152,7 @@ class StepReplay:
 
     def _refuse(self, reason: str | None) -> None:
         """End training if there is a reason to, on this process or on another."""
-        if self._backend.largest(float(reason is not None)) > 0:
+        if any(*self._backend.gathered(lambda: float(reason is not None))):
             raise ValueError(
                 f"the steps of {type(self.trainer).__name__} cannot be replayed to try learning rates: "
                 f"{reason or 'those of another process cannot'}; {self.instead}"
@@ -173,7 +173,7 @@ class StepReplay:
     def _difference(self, own: float, measure: Callable[[], float]) -> str | None:
         """How a replay at unchanged weights differs from the step; on all processes at once."""
         try:
-            (again,) = self._backend.mean_over_ranks(lambda: [measure()])
+            again = self._backend.mean_over_ranks(measure)
         except Exception as error:
             # Nothing else can be tried, or a smaller batch will be.
             if not self._can_go_backward or isinstance(error, _NO_MEMORY) or should_reduce_batch_size(error):

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from hf_warmup.search.probe import gradient_norm, has_momentum, loss_after_step, momentum_slope, update_slope
 from hf_warmup.search.shards import Shards, params_of
-from hf_warmup.trainer.processes import backend_of
+from hf_warmup.trainer.processes import backend_of, largest, mean
 from hf_warmup.trainer.replay import StepReplay
 
 _LOW = (torch.bfloat16, torch.float16)
@@ -32,6 +32,7 @@ class TrainerStep:
     Attributes:
         lr: The learning rate of the step before, for slopes; 0 in the first step.
         first: Whether no step was made yet, so that gradients that are not finite are a mistake.
+        asks: What the rule will ask of this step (`Warmup.asks`), to be measured with its first question.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -39,9 +40,11 @@ class TrainerStep:
         self.backend = backend_of(trainer)
         self.replay = StepReplay(trainer, self._begin, backend=self.backend)
         self.lr, self.first = 0.0, False
+        self.asks: tuple[str, ...] = ()
         self._model = trainer.model_wrapped
         self._watchers: list[tuple[Callable[[], bool], Callable[[], None]]] = []
         self._known: dict[float, float] = {}
+        self._seen: dict[str, list[float]] = {}
         self._shards: Shards | None = None
         self._unwatch = self.backend.watch_step(self._before_step)
 
@@ -74,7 +77,7 @@ class TrainerStep:
             del vars(self.trainer)[_ON_TRAINER]
 
     def _begin(self) -> bool:
-        self._known, self._shards = {}, None
+        self._known, self._seen, self._shards, self.asks = {}, {}, None, ()
         return any(will_probe() for will_probe, _ in self._watchers)
 
     def _before_step(self) -> None:
@@ -84,23 +87,48 @@ class TrainerStep:
     @property
     def shards(self) -> Shards:
         """What this process holds; NotMeasurable if the step cannot be measured; on all processes at once."""
+        return self._measured()[1]
+
+    def _measured(self, *names: str) -> tuple[dict[str, list[float]], Shards]:
+        """What is asked, and all that the rule is about to ask, of every process by name: in one collective."""
+        shards = self.backend.shards() if self._shards is None else self._shards
+        along = functools.partial(self._along, shards)
+        measures: dict[str, Callable[[], float]] = {
+            "gradient": shards.largest_gradient,
+            "loss": self.replay.own_loss,
+            "slope": functools.partial(along, update_slope),
+            "momentum_slope": functools.partial(along, momentum_slope),
+            "squares": lambda: gradient_norm(shards) ** 2,
+        }
+        asked = {"gradient", *names, *self.asks}
+        if not self._is_own:
+            asked.discard("loss")
+        if not has_momentum(shards.optimizer):
+            asked.discard("momentum_slope")
+        if asked & {"slope", "momentum_slope"}:
+            asked.add("squares")
+        if new := [name for name in measures if name in asked and name not in self._seen]:
+            self._seen |= zip(new, self.backend.gathered(*(measures[name] for name in new)), strict=True)
         if self._shards is None:
-            shards = self.backend.shards()
-            if not self.backend.can_step(shards, first=self.first):
+            if not self.backend.can_step(largest(self._seen["gradient"]), first=self.first):
                 raise NotMeasurable
             self._shards = shards
-        return self._shards
+        return self._seen, shards
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether the loss at a learning rate of 0 is that which the step had."""
+        # Compiled graphs with and without gradients may round differently.
+        return not (self.replay.is_kept and self.trainer.args.torch_compile)
 
     def loss(self, lr: float = 0.0) -> float:
         """The training loss after the step at `lr`, over all processes; at 0 that of the step, which is known."""
+        if lr == 0 and self._is_own:
+            return mean(self._measured("loss")[0]["loss"])
         shards = self.shards
         if lr not in self._known:
-            if lr == 0 and not (self.replay.is_kept and self.trainer.args.torch_compile):
-                # Compiled graphs with and without gradients may round differently.
-                self._known[lr] = self.backend.mean_over_ranks(lambda: [self.replay.own_loss()])[0]
-            else:
-                self.check()
-                self._known[lr] = self.backend.mean_over_ranks(lambda: [self._replayed(shards, lr)])[0]
+            self.check()
+            self._known[lr] = self.backend.mean_over_ranks(lambda: self._replayed(shards, lr))
         return self._known[lr]
 
     def check(self) -> None:
@@ -115,20 +143,25 @@ class TrainerStep:
 
     def slope(self) -> float:
         """gᵀu / max(1, ‖g‖) along the step."""
-        return self._slope(update_slope)
+        return self._slope("slope")
 
     def momentum_slope(self) -> float | None:
         """The same along the step that the momentum alone would make; None without momentum."""
-        return self._slope(momentum_slope) if has_momentum(self.shards.optimizer) else None
+        return self._slope("momentum_slope") if has_momentum(self.shards.optimizer) else None
 
-    def _slope(self, measure: Callable[..., float]) -> float:
-        shards = self.shards
+    def _along(self, shards: Shards, measure: Callable[..., float]) -> float:
+        """This process's part of gᵀu; 0 where nothing has a gradient, so that nothing can be stepped."""
+        if not any(held for _, held in shards.groups()):
+            return 0.0
         hidden = self.lr == 0 or any(p.dtype in _LOW for p in params_of(shards.optimizer))
         lr = max(self.lr, _VISIBLE) if hidden else self.lr
-        along = functools.partial(measure, shards.optimizer, lr, module=self.trainer.model_wrapped, shards=shards)
-        slope, squares = self.backend.total(lambda: [along(), gradient_norm(shards) ** 2])
+        return measure(shards.optimizer, lr, module=self.trainer.model_wrapped, shards=shards)
+
+    def _slope(self, name: str) -> float:
+        seen, _ = self._measured(name)
+        slope, norm = self.backend.total(seen[name]), math.sqrt(self.backend.total(seen["squares"]))
         most: Any = self.trainer.args.max_grad_norm
-        norm, clip = math.sqrt(squares), most or math.inf
+        clip = most or math.inf
         # Gradients are clipped by now. One that was clipped below 1 had a norm of 1, as far as one can tell. In
         # bfloat16 its norm is that to which it was clipped only up to a percent.
         return slope / norm if norm >= min(1.0, _CLIPPED * clip) else slope

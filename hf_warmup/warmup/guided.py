@@ -108,6 +108,14 @@ class GuidedWarmup(Rule):
         self.overshoot_lr: float | None = None
         self.climb_step: int | None = None
 
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """The loss and a slope until the overshoot, the loss while it waits, nothing in the climb."""
+        if self.climb_step is not None or self.ended_by is not None:
+            return ()
+        slope = "slope" if self.num_steps == 0 else "momentum_slope"
+        return ("loss", slope) if self.overshoot_step is None else ("loss",)
+
     def _decide(self, step: Step) -> None:
         if self.climb_step is None:
             self._before_the_climb(step)

@@ -66,6 +66,11 @@ class PersistentCatapult(Rule):
         """Whether the next call may ask for losses at learning rates."""
         return self.ended_by is None
 
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """The loss."""
+        return ("loss",) if self.ended_by is None else ()
+
     def _decide(self, step: Step) -> None:
         before = step.loss()
         if self.num_steps == 0 or before < self.loss:

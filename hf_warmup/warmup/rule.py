@@ -38,6 +38,8 @@ class Warmup(Protocol):
         lr: The learning rate of the last step decided.
         num_steps: Steps decided so far.
         will_probe: Whether the next call may ask for the loss at a learning rate, so that its batch must be kept.
+        asks: What the next call will ask in any case, by the names of `Step`'s methods without arguments, so that
+            many processes can answer it at once.
         ended_by: Why warmup has ended; None before.
         overrun: How far the last step decided lies behind the end, in steps; 0 of a rule that ends at a step.
         news: What the last decision found out, by name, for a log.
@@ -53,6 +55,10 @@ class Warmup(Protocol):
     @property
     def will_probe(self) -> bool:
         """Whether the next call may ask for the loss at a learning rate."""
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """What the next call will ask in any case."""
 
     def __call__(self, step: Step) -> float:
         """The learning rate of the step."""
@@ -79,6 +85,11 @@ class Rule:
         self.num_steps = 0
         self.ended_by: str | None = None
         self.news: dict[str, Any] = {}
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """What the next call will ask in any case: nothing, if nothing is said."""
+        return ()
 
     def __call__(self, step: Any = None) -> float:
         """The learning rate of the step that is about to be made; once warmup has ended, its last."""

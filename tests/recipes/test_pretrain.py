@@ -64,7 +64,8 @@ def test_a_recipe_has_only_options_that_are_known_and_says_its_tokens(path):
     args, recipe = arguments.parse([str(path), "--use_cpu"])
     assert isinstance(args.learning_rate, float)
     kind = args.kind(args.warmup_steps)
-    expected = {"catapult": "linear", "gi_adam": "linear", "zero": "none", "gpt_muon": "guided"}.get(path.stem)
+    kinds = {"catapult": "linear", "gi_adam": "linear", "zero": "none", "char_gpt": "none", "gpt_muon": "guided"}
+    expected = kinds.get(path.stem)
     assert kind == (expected or ("linear" if path.parent.name == "tiny" else "guided"))
     assert 0 < args.warmup_steps < args.max_steps if kind in ("linear", "none") else args.warmup_steps == 0
     text = path.read_text()
@@ -238,6 +239,28 @@ def test_the_tokenizer_is_trained_once_and_text_is_held_out_evenly(tmp_path, mon
     assert first.decode(stream) == "".join(held_out["text"][:50])
 
 
+def test_characters_are_tokens_in_their_order_and_the_rare_and_new_are_unknown(tmp_path):
+    text = tmp_path / "part.txt"
+    text.write_text("ab é\n  b" * 100 + "z")
+    _, recipe = arguments.parse(small("clm", tmp_path, "--text", str(text), "--tokenizer", "characters"))
+    documents = data.Dataset.from_dict({"text": text.read_text().splitlines(keepends=True)})
+    tokenizer = data.load_tokenizer(recipe, documents)
+    words = ["<|endoftext|>", "<|unknown|>", "\n", " ", "a", "b", "z", "é"]
+    assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == words
+    assert tokenizer.decode(tokenizer("a  é.\n\nb z").input_ids) == "a  é<|unknown|>\n\nb z"
+    recipe.vocab_size = 7
+    assert len(data.load_tokenizer(recipe, documents)) == 7
+    assert "z" not in data.load_tokenizer(recipe, documents).get_vocab()
+
+
+def test_the_last_tenth_is_held_out_if_asked(tmp_path):
+    _, recipe = arguments.parse(small("clm", tmp_path, "--held_out_end", "true"))
+    train, held_out = ("".join(lines["text"]) for lines in data.load_text(recipe))
+    assert train + held_out == TEXT.read_text()
+    longest = max(map(len, TEXT.read_text().splitlines(keepends=True)))
+    assert 0 <= len(held_out) - len(train + held_out) / 10 < longest
+
+
 def test_held_out_masks_are_the_same_in_every_run(tmp_path):
     _, recipe = arguments.parse(few_steps("mlm", tmp_path))
     _, held_out = data.load_text(recipe)
@@ -315,6 +338,8 @@ BAD = [
     ({"warmup_steps": 11}, "warmup_steps must be at most max_steps=10, got 11"),
     ({"context": 2}, "context must be at least 8, got 2"),
     ({"vocab_size": 5}, "vocab_size must be at least 300, got 5"),
+    ({"tokenizer": "characters", "objective": "mlm"}, "tokenizer=characters is for objective=clm, got mlm"),
+    ({"held_out_end": True, "streaming": True}, "held_out_end must be false with streaming=true, got true"),
     ({"model": "{model_type: nogpt}"}, "model must have a model_type that transformers knows, got 'nogpt'"),
     ({"model": "{model_type: gpt2, n_emb: 64}"}, "model has an option that gpt2 does not know, got n_emb: 64"),
     ({"model": "gpt2"}, "model must be a mapping with a model_type, got 'gpt2'"),

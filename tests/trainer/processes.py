@@ -17,6 +17,7 @@ import torch
 from accelerate.state import DistributedType, PartialState
 from forking import in_fork
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, set_seed
 
@@ -152,6 +153,15 @@ class Failing(Trainer):
         return super().compute_loss(*args, **kwargs)
 
 
+class Unable(torch.optim.AdamW):
+    """Raises on process 1 when it is to step."""
+
+    def step(self, closure=None):
+        if torch.distributed.get_rank() == 1:
+            raise RuntimeError("CUDA out of memory, they say")
+        return super().step(closure)
+
+
 class Little(Trainer):
     """Has no memory for more than four sequences."""
 
@@ -170,6 +180,17 @@ def make_large_model():
     return LlamaForCausalLM(config)
 
 
+def counted(decide, counts):
+    """`decide`, noting how many collectives it makes."""
+
+    def counting(*args, **kwargs):
+        with CommDebugMode() as made:
+            decide(*args, **kwargs)
+        counts.append(made.get_total_counts())
+
+    return counting
+
+
 class FeatureNorm(torch.nn.BatchNorm1d):
     """Batch norm over the last dimension: its running statistics are buffers, which DDP sends around."""
 
@@ -183,7 +204,7 @@ def run(
     name,
     backend="ddp",
     kill=None,
-    fails=False,
+    fails=None,
     memory=False,
     batch_norm=False,
     resume=None,
@@ -192,6 +213,7 @@ def run(
     differ=None,
     sharpness=None,
     muon=False,
+    count=False,
     **options,
 ):
     set_seed(0)
@@ -206,9 +228,13 @@ def run(
     if batch_norm:
         model.model.norm = FeatureNorm(model.config.hidden_size)
     kwargs = {"optimizer_cls_and_kwargs": muon_cls_and_kwargs(args)} if muon else {}
+    if fails == "step":
+        kwargs = {"optimizer_cls_and_kwargs": (Unable, {"lr": args.learning_rate})}
     cls = Failing if fails else Little if args.auto_find_batch_size else Trainer
     trainer = cls(model, args, train_dataset=make_dataset(vocab=tokens), **kwargs)
-    WarmupCallback.attach(trainer)
+    callback, collectives = WarmupCallback.attach(trainer), []
+    if count:
+        callback.on_pre_optimizer_step = counted(callback.on_pre_optimizer_step, collectives)
     if sharpness:
         SharpnessCallback(**sharpness).attach(trainer)
     watcher, seen_memory = Watcher(trainer, kill), []
@@ -228,6 +254,7 @@ def run(
         "wrapped": type(trainer.model_wrapped).__name__,
         "history": trainer.state.log_history,
         "memory": seen_memory,
+        "collectives": collectives,
         "rule": rule(trainer.lr_scheduler),
         "counts": [
             float(state["step"]) for state in unwrap_optimizer(trainer.optimizer).state.values() if "step" in state

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback, set_seed
 
 from hf_warmup import GuidedWarmup, momentum_slope, update_slope
@@ -417,3 +418,47 @@ def test_a_trainer_that_generates_its_batches_is_guided(make_trainer):
     trainer = make_trainer(Online, **GUIDED | {"learning_rate": 1e-3})
     rates = train(trainer)
     assert rates[0] < max(rates) == 1e-3
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often the host reads a tensor, for which it would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+class PerStep(TrainerCallback):
+    def __init__(self, waits):
+        self.waits, self.seen, self.before = waits, [], 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.before = self.waits.count
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen.append(self.waits.count - self.before)
+
+
+def test_behind_the_overshoot_no_step_waits_for_the_device_more_often_than_the_trainers_own(make_trainer):
+    seen = []
+    for attached in (True, False):
+        trainer = make_trainer(**AUTO, logging_steps=1000)
+        if attached:
+            callback = WarmupCallback.attach(trainer)
+        with Waits() as waits:
+            trainer.add_callback(per_step := PerStep(waits))
+            trainer.train()
+        seen.append(per_step.seen)
+    (guided, plain), asked = seen, callback.rule.overshoot_step + 1
+    assert guided[asked:] == plain[asked:]
+    assert min(guided[:asked]) > max(plain[:asked])
+
+
+def test_a_compiled_model_has_the_learning_rates_of_one_that_is_not(make_trainer):
+    compiled = make_trainer(**AUTO, torch_compile=True, torch_compile_backend="eager")
+    assert train(compiled) == pytest.approx(train(make_trainer(**AUTO)), rel=1e-4)
+    assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)

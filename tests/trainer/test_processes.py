@@ -26,7 +26,7 @@ FOUND = {"max_steps": 1, "warmup_steps": 1}
 RUNS = {
     "linear": {**LINEAR, "max_grad_norm": 100.0},  # so that v is the square of a gradient that is not clipped
     "given": {**GIVEN, "max_grad_norm": 100.0},
-    "guided": GUIDED,
+    "guided": {**GUIDED, "count": True},
     "muon": {**GUIDED, "muon": True, "adam_beta2": 0.95},
     "sgd": {**SGD, **FOUND},
     "adam": {**ADAM, **FOUND},
@@ -112,6 +112,12 @@ def test_the_run_is_that_of_one_process_with_the_same_global_batch(name, two, on
 
 def test_guided_warmup_measures_what_one_process_measures(two, one):
     assert_same_rule(Seen(two, "guided"), Seen(one, "guided"))
+
+
+def test_guided_warmup_takes_one_collective_per_step_to_the_overshoot_and_none_after_it(two):
+    for process in Seen(two, "guided").processes:
+        asked = process["rule"]["overshoot_step"] + 1
+        assert process["collectives"] == [1] * asked + [0] * (GUIDED["max_steps"] - asked)
 
 
 def test_guided_warmup_on_muon_is_that_of_one_process_to_the_precision_of_its_steps(two, one):
@@ -219,9 +225,13 @@ def test_the_search_on_shards_holds_one_copy_of_them(fsdp2):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
-def test_a_process_that_fails_in_the_search_ends_all_with_its_reason_and_the_weights_restored(backend, tmp_path):
-    done = launch(tmp_path, 2, {"name": "run", "backend": backend, "fails": True, "warmup_steps": 4}, fails=True)
+@pytest.mark.parametrize(("backend", "fails"), [("ddp", "loss"), ("fsdp2", "loss"), ("ddp", "step")])
+def test_a_process_that_fails_in_the_search_ends_all_with_its_reason_and_the_weights_restored(
+    backend, fails, tmp_path
+):
+    guided = {"warmup": "guided", "warmup_steps": 0, "gi_adam": False}
+    warmup = guided if fails == "step" else {"warmup_steps": 4}
+    done = launch(tmp_path, 2, {"name": "run", "backend": backend, "fails": fails, **warmup}, fails=True)
     assert "RuntimeError: CUDA out of memory, they say" in done.stderr
     seen = Seen(tmp_path, "run")
     assert [process["restored"] for process in seen.processes] == [True, True]

@@ -41,6 +41,29 @@ class World:
         return lrs
 
 
+class Asked(World):
+    """Notes what it is asked."""
+
+    def __getattribute__(self, name):
+        if name in ("loss", "slope", "momentum_slope"):
+            self.asked.append(name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize("learning_rate", [None, 1e-4])
+def test_it_asks_what_it_says_before(wait, learning_rate):
+    world, rule = Asked(loss=learning_on), GuidedWarmup(400, learning_rate, wait=wait)
+    said = []
+    for _ in range(400):
+        world.asked = []
+        said.append(rule.asks)
+        world.path += rule(world)
+        assert tuple(world.asked) == said[-1]
+    expected = {("loss", "slope"), ("loss", "momentum_slope"), ()}
+    assert set(said) == expected | ({("loss",)} if wait and learning_rate is None else set())
+
+
 def learning_on(path):
     """A loss that falls by a unit until the path is 0.05, and then on."""
     return 6.0 - 20 * path

@@ -24,6 +24,7 @@ SCRIPT = [(2.0, 0.1), (2.5, 9.0), (2.2, 9.0), (1.9, 0.4), (1.95, 9.0), (1.8, 2.0
 def test_it_goes_from_search_to_search_when_the_loss_is_below_where_it_was():
     # At θ* with L = 2, η_c = 0.1; the loss rises for two steps; below 2 it searches again.
     rule = PersistentCatapult(1000, 1.0, init_lr=1e-3, delta=1e-3)
+    assert rule.asks == ("loss",)
     made = [rule(Step(*script)) for script in SCRIPT]
     assert made[:3] == pytest.approx([0.1] * 3, rel=0.15)
     assert made[0] >= 0.1  # the upper end of the bracket: it induces a catapult
@@ -32,6 +33,7 @@ def test_it_goes_from_search_to_search_when_the_loss_is_below_where_it_was():
     assert rule.num_searches == 3
     assert rule.ended_by == "learning_rate"
     assert not rule.will_probe
+    assert rule.asks == ()
 
 
 def test_it_gives_way_to_the_decay_at_half_of_the_run():
