@@ -99,10 +99,7 @@ class MuonAdamW(Optimizer):
         Raises:
             RuntimeError: If one of Muon's parameters is no matrix any more, as under DeepSpeed's ZeRO.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for kind, is_muon in ((torch.optim.Muon, True), (AdamW, False)):
             groups = [group for group in self.param_groups if bool(group["muon"]) is is_muon]
             if is_muon and any(p.ndim != 2 for group in groups for p in group["params"]):

@@ -115,22 +115,19 @@ class RotationalAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make the step.
+        """Turn the rows, and make AdamW's step of all else.
 
         Args:
-            closure: Computes the loss again.
+            closure: Gives the loss, and the gradients with it.
 
         Returns:
-            What the closure returns; None without one.
+            That loss, if there is a closure.
 
         Raises:
             RuntimeError: If no parameter has rows, as under DeepSpeed's ZeRO, rows are split over processes, or a
                 gradient is sparse.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         matrices = dict(self._matrices())
         groups = [{**g, "params": [p for p in g["params"] if p not in matrices]} for g in self.param_groups]
         # An AdamW over the same state: nothing of it has to be kept.
