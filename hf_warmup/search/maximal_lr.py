@@ -57,17 +57,16 @@ def find_max_initial_lr(
     To choose the peak of a training without warmup, or to hold another estimate of it against the truth.
 
     Example:
-        >>> import torch
-        >>> weight = torch.ones(1, requires_grad=True)
-        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
-        >>> def succeeds(lr):
-        ...     optimizer.param_groups[0]["lr"] = lr
+        >>> import functools, torch
+        >>> def train(weight, lr):
+        ...     optimizer = torch.optim.SGD([weight], lr)
         ...     for _ in range(200):
         ...         optimizer.zero_grad()
         ...         (20 * weight.square()).sum().backward()  # λ = 40
         ...         optimizer.step()
         ...     return weight.item() ** 2 < 1
-        >>> found = find_max_initial_lr(succeeds, low=1e-4, high=1.0)
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> found = find_max_initial_lr(functools.partial(train, weight), low=1e-4, high=1.0)
         >>> found.lower <= 2 / 40 < found.upper, weight.item()
         (True, 1.0)
 
