@@ -58,16 +58,15 @@ def find_max_initial_lr(
 
     Example:
         >>> import functools, torch
-        >>> weight = torch.ones(1, requires_grad=True)
-        >>> def trains(optimizer, lr):
-        ...     optimizer.param_groups[0]["lr"] = lr
+        >>> def train(weight, lr):
+        ...     optimizer = torch.optim.SGD([weight], lr)
         ...     for _ in range(200):
         ...         optimizer.zero_grad()
         ...         (20 * weight.square()).sum().backward()  # λ = 40
         ...         optimizer.step()
         ...     return weight.item() ** 2 < 1
-        >>> succeeds = functools.partial(trains, torch.optim.SGD([weight], lr=1.0))
-        >>> found = find_max_initial_lr(succeeds, low=1e-4, high=1.0)
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> found = find_max_initial_lr(functools.partial(train, weight), low=1e-4, high=1.0)
         >>> found.lower <= 2 / 40 < found.upper, weight.item()
         (True, 1.0)
 
