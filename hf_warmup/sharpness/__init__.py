@@ -9,6 +9,7 @@ from hf_warmup.sharpness.measures import (
     sharpness,
     stability_threshold,
 )
+from hf_warmup.sharpness.output_scale import scale_output
 
 __all__ = [
     "CriticalSharpness",
@@ -17,6 +18,7 @@ __all__ = [
     "adam_preconditioner",
     "critical_sharpness",
     "diagnose",
+    "scale_output",
     "sharpness",
     "stability_threshold",
 ]
