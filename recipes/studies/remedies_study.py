@@ -24,9 +24,10 @@ PARTS = {"gpt": "GPT", "llama": "Llama", "bert": "BERT, post-LN", "cnn": "CNN"}
 
 
 def method(row: Row) -> str:
-    """Optimizer and warmup, in words."""
+    """What is changed before training, optimizer and warmup, in words."""
+    before = "GradInit, " * bool(row["gradinit"]) + (f"γ = {row['gamma']:g}, " if row["gamma"] != 1 else "")
     how = f" {row['fraction']:g}" if row["rule"] == "loss adaptive" else ""
-    return optimizer_and_warmup(row) + how
+    return before + optimizer_and_warmup(row) + how
 
 
 def reported(study: Study, folder: Path, seeds: tuple[int, ...] = REPORTED) -> Iterator[Job]:

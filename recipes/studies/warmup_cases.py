@@ -1,6 +1,7 @@
 """Small settings in which warmup matters, and one loop to train them with any rule for the learning rate."""
 
 import functools
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -25,12 +26,16 @@ from transformers import (
 )
 
 from hf_warmup import GIAdamW, loss_after_step
+from hf_warmup.optim import RotationalAdamW, clip_grad_relative_
+from hf_warmup.search import gradinit
 from hf_warmup.search.restore import RandomNumbers
+from hf_warmup.sharpness import scale_output
 
 from peer_optimizers import make_peer
 from search_cases import TEXT, image_batches
 
 MASK, EVAL_BATCHES = 0, 8
+GRADINIT_STEPS = 100
 IMAGES = ("cnn", "vit")
 STREAMS = Path(__file__).parents[2] / "runs" / "streams"
 
@@ -56,6 +61,8 @@ class Setting:
     norm: bool = False  # of the CNN: a LayerNorm over channels and pixels behind every convolution
     head: int = 16  # width of an attention head
     noise: float = 1.0  # of images, in amplitudes of what is to be seen
+    gamma: float = 1.0  # by which the output is divided
+    gradinit: float = 0.0  # η of the step that GradInit makes good, before training; 0 for none
     device: str = "cpu"  # or "cuda": with bf16 autocast
 
     @property
@@ -149,6 +156,8 @@ def make_model(setting: Setting) -> nn.Module:
             for p in model.parameters():
                 if p.dim() > 1:
                     p.mul_(setting.init_scale)
+    if setting.gamma != 1:
+        scale_output(model if setting.family in IMAGES else model.get_output_embeddings(), setting.gamma)
     return model
 
 
@@ -263,13 +272,15 @@ class Rule(Protocol):
 
 
 OTHER_BATCH = "GIAdamW, other batch"  # v_0 of a batch that is not trained on, as in the authors' code
+OTHER_BATCHES = {OTHER_BATCH: 1, "GIAdamW, 8 batches": 8}  # of several E[g]² + Var[g]
 V0: dict[str, str | float] = {
     "GIAdamW": "gradient",
-    OTHER_BATCH: "gradient",
+    **dict.fromkeys(OTHER_BATCHES, "gradient"),
     "GIAdamW, 10 v0": 10.0,
     "GIAdamW, 100 v0": 100.0,
     "RI-AdamW": "random",
 }
+CLIPPED = "SGD momentum, clipped"  # relative to the weights
 
 
 def make_optimizer(name: str, setting: Setting, model: nn.Module) -> Any:
@@ -281,8 +292,12 @@ def make_optimizer(name: str, setting: Setting, model: nn.Module) -> Any:
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
     betas = (0.9, setting.beta2)
-    if name == "SGD momentum":
+    if name in ("SGD momentum", CLIPPED):
         return torch.optim.SGD(groups, 1.0, momentum=0.9)
+    if name == "RotationalAdamW":
+        rotational = RotationalAdamW(groups, 1.0, betas)
+        rotational.center_rows()  # for the slopes of the first step
+        return rotational
     if name == "RAdam":
         return torch.optim.RAdam(groups, 1.0, betas, decoupled_weight_decay=True)
     if name in V0:
@@ -299,11 +314,16 @@ def train(setting: Setting, optimizer_name: str, rule: Rule, seed: int) -> dict[
     torch.manual_seed(seed)
     model = make_model(setting).to(setting.device)
     model.train()
+    if setting.gradinit:
+        halves = losses(replace(setting, batch=setting.batch // 2), model, False, seed + 10_000)
+        kind = "sgd" if optimizer_name.startswith("SGD") else "adam"
+        gradinit(model, halves, lr=setting.gradinit, optimizer=kind, steps=GRADINIT_STEPS)
     optimizer = make_optimizer(optimizer_name, setting, model)
     batches = losses(setting, model, False, seed)
-    if optimizer_name == OTHER_BATCH:
-        next(losses(setting, model, False, seed + 10_000))().backward()
-        optimizer.seed_second_moment([p.grad for group in optimizer.param_groups for p in group["params"]])
+    if num := OTHER_BATCHES.get(optimizer_name):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        fns = itertools.islice(losses(setting, model, False, seed + 10_000), num)
+        optimizer.seed_second_moment(*[torch.autograd.grad(fn(), params, allow_unused=True) for fn in fns])
     averages = hasattr(optimizer, "eval")  # a schedule-free optimizer, which evaluates other weights than it trains
     if averages:
         optimizer.train()
@@ -344,6 +364,9 @@ def train(setting: Setting, optimizer_name: str, rule: Rule, seed: int) -> dict[
             group["lr"] = lr
         if polyak:
             optimizer.loss = value
+        if optimizer_name == CLIPPED:
+            matrices = optimizer.param_groups[0]
+            clip_grad_relative_(matrices["params"], lr, matrices["weight_decay"])
         optimizer.step()
         peak = max(peak, lr)
         if not math.isfinite(value):
