@@ -79,14 +79,14 @@ def gradinit(
 
     Args:
         model: The model, in single or double precision, in the mode in which the losses are to be computed: `eval`
-            for no dropout [1].
+            for no dropout, as its authors have it.
         losses: A function per half batch, which returns its loss at the present weights of `model`. Two or three are
             taken in an iteration.
         lr: η of the step whose loss is minimized, in the units of that optimizer: the peak of the training to come.
         optimizer: Whose first step that is, `"adam"` (Lion and AdamW too) or `"sgd"`.
         gamma: The largest ‖g‖_p, of the 1-norm for Adam and the 2-norm for SGD. If None, as above.
-        steps: Iterations; [1] has 390 and 780.
-        scale_lr: Adam's learning rate for the scales; [1] has 1e-3 to 1e-1, by the network.
+        steps: Iterations; its authors make 390 or 780.
+        scale_lr: Adam's learning rate for the scales; its authors have 1e-3 to 1e-1, by the network.
 
     Returns:
         The scale of every trained tensor by its name in `named_parameters`. The weights are the old ones times

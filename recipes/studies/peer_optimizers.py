@@ -1,8 +1,8 @@
 """Optimizers that say they need no warmup, or no learning rate: not ours, and not all installed.
 
 Schedule-free RAdam is of `schedulefree`, Prodigy of `prodigyopt`, Muon of torch as `MuonFactory` makes it.
-ScheduleFree+ is written from its equations (arXiv:2605.19095), and AdaS, for convolutions, from those of its authors'
-code (arXiv:2006.06587).
+ScheduleFree+ is written from its equations (arXiv:2605.19095), and AdaS, for convolutions, from what the code of its
+authors computes (arXiv:2006.06587).
 """
 
 import math

@@ -119,5 +119,5 @@ def test_adas_waits_while_there_is_no_gain():
 
 @pytest.mark.slow
 def test_adas_trains_the_cnn():
-    made = train(replace(CNN, steps=30, width=32), "AdaS", lambda step, loss_at: 1.0, 0)
+    made = train(replace(CNN, steps=60, width=32), "AdaS", lambda step, loss_at: 1.0, 0)
     assert made["loss"] < made["first"]
