@@ -62,6 +62,7 @@ LOSSES = ("loss", "first", "entropy", "peak")
 FOUND = ("init", "critical_lr", "sharpness", "passes", "hvps", "saved", "steps")
 NUMBERS = (*LOSSES, "probes", *FOUND, "seconds")
 COLUMNS = (*KEYS, *NUMBERS, "conditions")
+REFUSED = ("nothing bounds", "does not fall along the first step")  # of guided warmup, where it is not for
 BLOCK = {"optimizer", "rule", "target", "seeds"}
 SMALL = {"width": 16, "depth": 1, "context": 16, "batch": 4, "steps": 10}  # with --smoke
 
@@ -156,7 +157,7 @@ def run(job: Job, conditions: str = "") -> Line:
     try:
         made = train(job.setting, job.optimizer, rule, job.seed)
     except RuntimeError as error:
-        if "nothing bounds" not in str(error):
+        if not any(reason in str(error) for reason in REFUSED):
             raise
         made = {"loss": entropy, "first": entropy, "peak": 0.0, "probes": 0}  # it counts as one that learned nothing
     if math.isnan(made["loss"]):
