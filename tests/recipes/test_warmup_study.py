@@ -9,7 +9,7 @@ from grid import KEYS, appending, lines, rows, run
 from reporting import RESULTS
 from warmup_cases import CNN, Setting, make_model, train, unigram_entropy
 from warmup_rules import RULES, cosine, linear, ramp
-from warmup_study import AUTO, PARTS, TIMES, TUNING, compared, methods, study, tuned
+from warmup_study import AUTO, TIMES, TITLES, TUNING, compared, methods, study, tuned
 
 GPT, LLAMA = (study(part).jobs[0].setting for part in ("gpt", "llama"))
 SEEDS = (10, 11, 12)
@@ -109,7 +109,7 @@ LINEAR = [
 
 
 def test_one_set_of_seeds_chooses_length_and_target_and_the_other_is_reported():
-    assert not {job.seed for part in PARTS[:-2] for job in study(part).jobs if job.rule == "guided"} & {*TUNING}
+    assert not {job.seed for part in TITLES for job in study(part).jobs if job.rule == "guided"} & {*TUNING}
     made = methods(LINEAR)
     assert tuned(made).options == {"fraction": 0.3}
     assert tuned(made).chosen == 8e-3
@@ -207,3 +207,7 @@ def test_the_tables_are_those_of_the_parts_that_have_runs(tmp_path):
 def line(job, loss):
     numbers = {"loss": loss, "first": 4.8, "entropy": 3.2, "peak": job.target, "probes": 0}
     return dict(zip(KEYS, job.key(), strict=True)) | {k: str(v) for k, v in numbers.items()} | {"conditions": "here."}
+
+
+def test_the_committed_page_is_that_of_the_committed_runs():
+    assert (RESULTS / "warmup_study.md").read_text() == warmup_study.report(RESULTS)

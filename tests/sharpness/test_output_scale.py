@@ -108,7 +108,7 @@ def test_the_sharpness_of_a_linear_model_goes_as_gamma_to_the_minus_two():
         model = nn.Linear(8, 1, bias=False, dtype=torch.float64)
         scale_output(model, gamma)
         found = sharpness(lambda model=model: 0.5 * (model(x) - 1).square().mean(), list(model.parameters()))
-        assert found.values[0] == pytest.approx(known / gamma**2, rel=0.02)
+        assert found.value == pytest.approx(known / gamma**2, rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["linear", "relu"])
