@@ -68,7 +68,8 @@ types: $(READY)
 
 STUDIES := phase_study catapult_study second_moment_study baselines_study sharpness_study
 
-# An hour and a half on two cores; warmup_study.py takes a day, remedies_study.py 45 minutes. What is in recipes/studies/results is not run again.
+# An hour and a half on two cores; warmup_study.py takes a day, remedies_study.py 45 minutes. What is in
+# recipes/studies/results is not run again.
 studies: $(READY)
 	for study in $(STUDIES); do $(BIN)/python recipes/studies/$$study.py || exit 1; done
 	$(BIN)/python recipes/studies/claims.py --all
