@@ -311,6 +311,17 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def parse_parts(doc: str | None, parts: Iterable[str]) -> argparse.Namespace:
+    """The command line of a study of several grids: `parts` are those that are named, or all."""
+    options, known = parser(doc), list(parts)
+    options.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(known)}; all if none is named")
+    args = options.parse_args()
+    if unknown := {*args.parts} - {*known}:
+        options.error(f"a part must be one of {', '.join(known)}, got {', '.join(unknown)}")
+    args.parts = args.parts or known
+    return args
+
+
 def execute(studies: Iterable[Study], args: argparse.Namespace) -> Path | None:
     """Make what the options ask for; the folder of the results, or None if no table is wanted."""
     folder = SMOKE if args.smoke else reporting.RESULTS

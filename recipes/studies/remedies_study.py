@@ -16,7 +16,7 @@ import evidence
 from baselines_study import method as optimizer_and_warmup
 from baselines_study import tuned
 from evidence import Row, groups, spread, table
-from grid import Job, Study, execute, load, parser, provenance, rows
+from grid import Job, Study, execute, load, parse_parts, provenance, rows
 
 NAME = "remedies_study"
 TUNING, REPORTED = (0, 1), (10, 11, 12)
@@ -92,13 +92,9 @@ def page(studies: list[Study], folder: Path) -> str:
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all if none is named")
-    args = options.parse_args()
-    if unknown := {*args.parts} - {*PARTS}:
-        options.error(f"a part must be one of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    args = parse_parts(__doc__, PARTS)
     studies = {part: load(f"remedies_{part}", args.smoke) for part in PARTS}
-    chosen = [studies[part] for part in args.parts or PARTS]
+    chosen = [studies[part] for part in args.parts]
     if folder := execute(chosen, args):
         seeds = REPORTED[: 1 if args.smoke else None]
         execute([Study(study.name, [*study.jobs, *reported(study, folder, seeds)]) for study in chosen], args)

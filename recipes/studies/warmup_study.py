@@ -27,7 +27,7 @@ from hf_warmup import GuidedWarmup
 import evidence
 import figures
 from evidence import Claim, Row, Seeds, table
-from grid import SMALL, Job, Study, execute, load, made_with, parser, rows, save
+from grid import SMALL, Job, Study, execute, load, made_with, parse_parts, rows, save
 from warmup_cases import Setting
 
 NAME = "warmup_study"
@@ -449,12 +449,8 @@ NOTES = (
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all if none is named")
-    args = options.parse_args()
-    if unknown := {*args.parts} - {*PARTS}:
-        options.error(f"a part must be one of {', '.join(PARTS)}, got {', '.join(unknown)}")
-    if folder := execute([study(part, args.smoke) for part in args.parts or PARTS], args):
+    args = parse_parts(__doc__, PARTS)
+    if folder := execute([study(part, args.smoke) for part in args.parts], args):
         save(folder, NAME, report(folder), plot(folder))
 
 
