@@ -74,7 +74,7 @@ def worst(rows: list[Row]) -> float:
 
 def warmup_steps(row: Row) -> int:
     """T_wrm: the steps of warmup from 0, which has saved none."""
-    return max(1, round(row["fraction"] * (row["steps"] + row["saved"])))
+    return max(1, round(row["fraction"] * row["steps"]))
 
 
 def reach(row: Row) -> float:

@@ -188,7 +188,7 @@ def rows(folder: Path, name: str) -> list[Row]:
     for key, line in lines(folder, name).items():
         numbers = {k: float(line[k]) if line[k] else None for k in (*NUMBERS, "target")}
         setting = asdict(Setting(name, **json.loads(line["setting"])))
-        made.append(line | setting | json.loads(line["options"]) | numbers | {"seed": int(line["seed"]), "keys": key})
+        made.append(line | numbers | setting | json.loads(line["options"]) | {"seed": int(line["seed"]), "keys": key})
     return made
 
 

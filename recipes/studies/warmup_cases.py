@@ -61,6 +61,7 @@ class Setting:
     norm: bool = False  # of the CNN: a LayerNorm over channels and pixels behind every convolution
     head: int = 16  # width of an attention head
     noise: float = 1.0  # of images, in amplitudes of what is to be seen
+    zero_out: bool = False  # whether what a Llama or Qwen3 adds to the residual stream begins at zero
     gamma: float = 1.0  # by which the output is divided
     gradinit: float = 0.0  # η of the step that GradInit makes good, before training; 0 for none
     device: str = "cpu"  # or "cuda": with bf16 autocast
@@ -156,6 +157,10 @@ def make_model(setting: Setting) -> nn.Module:
             for p in model.parameters():
                 if p.dim() > 1:
                     p.mul_(setting.init_scale)
+    if setting.zero_out:
+        for layer in model.model.layers:
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
     if setting.gamma != 1:
         scale_output(model if setting.family in IMAGES else model.get_output_embeddings(), setting.gamma)
     return model
@@ -180,7 +185,7 @@ def text_model(s: Setting) -> Any:
         return model
     if s.family == "llama":
         return LlamaForCausalLM(LlamaConfig(**sizes, **gated))
-    grouped = {"num_key_value_heads": heads // 2, "tie_word_embeddings": True}
+    grouped = {"num_key_value_heads": max(1, heads // 2), "tie_word_embeddings": True}
     if s.family == "llama-gqa":
         return LlamaForCausalLM(LlamaConfig(**sizes, **gated, **grouped))
     if s.family == "qwen3":

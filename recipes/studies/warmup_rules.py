@@ -22,9 +22,9 @@ def cosine(step: float, steps: float) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
-def linear(setting: Setting, optimizer: str, target: float, fraction: float = 0.0) -> Rule:
-    """Linear warmup over a fraction of the steps; 0 is none. (Its first step is not wasted at 0.)"""
-    warmup = round(fraction * setting.steps)
+def linear(setting: Setting, optimizer: str, target: float, fraction: float = 0.0, length: int | None = None) -> Rule:
+    """Linear warmup over so many steps, or a fraction of all; 0 is none. (Its first step is not wasted at 0.)"""
+    warmup = round(fraction * setting.steps) if length is None else length
 
     def rule(step: int, loss_at: LossAt) -> float:
         return target * ((step + 1) / warmup if step < warmup else cosine(step - warmup, setting.steps - warmup))
