@@ -256,6 +256,7 @@ def formulas_table(made: dict[str, list[Method]]) -> str:
     return table(lines)
 
 
+TUNED = "AdamW, linear, tuned"
 RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
     "AdamW, linear over 10%": ("AdamW", {"rule": "linear", "options": {"fraction": 0.1}}),
     "AdamW, guided, auto_lr": ("AdamW", {"rule": "guided", "options": AUTO}),
@@ -270,22 +271,55 @@ RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+PLACES = ("gpt", "long", "llama")  # the parts on whose settings the rivals are
+RIVAL_PARTS = (*PLACES, "muon", "muon_llama", "rivals")  # where their runs are
+RIVAL_SEEDS = (10, 11, 12, 13, 14)
+
+
+def rivals(runs: list[Row]) -> dict[str, dict[str, tuple[Method, float]]]:
+    """By rival and part, the method and its target: the best on the seeds that choose, or its only one."""
+    made = {part: methods(evidence.select(runs, setting=study(part).jobs[0].key()[0])) for part in PLACES}
+    of: dict[str, dict[str, tuple[Method, float]]] = {TUNED: {}} | {label: {} for label in RIVALS}
+    for part, there in made.items():
+        best = tuned([method for method in there if method.optimizer == "AdamW"])
+        of[TUNED][part] = best, best.chosen
+        for label, (optimizer, wanted) in RIVALS.items():
+            own = [m for m in there if m.optimizer == optimizer and all(getattr(m, k) == v for k, v in wanted.items())]
+            if own and own[0].tuning:
+                best = min(own, key=lambda method: method.at_chosen)
+                of[label][part] = best, best.chosen
+            elif own:
+                of[label][part] = own[0], next(iter(own[0].reported))
+    return of
+
+
+def rivals_reported(runs: list[Row]) -> list[Job]:
+    """The runs of the rivals, at their targets, on the seeds that are reported and not made yet."""
+    jobs = {}
+    for parts in rivals(runs).values():
+        for part, (method, target) in parts.items():
+            setting = study(part).jobs[0].setting
+            for seed in set(RIVAL_SEEDS) - method.reported.get(target, {}).keys():
+                job = Job(setting, method.optimizer, method.rule, method.options, target, seed)
+                jobs[job.key()] = job
+    return list(jobs.values())
+
+
 def rivals_table(runs: list[Row]) -> str:
     """What needs no learning rate, or no warmup, minus tuned linear warmup of AdamW, on three settings."""
-    places = {study(part).jobs[0].key()[0]: TITLES[part] for part in ("gpt", "long", "llama")}
-    made = {title: methods(evidence.select(runs, setting=setting)) for setting, title in places.items()}
-    adam = {title: tuned([m for m in of if m.optimizer == "AdamW"]) for title, of in made.items()}
-    lines = [{"method": "AdamW, linear, tuned"}]
-    for title, method in adam.items():
-        lines[0][title] = evidence.spread(method.reported[method.chosen].values())
-    for label, (optimizer, wanted) in RIVALS.items():
-        lines.append({"method": label})
-        for title, of in made.items():
-            own = [m for m in of if m.optimizer == optimizer and all(getattr(m, k) == v for k, v in wanted.items())]
-            if own:
-                method = min(own, key=lambda m: m.at_chosen) if own[0].tuning else own[0]
-                losses = method.reported[method.chosen if method.tuning else next(iter(method.reported))]
-                lines[-1][title] = _difference(losses, adam[title].reported[adam[title].chosen])
+    of = rivals(runs)
+    lines = []
+    for label, parts in of.items():
+        line = {"method": label}
+        for part in PLACES:
+            line[TITLES[part]] = ""
+            if part in parts:
+                method, target = parts[part]
+                losses, (best, at) = method.reported[target], of[TUNED][part]
+                reported = {seed: loss for seed, loss in losses.items() if seed in RIVAL_SEEDS}
+                absolute = evidence.spread(reported.values()) if label == TUNED else ""
+                line[TITLES[part]] = absolute or _difference(reported, best.reported[at])
+        lines.append(line)
     return table(lines)
 
 
@@ -435,7 +469,8 @@ def report(folder: Path) -> str:
 
 RIVALS_NOTE = (
     "Minus AdamW with linear warmup whose length and target are chosen. Nothing is chosen for those with auto_lr, the "
-    "formulas, Prodigy and ScheduleFree+; for the others the target, and for Muon whether it has a warmup."
+    "formulas, Prodigy and ScheduleFree+; for the others the target, and for Muon whether it has a warmup. "
+    "Seeds 10 to 14."
 )
 NOTES = (
     "Losses of tuned linear warmup and differences from it, seed by seed, over seeds 10, 11, 12 (BERT also 20, 21, "
@@ -451,6 +486,9 @@ NOTES = (
 def main() -> None:
     args = parse_parts(__doc__, PARTS)
     if folder := execute([study(part, args.smoke) for part in args.parts], args):
+        if "rivals" in args.parts and not args.smoke:
+            runs = [row for part in RIVAL_PARTS for row in rows(folder, f"warmup_{part}")]
+            execute([Study("warmup_rivals", [*study("rivals").jobs, *rivals_reported(runs)])], args)
         save(folder, NAME, report(folder), plot(folder))
 
 
