@@ -152,6 +152,8 @@ class RecipeArguments:
                 raise ValueError(f"{name} is for objective={objective}, got {self.objective}")
         if self.tokenizer == CHARACTERS and self.objective != "clm":
             raise ValueError(f"tokenizer={CHARACTERS} is for objective=clm, got {self.objective}")
+        if self.tokenizer == CHARACTERS and self.init_from:
+            raise ValueError(f"tokenizer={CHARACTERS} is for a model from scratch, got init_from={self.init_from}")
         if self.held_out_end and self.streaming:
             raise ValueError("held_out_end must be false with streaming=true, got true: the end is not known")
         if self.vocab_size > _MOST_WORDS:
