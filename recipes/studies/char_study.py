@@ -52,12 +52,11 @@ def run(job: Job, text: str) -> dict[str, Any]:
     FOLDER.mkdir(parents=True, exist_ok=True)
     options = ["--text", text, "--seed", str(job.seed), "--output_dir", str(folder), "--overwrite"]
     options += ["--use_cpu", "--disable_tqdm", "true", *WAYS[job.way]]
-    with (
-        open(folder.with_suffix(".log"), "w") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
-        pretrain.run([str(RECIPES / "char_gpt.yaml"), *options])
+    with open(folder.with_suffix(".log"), "w") as log, contextlib.redirect_stdout(log):
+        with contextlib.redirect_stderr(log):
+            stopped = pretrain.run([str(RECIPES / "char_gpt.yaml"), *options])
+    if stopped:  # by a signal
+        raise SystemExit(stopped)
     report = json.loads((folder / "warmup.json").read_text())
     peak = max(entry["learning_rate"] for entry in report["log_history"] if "learning_rate" in entry)
     return {**job._asdict(), "loss": f"{report['final_eval_loss']:.5f}", "peak": f"{peak:.3g}"}
