@@ -59,7 +59,6 @@ WRONG = {
     "target": [search(target=v) for v in ["x", [1.0], True, 10**400, 0.0, math.nan, math.inf]],
     "slope": [search(slope=v) for v in ["x", [1.0], True, math.nan]],
     "start": [search(start=v) for v in ["x", [1.0], True]],
-    "steepness": [search(steepness=v) for v in ["x", [1.0], -1.0]],
     "max_evals": [search(max_evals=v) for v in ["x", None, [9], True, 1, 9.0, math.nan, 10**400]],
     "method": [search(method=v) for v in ["x", None, [1], np.array([1, 2])]],
     "the loss of loss_at": [

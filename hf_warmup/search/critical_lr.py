@@ -59,13 +59,10 @@ class CriticalLR:
             `budget_spent`: `lower`, as nothing larger is known to be safe.
         lower: Largest η tried below `upper` that did not raise the loss; 0 if none. (On an exact parabola, known
             from its slope and two losses, `secant` needs no trial there.)
-        upper: Smallest η tried that raised the loss; infinity if none did. (With `steepness` a single trial near η_c
-            may be all there is, so one end of the bracket.)
+        upper: Smallest η tried that raised the loss; infinity if none did.
         evals: Every (η, loss) known, in order, the one at 0 first.
         status: How the search ended.
         start_given: Whether L(0) was known to the caller and not evaluated.
-        steepness: Of `secant` that was given `slope`: k of the two trials nearest to the crossing, for a next search
-            of nearly the same curve; the one that was given after a single trial. None if there is none.
     """
 
     value: float
@@ -74,7 +71,6 @@ class CriticalLR:
     evals: tuple[tuple[float, float], ...]
     status: Status
     start_given: bool = False
-    steepness: float | None = None
 
     @property
     def start(self) -> float:
@@ -107,7 +103,6 @@ def find_critical_lr(
     target: float | None = None,
     slope: float | None = None,
     start: float | None = None,
-    steepness: float | None = None,
     method: Literal["secant", "paper"] = "secant",
     rtol: float = 1 / 16,
     delta: float = 0.1,
@@ -133,9 +128,6 @@ def find_critical_lr(
             search at once as `not_descent`.
         start: L(0), if known: the loss that the gradient came from. Saves a forward pass: whether η_c lies above
             η_trgt then takes one.
-        steepness: k of an earlier search of nearly the same curve. If the curve is near a parabola (k = 1), and η_c
-            is near `guess`, both within a factor of two, then `secant` ends with that trial; never without `slope`,
-            nor where the rounding of the loss hides it.
         method: `"secant"` or `"paper"`.
         rtol: Relative width of the bracket wanted. In the paper's search δ decides when to end; where the loss at
             the upper end is beyond (1 + δ) L(0) even in a bracket of relative width rtol², there is a cliff, and it
@@ -152,7 +144,6 @@ def find_critical_lr(
     """
     guess = None if guess is None else positive("guess", guess)
     target = None if target is None else positive("target", target)
-    steepness = None if steepness is None else positive("steepness", steepness)
     start = None if start is None else number("start", start)
     rtol, delta, max_evals = positive("rtol", rtol), positive("delta", delta), whole("max_evals", max_evals, 2)
     if rtol < _NARROWEST:
@@ -169,7 +160,7 @@ def find_critical_lr(
     limit = math.inf if target is None else target
     if method == "secant":
         first = guess if guess is not None else 1e-4 if target is None else target
-        return search.secant(min(first, limit), limit, slope, rtol, steepness)
+        return search.secant(min(first, limit), limit, slope, rtol)
     return search.bracket(min(1e-4 if guess is None else guess, limit), target) or search.bisect(delta, rtol)
 
 
@@ -213,12 +204,10 @@ class _Search:
     def spent(self) -> bool:
         return len(self.evals) - self.start_given >= self.max_evals
 
-    def result(self, status: Status, value: float, steepness: float | None = None) -> CriticalLR:
-        return CriticalLR(value, self.lower, self.upper, tuple(self.evals), status, self.start_given, steepness)
+    def result(self, status: Status, value: float) -> CriticalLR:
+        return CriticalLR(value, self.lower, self.upper, tuple(self.evals), status, self.start_given)
 
-    def secant(
-        self, eta: float, target: float, slope: float | None, rtol: float, steepness: float | None
-    ) -> CriticalLR:
+    def secant(self, eta: float, target: float, slope: float | None, rtol: float) -> CriticalLR:
         """Close the bracket with the help of a model of the curve."""
         curve = Curve(self.start, slope, rtol)
         falls = False  # whether the loss has been seen to fall by more than rounding can explain
@@ -232,17 +221,13 @@ class _Search:
             self.lower, self.upper = self._tried(curve)
             if curve.lower >= math.log(target):
                 return self.result("above_target", target)
-            if steepness is not None and slope is not None and slope * eta > 10 * self.noise:
-                near = curve.one_trial(steepness)
-                if near is not None and near <= target:
-                    return self.result("found", near, steepness)
             if not curve.closed and (lower := curve.parabola_lower()) is not None:
                 curve.lower, self.lower, falls = lower, math.exp(lower), True
             if curve.closed:
                 if falls:
                     # At a cliff the model has nothing to stand on: the last safe η.
                     value = curve.crossing() if math.isfinite(self.loss_upper) else self.lower
-                    return self.result("found", min(max(value, self.lower), self.upper), curve.steepness())
+                    return self.result("found", min(max(value, self.lower), self.upper))
                 # The first trial may have met the crossing itself: look once well below it.
                 eta = math.exp(curve.lower) / 2
                 falls = self.falls_at(eta)

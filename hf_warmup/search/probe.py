@@ -248,41 +248,6 @@ def _inner(updates: Iterable[tuple[Tensor, Tensor]]) -> float:
     return sum(torch.stack([part.to(parts[0].device) for part in parts]).tolist()) if parts else 0.0
 
 
-@contextmanager
-def along_step(
-    optimizer: Optimizer,
-    loss_fn: Callable[[], Tensor | float],
-    lr: float,
-    *,
-    module: nn.Module | None = None,
-    shards: Shards | None = None,
-) -> Iterator[tuple[Callable[[float], float], float]]:
-    """The loss after a step as a function of η, at a forward pass each, and the slope gᵀu at which it starts."""
-    # The step is made once, at `lr`, and gives u = (θ - step(lr)(θ)) / lr; then L(θ - η u) is `loss_after_step` up
-    # to rounding where u does not depend on η, as for SGD, Adam and AdamW. Two copies of the parameters are held.
-    # Of parameters that are sharded the slope is this process's part of the sum.
-    shards = _moving(optimizer, lr, module, shards)
-    with torch.no_grad(), _moved(shards, lr) as starts:
-        updates = [(value - shard.tensor).div_(lr) for shard, value in starts]
-    slope = _inner((u, shard.whole_grad()) for u, (shard, _) in zip(updates, starts, strict=True))
-    tensors, values = [shard.tensor for shard, _ in starts], [value for _, value in starts]
-
-    @contextmanager
-    def moved(eta: float) -> Iterator[None]:
-        try:
-            torch._foreach_add_(tensors, updates, alpha=-eta)
-            yield
-        finally:
-            torch._foreach_copy_(tensors, values)
-
-    @torch.no_grad()
-    def loss_at(eta: float) -> float:
-        with _evaluating(shards, (module, loss_fn), moved(eta) if eta > 0 else None):
-            return float(loss_fn())
-
-    yield loss_at, slope
-
-
 def _groups_at(optimizer: Optimizer, lr: float) -> list[dict[str, Any]]:
     """The parameter groups with η in place of the largest learning rate; the others keep their ratio to it."""
     groups = optimizer.param_groups

@@ -10,9 +10,6 @@ curves G is close to a line where it matters, over decades of η, and the secant
 finds the root. Where G is no line (a network at initialization leaves its first slope behind at a thousandth of
 η_c) the jumps are bounded below, so that a bad model cannot creep, and halving in x takes over if the
 bracket does not shrink.
-
-Its slope near the root, the steepness k, is 1 on a parabola and changes little from one step of a training to the
-next. Known from one search, it gives the root from one point of the next: x - G/k.
 """
 
 import math
@@ -24,9 +21,6 @@ _FIRST_JUMP = math.log(64)  # without one, from the guess, either way
 _NEXT_JUMP_DOWN, _NEXT_JUMP_UP = math.log(3), math.log(64)
 _NEAR = 0.3  # a rise below this fraction of L(0) is near the crossing
 _FAR = math.log(16)  # a network's loss never rises like a parabola as far above its crossing as this
-# With the steepness of an earlier search one trial is enough if it is within this factor of the crossing, and k
-# within this factor of 1. Where k is smaller, G says little, and each answer would follow the one before.
-ONE_TRIAL = 2.0
 _ASIDE = 0.3  # how far beside the estimated crossing to try, in widths of the wanted bracket
 
 
@@ -74,24 +68,6 @@ class Curve:
         agree = len(roots) == 2 and abs(roots[0] - roots[1]) < 1e-4 * self.width
         lower = self.upper - self.width
         return lower if agree and lower < roots[1] < self.upper else None
-
-    def one_trial(self, steepness: float) -> float | None:
-        """The crossing by the only point so far, if both are near enough to what is known."""
-        if self.slope is None or len(self.points) != 1 or not (line := self._line(self.slope)):
-            return None
-        ((x, g),) = line
-        away = g / steepness
-        near = max(abs(math.log(steepness)), abs(away)) < math.log(ONE_TRIAL)
-        return math.exp(x - away) if near else None
-
-    def steepness(self) -> float | None:
-        """dG/dx of the two points nearest to the root, if positive."""
-        line = sorted(self._line(self.slope), key=lambda point: abs(point[1]))[:2] if self.slope else []
-        if len(line) < 2:
-            return None
-        (x, g), (y, h) = line
-        steepness = (h - g) / (y - x)
-        return steepness if steepness > 0 else None
 
     def crossing(self) -> float:
         """The best estimate of the crossing inside the bracket."""

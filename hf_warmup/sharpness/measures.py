@@ -247,11 +247,10 @@ def critical_sharpness(
     Args:
         loss_at: As for `find_critical_lr`, and so are the options and errors.
         previous: The last λ_c, where the search starts.
-        **options: `target`, `slope`, `start`, `steepness`, `rtol`, `max_evals`.
+        **options: `target`, `slope`, `start`, `rtol`, `max_evals`.
 
     Returns:
-        λ_c and the search: 4 to 6 forward passes from a good `previous`, one less with `start`, and `slope`; only
-        one with `steepness` too, if λ_c has hardly changed.
+        λ_c and the search: 4 to 6 forward passes from a good `previous`, one less with `start`, and `slope`.
     """
     last = math.inf if previous is None else number("previous", previous)
     search = find_critical_lr(loss_at, guess=2 / last if 0 < last < math.inf else None, **options)

@@ -3,19 +3,13 @@
 import functools
 import logging
 import math
-from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import Trainer
 
-from hf_warmup.distributed import is_dtensor
-from hf_warmup.search.probe import along_step
-from hf_warmup.search.shards import Shards, unwrap_optimizer
+from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.sharpness import adam_preconditioner, critical_sharpness, sharpness, stability_threshold
-from hf_warmup.trainer.processes import Backend
 from hf_warmup.trainer.step import TrainerStep
 
 logger = logging.getLogger(__name__)
@@ -23,47 +17,26 @@ logger = logging.getLogger(__name__)
 # Relative width of the bracket around η_c. The estimate inside it is within a tenth, and a batch's η_c differs more
 # from the next one's.
 _RTOL = 1.0
-# So many measurements of a single trial each, then one that brackets η_c again.
-_IN_A_ROW = 7
 
 
-def measure_critical(
-    step: TrainerStep, gradient_norm: float | None, steepness: float | None
-) -> tuple[dict[str, float], float | None]:
-    """λ_c = 2 / η_c of the step to come, as numbers to log, and the steepness of the loss curve."""
-    # With the steepness of the last measurement one trial can be enough. The norm is of gradients not clipped yet.
-    trainer, backend, shards, replay = step.trainer, step.backend, step.shards, step.replay
-    optimizer = shards.optimizer
+def measure_critical(step: TrainerStep) -> dict[str, float]:
+    """λ_c = 2 / η_c of the step to come, as numbers to log."""
+    trainer = step.trainer
     step.check()
-    lr = max(float(group["lr"]) for group in optimizer.param_groups)
+    lr = max(float(group["lr"]) for group in step.shards.optimizer.param_groups)
     # The first search starts at η_trgt: far below η_c the loss moves less than it is rounded.
     history = trainer.state.log_history
     previous = next(
         (e["sharpness/critical"] for e in reversed(history) if e.get("sharpness/critical")),
         2 / (trainer.args.learning_rate or lr or 1e-3),
     )
-    passes = [e["sharpness/forward_passes"] for e in history if "sharpness/forward_passes" in e][-_IN_A_ROW:]
-    search = functools.partial(
-        critical_sharpness,
-        previous=previous,
-        start=step.loss(),
-        steepness=None if passes == [1] * _IN_A_ROW else steepness,
-        rtol=_RTOL,
-    )
-    if _is_exact_along(shards):
-        with along_step(optimizer, replay.loss, 2 / previous, shards=shards) as (loss_along, slope):
-            found = search(
-                lambda eta: backend.mean_over_ranks(lambda: loss_along(eta)),
-                slope=_unclipped(trainer, backend, optimizer, slope, gradient_norm),
-            )
-    else:
-        found = search(step.loss)
+    found = critical_sharpness(step.loss, previous=previous, start=step.loss(), rtol=_RTOL)
     logs = {"forward_passes": float(found.search.num_evals)}
     if math.isfinite(found.value):
         logs |= {"critical": found.value, "stability_ratio": lr * found.value / 2}
     if math.isfinite(found.search.value):
         logs["critical_lr"] = found.search.value
-    return logs, found.search.steepness
+    return logs
 
 
 def measure_eigenvalue(
@@ -109,28 +82,3 @@ def _threshold(optimizer: Optimizer, adam: bool) -> float | None:
         return None
     threshold = stability_threshold(optimizer)
     return threshold if math.isfinite(threshold) else None
-
-
-def _unclipped(
-    trainer: Trainer, backend: Backend, optimizer: Optimizer, slope: float, gradient_norm: float | None
-) -> float | None:
-    """The slope of the loss itself, where that of the gradients may be of clipped ones; None if not known."""
-    most: Any = trainer.args.max_grad_norm
-    clips = most is not None and most > 0
-    if backend.steps_in_backward or clips and gradient_norm is None:
-        return None
-    if trainer.accelerator.distributed_type is DistributedType.FSDP:
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        if not all(is_dtensor(p) and p.device_mesh.ndim == 1 for p in params):
-            return None
-        slope = backend.total(*backend.gathered(lambda: slope))  # of each process its shards' part
-    if clips and gradient_norm is not None:
-        slope /= min(1.0, most / (gradient_norm + 1e-6))
-    return slope if slope > 0 else None
-
-
-def _is_exact_along(shards: Shards) -> bool:
-    """Whether the step is a line in the learning rate, and its direction is not lost in rounding."""
-    linear = (torch.optim.Adam, torch.optim.SGD, torch.optim.RAdam)  # AdamW and GIAdamW are Adams
-    precise = all(shard.tensor.dtype.itemsize >= 4 for _, held in shards.groups() for shard in held)
-    return isinstance(shards.optimizer, linear) and precise

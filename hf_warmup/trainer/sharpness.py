@@ -27,7 +27,6 @@ from hf_warmup.trainer.replay import unsupported_replay_reason
 from hf_warmup.trainer.report import EARLY, SharpnessKind, sharpness_report
 from hf_warmup.trainer.step import NotMeasurable, TrainerStep
 from hf_warmup.trainer.words import sharpness_words
-from hf_warmup.trainer.wrapping import wrap
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +66,7 @@ class SharpnessCallback(TrainerCallback):
         self.every, self.kind, self.tol, self.max_hvps = every, kind, tol, max_hvps
         self.trainer: Trainer | None = None
         self._step: TrainerStep | None = None
-        self._norm: float | None = None
         self._vector: Tensor | None = None
-        self._steepness: float | None = None
         self._noted = False
 
     def attach(self, trainer: Trainer) -> "SharpnessCallback":
@@ -106,13 +103,6 @@ class SharpnessCallback(TrainerCallback):
                 f"kind=preconditioned is of Adam, AdamW and GIAdamW, got {type(optimizer).__name__}: use kind=hessian"
             )
         self._step, self._end_step = TrainerStep.watch(self.trainer, self._is_due, self._measure)
-        self._end_watch = wrap(self.trainer.accelerator, "clip_grad_norm_", self._clip)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Forget the norm of the last step's gradients."""
-        self._norm = None
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -131,12 +121,6 @@ class SharpnessCallback(TrainerCallback):
         assert self.trainer is not None
         return self.trainer.state.global_step % self.every == 0
 
-    def _clip(self, clip_grad_norm: Any, *args: Any, **kwargs: Any) -> Any:
-        norm = clip_grad_norm(*args, **kwargs)
-        if norm is not None and self._is_due():
-            self._norm = float(norm)
-        return norm
-
     def _measure(self) -> None:
         if self._step is None or not self._is_due():
             return
@@ -146,7 +130,7 @@ class SharpnessCallback(TrainerCallback):
             self._step.replay.instead = "leave the SharpnessCallback out"
             begin = time.perf_counter()
             if self.kind == "critical":
-                logs, self._steepness = measure_critical(self._step, self._norm, self._steepness)
+                logs = measure_critical(self._step)
             else:
                 logs, self._vector = measure_eigenvalue(
                     self._step,
@@ -184,8 +168,7 @@ class SharpnessCallback(TrainerCallback):
         if self._step is not None:
             self._step = None
             self._end_step()
-            self._end_watch()
-        self._vector = self._steepness = None
+        self._vector = None
 
 
 def _why_not(trainer: Trainer, kind: SharpnessKind) -> str | None:

@@ -23,7 +23,8 @@ from grid import command
 
 NAME = "cliff_study"
 SIZES = {64: ".28M", 96: "1.1M", 160: "4.2M"}
-METHODS = {"GIAdamW": "GI-Adam", "RAdam": "RAdam", "Muon": "Muon"}
+OPTIMIZERS = {"GIAdamW": "GI-Adam", "RAdam": "RAdam", "Muon": "Muon"}  # without warmup
+OTHERS = ("guided", "auto_lr", *OPTIMIZERS.values())
 LENGTH = operator.itemgetter("length")
 MOST = 0.5  # nats: everything beyond has one colour
 
@@ -38,12 +39,12 @@ def method(row: Row) -> str:
     """The length of linear warmup, or what has none."""
     if row["rule"] == "guided":
         return "auto_lr" if row.get("auto_lr") else "guided"
-    return METHODS.get(row["optimizer"]) or (f"linear over {row['length']}" if row["length"] else "no warmup")
+    return OPTIMIZERS.get(row["optimizer"]) or (f"linear over {row['length']}" if row["length"] else "no warmup")
 
 
-def by_method(rows: list[Row]) -> dict[str, list[Row]]:
+def lengths(rows: list[Row]) -> dict[str, list[Row]]:
     """Linear warmup in the order of its length, then what has none."""
-    return groups(sorted(rows, key=lambda row: row["length"] if "length" in row else math.inf), method)
+    return groups(sorted(rows, key=lambda row: math.inf if method(row) in OTHERS else row["length"]), method)
 
 
 def linear(rows: list[Row]) -> dict[int, Curve]:
@@ -76,12 +77,13 @@ def lost(rows: list[Row]) -> str:
 def lost_table(of: dict[tuple[str, int], list[Row]]) -> str:
     """Runs lost by each warmup at targets from the best of linear warmup on."""
     lines: dict[str, dict[str, str]] = {}
+    for how in lengths([row for rows in of.values() for row in rows]):
+        lines[how] = {"warmup": how}
     for (name, steps), rows in of.items():
-        for how, runs in by_method(rows).items():
+        for how, runs in lengths(rows).items():
             counted = [row for row in runs if row["target"] >= tuned(rows)[2]]
-            lines.setdefault(how, {"warmup": how})[f"{name}, {steps} steps"] = lost(counted)
-    order = sorted(lines, key=lambda how: int(how.split()[-1]) if how.startswith("linear") else -(how == "no warmup"))
-    return table([lines[how] for how in order])
+            lines[how][f"{name}, {steps} steps"] = lost(counted)
+    return table(list(lines.values()))
 
 
 def edge_table(of: dict[tuple[str, int], list[Row]]) -> str:
@@ -94,7 +96,7 @@ def edge_table(of: dict[tuple[str, int], list[Row]]) -> str:
             cells = groups(select(rows, rule="linear", optimizer="AdamW", target=times * target), LENGTH)
             safe = [length for length, cell in sorted(cells.items()) if not any(row["lost"] for row in cell)]
             line[f"{times} x"] = str(safe[0]) if safe else "none" * bool(cells)
-        lines.append(line | {"guided's ramp": str(GuidedWarmup.usual_ramp_steps(steps, "AdamW"))})
+        lines.append(line | {"guided's ramp": f"{GuidedWarmup.usual_ramp_steps(steps, 'AdamW'):g}"})
     return table(lines)
 
 
@@ -111,7 +113,7 @@ def report(rows: list[Row]) -> str:
 def draw(axes: Axes, rows: list[Row]) -> Any:
     """How far above tuned linear warmup a cell ends, and how many of its runs are lost."""
     targets = sorted({row["target"] for row in rows if method(row) != "auto_lr"})
-    of = by_method(rows)
+    of = lengths(rows)
     cells = [[select(runs, target=t) or runs for t in targets] for runs in of.values()]
     values = [[statistics.mean(row["excess"] for row in cell) for cell in line] for line in cells]
     image = axes.imshow(values, aspect="auto", cmap="viridis_r", vmin=0, vmax=MOST)

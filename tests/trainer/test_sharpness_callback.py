@@ -11,7 +11,6 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_warmup import GIAdamW, loss_after_step
-from hf_warmup.search import secant
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.sharpness import adam_preconditioner, sharpness, stability_threshold
 from hf_warmup.trainer import SharpnessCallback, WarmupCallback, measuring
@@ -127,9 +126,8 @@ def test_a_later_measurement_costs_few_passes_and_is_near_what_a_fine_search_giv
 ):
     """Both runs are the same run: a measurement leaves no trace."""
     found, passes = [], []
-    for rtol, one_trial in ((measuring._RTOL, secant.ONE_TRIAL), (0.02, 1.0)):
+    for rtol in (measuring._RTOL, 0.02):
         monkeypatch.setattr(measuring, "_RTOL", rtol)
-        monkeypatch.setattr(secant, "ONE_TRIAL", one_trial)
         options = {"max_steps": 90, "warmup_steps": 10, "learning_rate": learning_rate, "gi_adam": True}
         trainer = make_trainer(model=quiet_model(), **options)
         watch(trainer, every=3)
@@ -139,7 +137,7 @@ def test_a_later_measurement_costs_few_passes_and_is_near_what_a_fine_search_giv
     errors = [abs(math.log(quick / fine)) for quick, fine in zip(*found, strict=True)]
     assert max(errors) < math.log(1.5)
     assert sum(errors) / len(errors) < 0.1
-    assert sum(passes[0][10:]) / 20 < 2 < 4 < sum(passes[1][10:]) / 20
+    assert sum(passes[0][10:]) / 20 < 4 < 5 < sum(passes[1][10:]) / 20
 
 
 @pytest.mark.parametrize("kind", KINDS)
