@@ -66,9 +66,9 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-STUDIES := phase_study catapult_study second_moment_study baselines_study sharpness_study
+STUDIES := phase_study catapult_study second_moment_study baselines_study sharpness_study cliff_study
 
-# An hour and a half on two cores; warmup_study.py takes a day, remedies_study.py 45 minutes. What is in
+# Three hours on two cores; warmup_study.py takes a day, remedies_study.py 45 minutes. What is in
 # recipes/studies/results is not run again.
 studies: $(READY)
 	for study in $(STUDIES); do $(BIN)/python recipes/studies/$$study.py || exit 1; done

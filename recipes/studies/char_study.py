@@ -3,8 +3,8 @@
     python recipes/studies/char_study.py --text tinyshakespeare.txt   # the runs that are missing, then the table
     python recipes/studies/char_study.py --table                      # the table from results/char_study.csv alone
 
-Runs of recipes/char_gpt.yaml as it is, with guided warmup to its learning rate or 10 times that, and with `auto_lr`.
-Nothing was chosen here. The text is Karpathy's, which is not ours to ship.
+Runs of recipes/char_gpt.yaml as it is, with guided warmup to its learning rate, and with `auto_lr`. Nothing
+was chosen here. The text is Karpathy's, which is not ours to ship.
 """
 
 import argparse
@@ -33,7 +33,6 @@ SEEDS = (1, 2, 3)
 WAYS = {
     "Trainer, linear over 100 steps to 1e-3": [],
     "guided to 1e-3": ["--warmup", "guided", "--warmup_steps", "0"],
-    "guided to 1e-2": ["--warmup", "guided", "--warmup_steps", "0", "--learning_rate", "1e-2"],
     "auto_lr": ["--warmup", "guided", "--warmup_steps", "0", "--auto_lr"],
 }
 KEYS = ("way", "seed")

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import baselines_study
 import catapult_study
+import cliff_study
 import phase_study
+import remedies_study
 import reporting
 import second_moment_study
 import sharpness_study
@@ -22,7 +24,7 @@ import warmup_study
 from evidence import overview
 from grid import SMOKE, complete, load
 
-STUDIES = (phase_study, catapult_study, second_moment_study, baselines_study)
+STUDIES = (phase_study, catapult_study, second_moment_study, baselines_study, cliff_study)
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- python recipes/studies/claims.py --write -->\n", "<!-- end of claims -->"
 
@@ -32,7 +34,7 @@ def text(folder: Path) -> str:
     runs = {study: complete(load(study.NAME, folder == SMOKE), folder) for study in STUDIES}
     made = [claim for study, rows in runs.items() if rows for claim in study.claims(rows)]
     if folder != SMOKE:
-        made += warmup_study.claims(folder)
+        made += warmup_study.claims(folder) + remedies_study.claims(folder)
     if rows := sharpness_study.finished(folder):
         made += sharpness_study.claims(rows)
     return overview(made)

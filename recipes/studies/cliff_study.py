@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from hf_warmup import GuidedWarmup
 
 import figures
-from evidence import Curve, Row, at_best, best, curve, ended, groups, select, table
+from evidence import Claim, Curve, Row, at_best, best, curve, ended, groups, select, table
 from grid import command
 
 NAME = "cliff_study"
@@ -98,6 +98,21 @@ def edge_table(of: dict[tuple[str, int], list[Row]]) -> str:
             line[f"{times} x"] = str(safe[0]) if safe else "none" * bool(cells)
         lines.append(line | {"guided's ramp": f"{GuidedWarmup.usual_ramp_steps(steps, 'AdamW'):g}"})
     return table(lines)
+
+
+def claims(rows: list[Row]) -> list[Claim]:
+    """Whether guided warmup loses runs where others do."""
+    made = []
+    for (name, steps), runs in judged(rows).items():
+        counted = [row for row in runs if row["target"] >= tuned(runs)[2]]
+        of = {how: lengths(counted)[how] for how in ("guided", "auto_lr", "no warmup")}
+        counts = {how: sum(row["lost"] for row in those) for how, those in of.items()}
+        measured = ", ".join(f"{how} {lost(those)}" for how, those in of.items())
+        held = not counts["guided"] + counts["auto_lr"]
+        verdict = "unclear" if held and not counts["no warmup"] else "holds" if held else "does not hold"
+        text = "Guided warmup loses no run at the best learning rate and above, where training without warmup does"
+        made.append(Claim(text, f"{name}, {steps} steps", "ours", NAME, measured, verdict))
+    return made
 
 
 def report(rows: list[Row]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import evidence
 from baselines_study import method as optimizer_and_warmup
 from baselines_study import tuned
-from evidence import Row, groups, spread, table
+from evidence import Claim, Row, groups, spread, table
 from grid import Job, Study, execute, load, parse_parts, provenance, rows
 
 NAME = "remedies_study"
@@ -39,18 +39,26 @@ def reported(study: Study, folder: Path, seeds: tuple[int, ...] = REPORTED) -> I
             yield from (jobs[0]._replace(target=best, seed=seed) for seed in seeds)
 
 
+def choosing_losses(made: list[Row]) -> dict[str, evidence.Curve]:
+    """By method that has a target to choose, the losses of the seeds that choose."""
+    of = groups((row for row in made if row["seed"] in TUNING), method)
+    return {name: evidence.curve(runs) for name, runs in of.items()}
+
+
+def reported_losses(made: list[Row]) -> dict[str, evidence.Seeds]:
+    """By method the losses of the seeds that chose nothing, at what the others chose."""
+    choosing = choosing_losses(made)
+    losses = {}
+    for name, runs in groups(made, method).items():
+        target = evidence.best(choosing[name]) if name in choosing else runs[0]["target"]
+        losses[name] = evidence.curve(row for row in runs if row["seed"] not in TUNING).get(target, {})
+    return losses
+
+
 def part_table(made: list[Row]) -> str:
     """A line per method."""
-    of = groups(made, method)
-    choosing = {name: evidence.curve(row for row in of[name] if row["seed"] in TUNING) for name in of}
-    choosing = {name: losses for name, losses in choosing.items() if losses}
+    of, choosing, at_chosen = groups(made, method), choosing_losses(made), reported_losses(made)
     reference = tuned(choosing)
-
-    def at_chosen(name: str) -> evidence.Seeds:
-        """The losses of the seeds that chose nothing."""
-        target = evidence.best(choosing[name]) if name in choosing else of[name][0]["target"]
-        return evidence.curve(row for row in of[name] if row["seed"] not in TUNING).get(target, {})
-
     seconds = statistics.median(row["seconds"] for row in of["AdamW, no warmup"])
     lines = []
     for name, runs in of.items():
@@ -60,14 +68,45 @@ def part_table(made: list[Row]) -> str:
             line["η"] = f"{evidence.best(losses):g}" + " (edge of the grid)" * evidence.is_at_edge(losses)
             excess = statistics.mean(evidence.average(losses).values())
             line["sensitivity"] = f"{excess - statistics.mean(evidence.at_best(losses).values()):.3f}"
-        if there := at_chosen(name):
+        if there := at_chosen[name]:
             line["loss"] = spread(there.values())
-            line["minus tuned linear"] = spread(evidence.difference(there, at_chosen(reference)), "+")
+            line["minus tuned linear"] = spread(evidence.difference(there, at_chosen[reference]), "+")
         # Not finite counts, as nothing is below the entropy then.
         line["runs lost"] = f"{sum(not row['loss'] < row['entropy'] for row in runs)} of {len(runs)}"
         line["time"] = f"{statistics.median(row['seconds'] for row in runs) / seconds:.2f}"
         lines.append(line)
     return table(lines)
+
+
+CLAIMED = {
+    "AdamW, loss adaptive warmup 0.5": "Loss-adaptive warmup to half of the loss",
+    "RotationalAdamW, no warmup": "Rotational AdamW without warmup",
+    "GradInit, AdamW, no warmup": "GradInit without warmup",
+    "GIAdamW, 8 batches, no warmup": "GI-Adam with v_0 of 8 batches, without warmup,",
+    "γ = 0.3, AdamW, no warmup": "Division of the logits by .3, without warmup,",
+    "SGD momentum, clipped, no warmup": "SGD with relative clipping",
+    "AdaS, no schedule": "AdaS",
+}
+
+
+def claims(folder: Path) -> list[Claim]:
+    """What each remedy is for: training as good as with tuned linear warmup of AdamW."""
+    made = []
+    for part, title in PARTS.items():
+        study = load(f"remedies_{part}")
+        if runs := finished(study, folder):
+            losses, reference = reported_losses(runs), tuned(choosing_losses(runs))
+            for name in losses.keys() & CLAIMED.keys():
+                text = f"{CLAIMED[name]} is as good as tuned linear warmup of AdamW"
+                values = evidence.difference(losses[name], losses[reference])
+                made.append(evidence.loss_claim(text, title, "its authors", NAME, values, high=evidence.EQUAL))
+    return sorted(made, key=lambda claim: claim.text)
+
+
+def finished(study: Study, folder: Path) -> list[Row]:
+    """The runs of a grid of which none that can be made here is missing; empty otherwise."""
+    made = rows(folder, study.name)
+    return made if {job.key() for job in study.jobs if not job.lacks()} <= {row["keys"] for row in made} else []
 
 
 WORDS = (
@@ -82,8 +121,7 @@ def page(studies: list[Study], folder: Path) -> str:
     """The tables of the parts whose grid is finished."""
     texts, every = [WORDS], []
     for title, study in zip(PARTS.values(), studies, strict=True):
-        made = rows(folder, study.name)
-        if {job.key() for job in study.jobs if not job.lacks()} <= {row["keys"] for row in made}:
+        if made := finished(study, folder):
             texts.append(f"## {title}\n\n{part_table(made)}")
             every += made
     if not every:

@@ -1,7 +1,7 @@
 import pytest
 
 import reporting
-from cliff_study import NAME, edge_table, judged, lengths, lost_table, method, plot, report
+from cliff_study import NAME, claims, edge_table, judged, lengths, lost_table, method, plot, report
 from grid import COLUMNS, KEYS, appending, complete, load, rows
 from warmup_cases import Setting, make_model
 
@@ -57,6 +57,17 @@ def test_the_edge_is_the_shortest_warmup_without_which_runs_are_lost(made):
     assert [line[f"{times} x"] for times in (1, 2, 4, 8)] == ["25", "50", "50", "50"]
     assert line["tuned linear"] == "4.50 (over 25 to 0.004)"
     assert line["guided's ramp"] == "44"
+
+
+def test_a_warmup_that_loses_no_run_holds_its_claim_where_training_without_loses_some(made):
+    assert {claim.verdict for claim in claims(made)} == {"holds"}
+    (claim,) = (claim for claim in claims(made) if claim.where == "Llama, .28M, 200 steps")
+    assert claim.measured == "guided 0 of 8, auto_lr 0 of 2, no warmup 8 of 8"
+    calm = [row | {"loss": min(row["loss"], 4.5)} for row in made if row["steps"] == 200]
+    calm += [row for row in made if row["steps"] == 100]
+    assert {claim.verdict for claim in claims(calm)} == {"unclear"}
+    lost = [row | {"loss": 6.0 if row["rule"] == "guided" else row["loss"]} for row in made]
+    assert {claim.verdict for claim in claims(lost)} == {"does not hold"}
 
 
 def test_every_method_of_a_model_has_a_row_of_its_own(made):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from grid import COLUMNS, KEYS, Job, appending, lines, load, rows
-from remedies_study import PARTS, REPORTED, TUNING, method, page, part_table, reported
+from remedies_study import PARTS, REPORTED, TUNING, claims, method, page, part_table, reported
 from reporting import RESULTS
 from warmup_cases import Setting
 
@@ -57,6 +57,11 @@ def test_the_table_has_the_difference_from_tuned_linear_the_sensitivity_what_was
     text = page([*STUDIES.values()], tmp_path)
     assert "## GPT" in text
     assert "## CNN" not in text  # whose grid is not finished
+    ends = " is as good as tuned linear warmup of AdamW"
+    verdicts = {claim.text.removesuffix(ends): claim.verdict for claim in claims(tmp_path)}
+    assert verdicts.pop("Loss-adaptive warmup to half of the loss") == "holds"
+    assert len(verdicts) == 5
+    assert set(verdicts.values()) == {"does not hold"}  # a nat behind
 
 
 def test_every_method_has_a_name_of_its_own():
