@@ -19,7 +19,6 @@ from transformers.integrations import get_available_reporting_integrations
 
 from hf_warmup.trainer import WarmupArguments, WarmupTrainingArguments
 from hf_warmup.trainer.arguments import GONE
-from hf_warmup.trainer.secrets import hide_known
 
 CHARACTERS = "characters"  # the tokenizer that is none of the hub's
 
@@ -422,6 +421,8 @@ def as_dataclasses(parser: Parser, argv: Sequence[str]) -> tuple[Any, ...]:
     except Exception as error:
         raise ValueError(_named(parser, argv, error)) from error
     training = parsed[0]
+    if training.hub_token:
+        raise ValueError("hub_token must be left out, as a run keeps its command and its options: set HF_TOKEN")
     if not training.output_dir:
         raise ValueError(f"output_dir must be the name of a folder, got {training.output_dir!r}")
     for name, (least, below) in _RANGES.items():
@@ -436,8 +437,6 @@ def as_dataclasses(parser: Parser, argv: Sequence[str]) -> tuple[Any, ...]:
     if (backend := training.torch_compile_backend) is not None:
         with one_line("torch_compile_backend must be one that accelerate knows", backend):
             DynamoBackend(backend.upper())
-    if training.run_name is not None:
-        training.run_name = hide_known(training.run_name)  # which is written into many files
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False  # torch would warn that there is nothing to pin for
     return parsed

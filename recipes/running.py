@@ -32,7 +32,6 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from hf_warmup.trainer import Report
-from hf_warmup.trainer.secrets import hide_known, hide_secrets
 from hf_warmup.trainer.words import peak_words, taken_words
 
 from collator import Numbered
@@ -236,13 +235,13 @@ class RunFolder(TrainerCallback):
 
     Args:
         folder: The output folder.
-        command: The arguments of the recipe's command; kept without its secrets.
+        command: The arguments of the recipe's command.
         recipe: The options that the recipe's file has, as if typed before those of the command.
     """
 
     def __init__(self, folder: Path, command: Sequence[str], recipe: Sequence[str] = ()) -> None:
         self.folder, self.path = folder, folder / "run.json"
-        self.command, self.recipe = hide_secrets(command), hide_secrets(recipe)
+        self.command, self.recipe = list(command), list(recipe)
 
     def begin(self) -> None:
         self._write(ended=False)
@@ -274,8 +273,7 @@ class RunFolder(TrainerCallback):
                 pass
         except OSError as error:
             raise ValueError(
-                f"output_dir must be a folder that can be written into, got {hide_known(str(self.folder))}: "
-                f"{error.strerror or error}"
+                f"output_dir must be a folder that can be written into, got {self.folder}: {error.strerror or error}"
             ) from error
 
     def clear(self) -> None:
@@ -299,8 +297,7 @@ class RunFolder(TrainerCallback):
         """What run.json says."""
         try:
             run = json.loads(self.path.read_text(encoding="utf-8"))
-            command, recipe = hide_secrets(run["command"]), hide_secrets(run.get("recipe", self.recipe))
-            return {"options": _options(command, recipe), "ended": bool(run["ended"])}
+            return {"options": _options(run["command"], run.get("recipe", self.recipe)), "ended": bool(run["ended"])}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"output_dir must hold a run.json that can be read, got {self.path}: {error}; pass "
@@ -463,9 +460,6 @@ def carry_out(
     Returns:
         0, also where the same command has ended before; or 128 and the number of the signal that stopped it.
     """
-    if args.hub_token:
-        # Where the hub looks for it too: the Trainer saves its arguments as they are, and uploads them.
-        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
     with _room_on_disk(str(args.output_dir)):
         folder = RunFolder(Path(args.output_dir), argv, recipe)
         return _carry_out(folder, args, overwrite, make_trainer, finish, go_on)
@@ -482,7 +476,7 @@ def _carry_out(
     folder.check()
     if not (overwrite or args.resume_from_checkpoint) and (words := folder.finished()) is not None:
         if args.process_index == 0:
-            print(hide_known(words))
+            print(words)
         PartialState().destroy_process_group()
         return 0
     if args.disable_tqdm:
@@ -555,5 +549,5 @@ def main(run: Callable[[list[str]], int]) -> NoReturn:
     try:
         code = run(sys.argv[1:])
     except ValueError as error:
-        sys.exit("error: " + hide_known(" ".join(str(error).split())))
+        sys.exit("error: " + " ".join(str(error).split()))
     sys.exit(code)

@@ -33,7 +33,6 @@ from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.trainer.plots import run_figure
 from hf_warmup.trainer.report import Report, group_values, has_trained, warmup_report
-from hf_warmup.trainer.secrets import hide_known
 from hf_warmup.trainer.sections import sections, task_of
 from hf_warmup.trainer.words import target_words
 
@@ -175,11 +174,9 @@ class RunCard:
         if described != data:
             block = _rewritten(block, described, line, failed)
         head = f"{opening or f'---{line}'}{block}{closing or f'{line}---{line}'}" if block else ""
-        if new or _DRAFT in body:  # every name in it is of the run; what an author says stays
-            head, before, after = map(hide_known, (head, before, after))
         seal = f"\n\n<!-- {_SEAL}{_digest(head + before + after)} -->" if new else ""
         parts = "\n\n".join(sections(trainer, report, names, plotted="warmup.png" not in failed))
-        part = f"{_BEGIN}\n{hide_known(parts)}{seal}\n{_END}".replace("\n", line)
+        part = f"{_BEGIN}\n{parts}{seal}\n{_END}".replace("\n", line)
         return f"{head}{before}{part}{after}".encode()
 
     def _warn(self, failed: Mapping[str, str]) -> None:

@@ -1,19 +1,12 @@
-"""The sections of a model card: what warmup did, how to use the model, how it was made, what it does not say."""
+"""The sections of a model card: what warmup did, of what run it was, what that does not say."""
 
 import re
-import shlex
-import sys
 from collections.abc import Iterator
 
-import transformers
-import yaml
-from huggingface_hub.constants import HF_HUB_OFFLINE
 from tabulate import tabulate
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import Trainer
 
-import __main__
 from hf_warmup.trainer.report import Report
-from hf_warmup.trainer.secrets import hide_secrets
 from hf_warmup.trainer.words import (
     critical_words,
     init_words,
@@ -38,12 +31,6 @@ _TASKS = {
     "ForQuestionAnswering": "question-answering",
     "ForConditionalGeneration": "text2text-generation",
 }
-_SNIPPETS = {
-    "text-generation": 'print(model("Once upon a time", max_new_tokens=20)[0]["generated_text"])',
-    "fill-mask": 'print(model(f"The {model.tokenizer.mask_token} is here.")[0]["sequence"])',
-    "text-classification": 'print(model("What a day."))',
-    "token-classification": 'print(model("What a day in Paris."))',
-}
 _CITATION = """```bibtex
 @inproceedings{kalra2024warmup,
   title = {Why Warmup the Learning Rate? Underlying Mechanisms and Improvements},
@@ -57,19 +44,10 @@ _CITATION = """```bibtex
 
 def sections(trainer: Trainer, report: Report, datasets: list[str], *, plotted: bool) -> Iterator[str]:
     """All sections of the card, in Markdown; with a plot, if there is one."""
-    if (usage := _usage(trainer)) is not None:
-        yield f"## How to use\n\n{_fence(usage, 'python')}"
     yield _warmup(report, plotted)
     yield f"## This run\n\n{_table(('What', 'This run'), _run_rows(trainer, report, datasets))}"
-    if (again := _again(trainer)) is not None:
-        yield f"## The same run again\n\n{again}"
     yield f"## Limits\n\n{_limits(report)}"
     yield f"## Citation\n\n{_CITATION}"
-    if HF_HUB_OFFLINE:
-        yield (
-            "*Written offline (`HF_HUB_OFFLINE=1`): neither checked against the hub nor sent to it. In this folder, "
-            f"this sends it:*\n\n{_fence('hf upload NAME .', 'bash')}"
-        )
 
 
 def _warmup(report: Report, plotted: bool) -> str:
@@ -141,42 +119,6 @@ def _run_rows(trainer: Trainer, report: Report, datasets: list[str]) -> list[tup
     return [*rows, ("Seed", str(report.seed)), ("Processes", str(report.processes)), *report.versions.items()]
 
 
-def _usage(trainer: Trainer) -> str | None:
-    """Lines that load the saved model and use it; None for a model that transformers cannot load."""
-    # Without a name on the hub it is the folder that the card lies in; its path is of this machine alone.
-    where = trainer.hub_model_id or "."
-    model, task = trainer.accelerator.unwrap_model(trainer.model), task_of(trainer)
-    cls = type(model).__name__
-    tuned = hasattr(model, "peft_config")
-    if task in _SNIPPETS and isinstance(trainer.processing_class, PreTrainedTokenizerBase):
-        first = "from transformers import pipeline\n\n"
-        return f'{first}model = pipeline("{task}", model={where!r})\n{_SNIPPETS[task]}'
-    if tuned or not hasattr(transformers, cls):
-        return None
-    return f"from transformers import {cls}\n\nmodel = {cls}.from_pretrained({where!r})"
-
-
-def _again(trainer: Trainer) -> str | None:
-    """The command and accelerate's configuration; None where no file was run, as in a notebook."""
-    if not hasattr(__main__, "__file__"):
-        return None
-    state = trainer.accelerator.state
-    config = {
-        "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": state.distributed_type.value,
-        "mixed_precision": str(state.mixed_precision),
-        "num_processes": state.num_processes,
-        "use_cpu": state.device.type == "cpu",
-    }
-    if trainer.is_fsdp_enabled:
-        config["fsdp_config"] = {"fsdp_version": state.fsdp_plugin.fsdp_version}
-    if trainer.is_deepspeed_enabled:
-        config["deepspeed_config"] = {"zero_stage": state.deepspeed_plugin.zero_stage}
-    command = shlex.join(["accelerate", "launch", "--config_file", "accelerate.yaml", *hide_secrets(sys.argv)])
-    text = yaml.safe_dump(config, sort_keys=False).rstrip()
-    return f"{_fence(command, 'bash')}\n\nwith `accelerate.yaml`:\n\n{_fence(text, 'yaml')}"
-
-
 def _limits(report: Report) -> str:
     limits = ["One run with one seed: nothing here says how much another seed would differ."]
     if report.warmup != "linear" or report.search_status is not None:
@@ -199,12 +141,6 @@ def _plain(name: str) -> str:
     """A name in one line without meaning to Markdown, but for `|`, which `_table` escapes in every cell."""
     name = re.sub(r"[\\`*\[\]~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", " ".join(name.split()))
     return name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _fence(text: str, language: str) -> str:
-    """A block of code that may hold fences, and the marks of our part of a card."""
-    ticks = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
-    return f"{ticks}{language}\n{text.replace('<!-- hf-warmup', '<! -- hf-warmup')}\n{ticks}"
 
 
 def _table(headers: tuple[str, str], rows: list[tuple[str, str]]) -> str:

@@ -96,7 +96,7 @@ def test_a_recipe_runs_with_a_warmup_that_needs_no_steps(warmup, tmp_path, capsy
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
-def test_a_run_leaves_model_card_plot_and_numbers(objective, tmp_path, capsys, monkeypatch):
+def test_a_run_leaves_model_card_plot_and_numbers(objective, tmp_path, capsys):
     folder = tmp_path / "run"
     pretrain.run(few_steps(objective, folder, "--gi_adam"))
 
@@ -124,10 +124,6 @@ def test_a_run_leaves_model_card_plot_and_numbers(objective, tmp_path, capsys, m
     last = [e for e in state["log_history"] if "eval_loss" in e][-1]
     measured = ["loss", "perplexity", "accuracy"] + ["bits_per_byte"] * (objective == "clm")
     assert shown == {name: last[f"eval_{name}"] for name in measured}
-    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    monkeypatch.chdir(folder)
-    exec(snippet, {})
-    assert len(capsys.readouterr().out.strip()) > 5
 
 
 def test_a_trained_model_generates_text(tmp_path):
@@ -402,13 +398,6 @@ def test_a_recipe_that_is_no_mapping_is_one_line(content, tmp_path):
     (tmp_path / "recipe.yaml").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"recipe.yaml (is not YAML|must be a mapping)"):
         arguments.parse([str(tmp_path / "recipe.yaml")])
-
-
-def test_an_error_shows_no_secret(tmp_path, monkeypatch):
-    token = "hf_" + "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0eF3h"
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", yaml_with(tmp_path, hub_tok=token)])
-    with pytest.raises(SystemExit, match=r"unknown option hub_tok: \.\.\. in "):
-        pretrain.main(pretrain.run)
 
 
 def test_options_on_the_command_line_are_checked_too(tmp_path):
