@@ -7,7 +7,6 @@ says is its author's, or the Trainer's draft, of which three things are set righ
 goes into the metadata.
 """
 
-import hashlib
 import io
 import json
 import logging
@@ -15,7 +14,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -42,7 +40,6 @@ _BEGIN, _END = "<!-- hf-warmup begins -->", "<!-- hf-warmup ends -->"
 _MARK = re.compile(rf"^(?:{_BEGIN}|{_END})(?=[ \t\r]*$)", re.MULTILINE)
 # Which every card of the Trainer says until its author has worked on it.
 _DRAFT = "This model card has been generated automatically"
-_SEAL = "a draft until its words are changed: "  # and a hash of all that is not our part
 _HELD_OUT = "held out"  # the split that tells our results in the metadata from others
 
 
@@ -101,42 +98,20 @@ class RunCard:
         return self._folder / ("README.md" if card else "warmup.json")
 
     def create(self, create_model_card: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around the Trainer's `create_model_card`: a card that somebody wrote outlives it, and our part follows."""
-        if not self.trainer.is_world_process_zero():
-            return create_model_card(*args, **kwargs)
+        """Around the Trainer's `create_model_card`, which our part follows."""
         # The Trainer's words for it, and trl's.
         self._dataset = kwargs.get("dataset") or kwargs.get("dataset_name") or self._dataset
-        path, kept, before = self._folder / "README.md", None, b""
-        try:
-            path = path.resolve()
-            if path.is_file() and not _is_draft(before := path.read_bytes()):
-                # A file, as the process may end meanwhile.
-                kept = Path(tempfile.mkdtemp(prefix="README.md.", dir=path.parent)) / "README.md"
-                shutil.copy2(path, kept)
-        except Exception as error:
-            if kept is not None:
-                shutil.rmtree(kept.parent)
-            self._warn({"README.md": _reason(error)})
-            return None
-        try:
-            made = create_model_card(*args, **kwargs)
-        finally:
-            if kept is not None:
-                # Unless it went on from what was there.
-                if not (path.is_file() and before.strip() in path.read_bytes()):
-                    os.replace(kept, path)
-                shutil.rmtree(kept.parent)
-        self.write(new=kept is None)
+        made = create_model_card(*args, **kwargs)
+        self.write(new=True)
         return made
 
     def save(self, save_model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around the Trainer's `save_model`: that of sentence-transformers makes a card, as do models of peft."""
         before = self._read()
         saved = save_model(*args, **kwargs)
-        after = self._read()
-        if self.written and after != before and (not before or _BEGIN.encode() in before):
+        if self.written and (after := self._read()) != before:
             # peft's goes on from the card that is there.
-            self.write(new=not before or _BEGIN.encode() not in after or _is_draft(before))
+            self.write(new=_BEGIN.encode() not in after)
         return saved
 
     def _read(self) -> bytes:
@@ -165,7 +140,6 @@ class RunCard:
         text = path.read_bytes().decode("utf-8-sig")
         opening, block, closing, body = _split(text)
         data = _mapping(block)
-        new = new or _is_sealed(text)
         names = _listed(self._dataset) or _listed(data.get("datasets"))
         before, _, after = _cut(body, neutral=new)
         before = _corrected(before, trainer, report)
@@ -174,16 +148,15 @@ class RunCard:
         if described != data:
             block = _rewritten(block, described, line, failed)
         head = f"{opening or f'---{line}'}{block}{closing or f'{line}---{line}'}" if block else ""
-        seal = f"\n\n<!-- {_SEAL}{_digest(head + before + after)} -->" if new else ""
         parts = "\n\n".join(sections(trainer, report, names, plotted="warmup.png" not in failed))
-        part = f"{_BEGIN}\n{parts}{seal}\n{_END}".replace("\n", line)
+        part = f"{_BEGIN}\n{parts}\n{_END}".replace("\n", line)
         return f"{head}{before}{part}{after}".encode()
 
     def _warn(self, failed: Mapping[str, str]) -> None:
         what = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         logger.warning(
             f"hf-warmup could not write what the run leaves in {self._folder} ({what}). The run is not touched by it, "
-            "and what was there stays. Once that is put right, trainer.create_model_card() writes it"
+            "and what was there stays. trainer.create_model_card() writes it, and a new card"
         )
 
 
@@ -228,28 +201,6 @@ def _cut(body: str, *, neutral: bool = False) -> tuple[str, str, str]:
         raise ValueError(f"{_BEGIN} and {_END} must be there once each and in order, or not at all")
     line = "\r\n" if "\r\n" in body else "\n"
     return f"{_MARK.sub('', body).rstrip()}{line}{line}", "", line
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _is_sealed(text: str) -> bool:
-    """Whether a card that was made by a trainer is still as it was."""
-    body = _split(text)[-1]
-    before, part, after = _cut(body, neutral=True)
-    return bool(part) and f"{_SEAL}{_digest(text.removesuffix(body) + before + after)} -->" in part
-
-
-def _is_draft(card: bytes) -> bool:
-    try:
-        text = card.decode("utf-8-sig")
-        tags = _mapping(_split(text)[1]).get("tags")
-    except (ValueError, yaml.YAMLError):  # what cannot be read is kept
-        return False
-    if isinstance(tags, list) and "trl" in tags and "generated_from_trainer" in tags:
-        return True  # trl's drafts say it nowhere else
-    return _DRAFT in text or _is_sealed(text)
 
 
 def _listed(names: Any) -> list[str]:
