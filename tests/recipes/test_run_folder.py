@@ -110,7 +110,7 @@ def test_what_a_run_writes_is_what_overwrite_deletes(command, tmp_path):
     pretrain.run(command(folder, *options, "--streaming", "--held_out", "20", "--shuffle_blocks", "8"))
     assert {"model.safetensors", "tokenizer.json", "stream/worker-0.jsonl"} <= tree(folder)
     RunFolder(folder, []).clear()
-    assert tree(folder) == {"run.json", "README.md"}  # the card keeps what its author says
+    assert tree(folder) == {"run.json", "README.md"}  # which may be an author's
 
 
 def test_overwrite_through_a_link_leaves_no_checkpoint_of_the_earlier_run(command, tmp_path):
