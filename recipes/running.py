@@ -41,7 +41,7 @@ PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40
 _ANY_RUN = ("output_dir", "overwrite", "resume_from_checkpoint")  # options that say nothing of the training
 _WHOLE = "whole"  # the file that marks a checkpoint
 # What a run writes into its folder, beside run.json: files, and files of folders. README.md is not among them: the
-# card is written anew at the end of a run, and keeps what its author says.
+# card is written anew at the end of a run.
 _WRITTEN = (
     r"warmup\.(json|png)|trainer_state\.json|training_args\.bin|(train|eval|all)_results\.json|"
     r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|zero_to_fp32\.py|"
