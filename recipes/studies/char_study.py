@@ -79,6 +79,14 @@ def table() -> str:
     return evidence.table(rows)
 
 
+def page() -> str:
+    return (
+        "# nanoGPT's shakespeare_char on a CPU, published: 1.88\n\n"
+        "Loss in nats a character on the last tenth of Tiny Shakespeare, after 2,000 steps of 768 characters "
+        f"(mean ± standard deviation over seeds {', '.join(map(str, SEEDS))}).\n\n{table()}\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
@@ -93,13 +101,8 @@ def main() -> None:
         with appending(reporting.RESULTS / f"{NAME}.csv", (*KEYS, "loss", "peak")) as write:
             for line in tqdm(results(partial(run, text=args.text), missing, args.processes), total=len(missing)):
                 write(line)
-    text = (
-        "# nanoGPT's shakespeare_char on a CPU, published: 1.88\n\n"
-        "Loss in nats a character on the last tenth of Tiny Shakespeare, after 2,000 steps of 768 characters "
-        f"(mean ± standard deviation over seeds {', '.join(map(str, SEEDS))}).\n\n{table()}\n"
-    )
-    (reporting.RESULTS / f"{NAME}.md").write_text(text)
-    print(text)
+    (reporting.RESULTS / f"{NAME}.md").write_text(page())
+    print(page())
 
 
 if __name__ == "__main__":
