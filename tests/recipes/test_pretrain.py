@@ -335,7 +335,7 @@ BAD = [
     ({"context": 2}, "context must be at least 8, got 2"),
     ({"vocab_size": 5}, "vocab_size must be at least 300, got 5"),
     ({"tokenizer": "characters", "objective": "mlm"}, "tokenizer=characters is for objective=clm, got mlm"),
-    ({"tokenizer": "characters", "init_from": "runs/x"}, "tokenizer=characters is for a model from scratch, got init_f"),
+    ({"tokenizer": "characters", "init_from": "runs/x"}, "tokenizer=characters is for a model from scratch"),
     ({"held_out_end": True, "streaming": True}, "held_out_end must be false with streaming=true, got true"),
     ({"model": "{model_type: nogpt}"}, "model must have a model_type that transformers knows, got 'nogpt'"),
     ({"model": "{model_type: gpt2, n_emb: 64}"}, "model has an option that gpt2 does not know, got n_emb: 64"),
