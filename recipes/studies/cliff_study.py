@@ -95,7 +95,7 @@ def edge_table(of: dict[tuple[str, int], list[Row]]) -> str:
         for times in (1, 2, 4, 8):
             cells = groups(select(rows, rule="linear", optimizer="AdamW", target=times * target), LENGTH)
             safe = [length for length, cell in sorted(cells.items()) if not any(row["lost"] for row in cell)]
-            line[f"{times} x"] = str(safe[0]) if safe else "none" * bool(cells)
+            line[f"{times} x"] = str(safe[0]) if safe else f"> {max(cells)}" if cells else ""
         lines.append(line | {"guided's ramp": f"{GuidedWarmup.usual_ramp_steps(steps, 'AdamW'):g}"})
     return table(lines)
 
@@ -104,11 +104,11 @@ def claims(rows: list[Row]) -> list[Claim]:
     """Whether guided warmup loses runs where others do."""
     made = []
     for (name, steps), runs in judged(rows).items():
-        counted = [row for row in runs if row["target"] >= tuned(runs)[2]]
-        of = {how: lengths(counted)[how] for how in ("guided", "auto_lr", "no warmup")}
+        counted = lengths([row for row in runs if row["target"] >= tuned(runs)[2]])
+        of = {how: counted[how] for how in ("guided", "auto_lr", "no warmup") if how in counted}
         counts = {how: sum(row["lost"] for row in those) for how, those in of.items()}
         measured = ", ".join(f"{how} {lost(those)}" for how, those in of.items())
-        held = not counts["guided"] + counts["auto_lr"]
+        held = not counts["guided"] + counts.get("auto_lr", 0)
         verdict = "unclear" if held and not counts["no warmup"] else "holds" if held else "does not hold"
         text = "Guided warmup loses no run at the best learning rate and above, where training without warmup does"
         made.append(Claim(text, f"{name}, {steps} steps", "ours", NAME, measured, verdict))
@@ -129,8 +129,8 @@ def draw(axes: Axes, rows: list[Row]) -> Any:
     """How far above tuned linear warmup a cell ends, and how many of its runs are lost."""
     targets = sorted({row["target"] for row in rows if method(row) != "auto_lr"})
     of = lengths(rows)
-    cells = [[select(runs, target=t) or runs for t in targets] for runs in of.values()]
-    values = [[statistics.mean(row["excess"] for row in cell) for cell in line] for line in cells]
+    cells = [[runs if how == "auto_lr" else select(runs, target=t) for t in targets] for how, runs in of.items()]
+    values = [[statistics.mean(row["excess"] for row in c) if c else math.nan for c in line] for line in cells]
     image = axes.imshow(values, aspect="auto", cmap="viridis_r", vmin=0, vmax=MOST)
     for y, line in enumerate(cells):
         for x, cell in enumerate(line):
