@@ -3,6 +3,7 @@
     python recipes/studies/bench_throughput.py
     python recipes/studies/bench_throughput.py --ways recipe critical preconditioned --beside recipe --sizes tiny \\
         --steps 210 --out DIR   # results/bench_watching.md is of such a run
+    python recipes/studies/bench_throughput.py --ways recipe compiled --beside recipe --sizes 10M --out DIR
 
 Two sizes of GPT-2 on recipes/tiny/shakespeare.txt, in several ways: the recipe as recipes/tiny/gpt.yaml has it, the
 same with `streaming: true`, the same with its sharpness watched, and run_clm.py's logic written anew: tokenize and
@@ -141,6 +142,7 @@ WAYS: dict[str, Callable[[list[str]], Trainer]] = {
     "recipe": recipe,
     "streaming": streaming,
     "run_clm": run_clm,
+    "compiled": lambda argv: recipe([*argv, "--torch_compile"]),
     "critical": lambda argv: recipe([*argv, "--sharpness_every=10"]),
     "preconditioned": lambda argv: recipe([*argv, "--sharpness_every=100", "--sharpness_kind=preconditioned"]),
 }
@@ -241,7 +243,7 @@ def explanation(made: list[dict[str, Any]], args: argparse.Namespace, commit: st
 * Ways: `recipe` is `recipes/tiny/gpt.yaml` through `recipes/pretrain.py`, with the search for η_c and a log \
 line every 5 steps, but no evaluation; `streaming` is the same with `streaming: true`, reading and tokenizing while \
 it trains, {WINDOW} batches at a time; `critical` and `preconditioned` measure that sharpness every 10 and every 100 \
-steps; `run_clm` is the logic of transformers' `run_clm.py` without code of ours: the \
+steps; `compiled` has `torch_compile: true`, and compiles in steps that are left out; `run_clm` is the logic of transformers' `run_clm.py` without code of ours: the \
 same blocks, tokenized and grouped with `map`, a Trainer with `default_data_collator` and fused AdamW, and its \
 default of a log line every 500 steps.
 * Tokens/s leaves out the first {args.skip} steps, and with them the search. All steps: the whole of \
