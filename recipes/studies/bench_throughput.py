@@ -243,7 +243,8 @@ def explanation(made: list[dict[str, Any]], args: argparse.Namespace, commit: st
 * Ways: `recipe` is `recipes/tiny/gpt.yaml` through `recipes/pretrain.py`, with the search for η_c and a log \
 line every 5 steps, but no evaluation; `streaming` is the same with `streaming: true`, reading and tokenizing while \
 it trains, {WINDOW} batches at a time; `critical` and `preconditioned` measure that sharpness every 10 and every 100 \
-steps; `compiled` has `torch_compile: true`, and compiles in steps that are left out; `run_clm` is the logic of transformers' `run_clm.py` without code of ours: the \
+steps; `compiled` has `torch_compile: true`, and compiles in steps that are left out; `run_clm` is the logic of \
+transformers' `run_clm.py` without code of ours: the \
 same blocks, tokenized and grouped with `map`, a Trainer with `default_data_collator` and fused AdamW, and its \
 default of a log line every 500 steps.
 * Tokens/s leaves out the first {args.skip} steps, and with them the search. All steps: the whole of \
