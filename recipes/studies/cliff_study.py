@@ -76,13 +76,12 @@ def lost(rows: list[Row]) -> str:
 
 def lost_table(of: dict[tuple[str, int], list[Row]]) -> str:
     """Runs lost by each warmup at targets from the best of linear warmup on."""
-    lines: dict[str, dict[str, str]] = {}
-    for how in lengths([row for rows in of.values() for row in rows]):
-        lines[how] = {"warmup": how}
-    for (name, steps), rows in of.items():
+    counted = {place: [row for row in rows if row["target"] >= tuned(rows)[2]] for place, rows in of.items()}
+    every = lengths([row for rows in counted.values() for row in rows])
+    lines = {how: {"warmup": how, "all": lost(runs)} for how, runs in every.items()}
+    for (name, steps), rows in counted.items():
         for how, runs in lengths(rows).items():
-            counted = [row for row in runs if row["target"] >= tuned(rows)[2]]
-            lines[how][f"{name}, {steps} steps"] = lost(counted)
+            lines[how][f"{name}, {steps} steps"] = lost(runs)
     return table(list(lines.values()))
 
 
