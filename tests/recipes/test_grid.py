@@ -13,6 +13,7 @@ import torch
 import baselines_study
 import catapult_study
 import claims
+import cliff_study
 import grid
 import peer_optimizers
 import phase_study
@@ -78,7 +79,11 @@ def test_a_grid_is_every_combination_of_its_lists_one_seed_after_the_other(tmp_p
         load("small")
 
 
-@pytest.mark.parametrize("study", claims.STUDIES, ids=lambda study: study.NAME)
+# The cliff counts the runs that are lost, over models and lengths of the run in the place of seeds.
+OF_MEANS = [study for study in claims.STUDIES if study is not cliff_study]
+
+
+@pytest.mark.parametrize("study", OF_MEANS, ids=lambda study: study.NAME)
 def test_every_study_has_a_grid_of_three_seeds_and_five_targets_or_says_why(study):
     jobs = load(study.NAME).jobs
     assert len({job.seed for job in jobs}) >= 3
