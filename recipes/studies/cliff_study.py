@@ -70,13 +70,19 @@ def judged(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
     return made
 
 
+def from_best(rows: list[Row]) -> list[Row]:
+    """Those whose target is the best of linear warmup or higher."""
+    target = tuned(rows)[2]
+    return [row for row in rows if row["target"] >= target]
+
+
 def lost(rows: list[Row]) -> str:
     return f"{sum(row['lost'] for row in rows)} of {len(rows)}"
 
 
 def lost_table(of: dict[tuple[str, int], list[Row]]) -> str:
     """Runs lost by each warmup at targets from the best of linear warmup on."""
-    counted = {place: [row for row in rows if row["target"] >= tuned(rows)[2]] for place, rows in of.items()}
+    counted = {place: from_best(rows) for place, rows in of.items()}
     every = lengths([row for rows in counted.values() for row in rows])
     lines = {how: {"warmup": how, "all": lost(runs)} for how, runs in every.items()}
     for (name, steps), rows in counted.items():
@@ -103,7 +109,7 @@ def claims(rows: list[Row]) -> list[Claim]:
     """Whether guided warmup loses runs where others do."""
     made = []
     for (name, steps), runs in judged(rows).items():
-        counted = lengths([row for row in runs if row["target"] >= tuned(runs)[2]])
+        counted = lengths(from_best(runs))
         of = {how: counted[how] for how in ("guided", "auto_lr", "no warmup") if how in counted}
         counts = {how: sum(row["lost"] for row in those) for how, those in of.items()}
         measured = ", ".join(f"{how} {lost(those)}" for how, those in of.items())

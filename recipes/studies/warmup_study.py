@@ -295,12 +295,11 @@ def rivals(runs: list[Row]) -> dict[str, dict[str, tuple[Method, float]]]:
 
 def rivals_reported(runs: list[Row]) -> list[Job]:
     """The runs of the rivals, at their targets, on the seeds that are reported and not made yet."""
-    jobs = {}
+    jobs, settings = {}, {part: study(part).jobs[0].setting for part in PLACES}
     for parts in rivals(runs).values():
         for part, (method, target) in parts.items():
-            setting = study(part).jobs[0].setting
             for seed in set(RIVAL_SEEDS) - method.reported.get(target, {}).keys():
-                job = Job(setting, method.optimizer, method.rule, method.options, target, seed)
+                job = Job(settings[part], method.optimizer, method.rule, method.options, target, seed)
                 jobs[job.key()] = job
     return list(jobs.values())
 
