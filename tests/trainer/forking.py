@@ -1,6 +1,7 @@
 """Runs of several processes that share one launch, and so the imports: each is a fork of every launched process."""
 
 import contextlib
+import gc
 import os
 import random
 import socket
@@ -40,6 +41,7 @@ def in_fork(port, work):
     """`work`, which gives an exit status, in a fork of this process that meets those of the others at `port`."""
     # The launcher's own store knows the processes of the first run.
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    gc.freeze()  # what is imported is neither looked through nor copied in the fork
     if (child := os.fork()) == 0:
         status = 1
         try:

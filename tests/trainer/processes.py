@@ -3,6 +3,7 @@
 torchrun --nproc_per_node 2 processes.py FOLDER '[{"name": "linear", "backend": "fsdp2", "learning_rate": 3e-3}]'
 """
 
+import gc
 import importlib
 import json
 import os
@@ -295,5 +296,6 @@ def forked(folder, runs):
 
 
 if __name__ == "__main__":
+    gc.freeze()  # or every training ends with a look through all that is imported
     told = json.loads(sys.argv[2])
     (forked if "port" in told[0] else main)(Path(sys.argv[1]), told)
