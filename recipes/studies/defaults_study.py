@@ -9,7 +9,6 @@ that was trained here on Python's standard library, which goes on with Shakespea
 lines from lines whose words are shuffled. Nothing was chosen on any of these.
 """
 
-import argparse
 import itertools
 import random
 import statistics
@@ -19,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tqdm import tqdm
 from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -34,7 +32,7 @@ from hf_warmup.trainer import WarmupCallback
 import evidence
 import reporting
 from evidence import difference, spread
-from grid import appending, lines, results
+from grid import append, lacking, lines, save, small_parser
 
 NAME = "defaults_study"
 BASE = Path("runs/defaults-base")
@@ -43,7 +41,6 @@ SEEDS = (1, 2, 3)
 CONTEXT = 64
 WAYS = ("plain", "plain, 10% warmup", "attach()", "attach(), 10% warmup", "auto_lr")
 RATES = {"gpt": (6e-4, 6e-3, 6e-2), "lora": (2e-4, 2e-3, 2e-2), "classification": (5e-5, 5e-4, 5e-3)}
-KEYS = ("task", "beta2", "lr", "way", "seed")
 
 
 class Job(NamedTuple):
@@ -165,22 +162,10 @@ def run(job: Job) -> dict[str, Any]:
     return {**job._asdict(), "loss": f"{trainer.evaluate()['eval_loss']:.5f}"}
 
 
-def finish(processes: int) -> None:
-    """Make the runs that are missing."""
-    done = lines(reporting.RESULTS, NAME, KEYS)
-    missing = [job for job in jobs() if tuple(map(str, job)) not in done]
-    if not missing:
-        return
-    make_base()
-    with appending(reporting.RESULTS / f"{NAME}.csv", (*KEYS, "loss")) as write:
-        for line in tqdm(results(run, missing, processes), total=len(missing)):
-            write(line)
-
-
 def table() -> str:
     """The plain script's loss, and the differences of the others from it, seed by seed."""
     losses: dict[tuple, dict[int, float]] = {}
-    for row in lines(reporting.RESULTS, NAME, KEYS).values():
+    for row in lines(reporting.RESULTS, NAME, Job._fields).values():
         key = (row["task"], float(row["beta2"]), float(row["lr"]), row["way"])
         losses.setdefault(key, {})[int(row["seed"])] = float(row["loss"])
     rows = []
@@ -193,21 +178,22 @@ def table() -> str:
     return evidence.table([dict(zip(headers, row, strict=True)) for row in rows])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--table", action="store_true", help="make no runs")
-    args = parser.parse_args()
-    if not args.table:
-        finish(args.processes)
-    text = (
+def page() -> str:
+    return (
         "# What the one line does to an ordinary Trainer script\n\n"
         "Validation loss of the plain Trainer without warmup, and "
         f"differences from it, seed by seed (mean ± standard deviation over seeds {', '.join(map(str, SEEDS))}).\n\n"
         f"{table()}\n"
     )
-    (reporting.RESULTS / f"{NAME}.md").write_text(text)
-    print(text)
+
+
+def main() -> None:
+    args = small_parser(__doc__).parse_args()
+    if not args.table:
+        if lacking(NAME, jobs()):
+            make_base()
+        append(NAME, (*Job._fields, "loss"), jobs(), run, args.processes)
+    save(reporting.RESULTS, NAME, page())
 
 
 if __name__ == "__main__":

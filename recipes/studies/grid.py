@@ -70,7 +70,7 @@ Row = dict[str, Any]
 Line = dict[str, str]
 Report = Callable[[list[Row]], str]
 Plot = Callable[[list[Row]], Figure]
-Task = TypeVar("Task")
+Task = TypeVar("Task", bound=Any)
 Made = TypeVar("Made")
 
 
@@ -259,6 +259,21 @@ def results(make: Callable[[Task], Made], todo: list[Task], processes: int) -> I
             pool.shutdown(cancel_futures=True)
 
 
+def append(name: str, columns: tuple[str, ...], tasks: Iterable[Task], make: Callable, processes: int) -> None:
+    """Make the tasks, named tuples of its first columns, that `results/<name>.csv` lacks."""
+    todo = lacking(name, tasks)
+    with appending(reporting.RESULTS / f"{name}.csv", columns) as write:
+        for line in tqdm(results(make, todo, processes), name, len(todo), unit="run"):
+            write(line)
+
+
+def lacking(name: str, tasks: Iterable[Task]) -> list[Task]:
+    """Those that no line of it is of."""
+    of = {task: tuple(f"{v:g}" if isinstance(v, float) else str(v) for v in task) for task in tasks}
+    done = lines(reporting.RESULTS, name, next(iter(of))._fields)
+    return [task for task, key in of.items() if key not in done]
+
+
 def _end_with_parent() -> None:
     """A worker whose parent was killed would wait for work for ever."""
 
@@ -300,13 +315,20 @@ def page(study: Study, folder: Path, report: Report) -> str:
     return f"{report(made)}\n\n{provenance(made)} `python recipes/studies/{study.name}.py`\n"
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The options of every study."""
+def small_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options of a study, also of one without a grid."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--processes", type=int, help="at once; by default as many as there are cores")
+    cores = os.cpu_count() or 1
+    made.add_argument("--processes", type=int, default=cores, help="at once; by default as many as there are cores")
+    made.add_argument("--table", action="store_true", help="make no runs: the table and the plot from the CSVs")
+    return made
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options of a study with a grid."""
+    made = small_parser(doc)
     made.add_argument("--shard", default="1/1", help="i/n: every n-th run from the i-th, and no table")
     made.add_argument("--smoke", action="store_true", help="two small runs of everything, to runs/studies-smoke")
-    made.add_argument("--table", action="store_true", help="make no runs: the table and the plot from the CSVs")
     made.add_argument("--plan", action="store_true", help="make nothing: say how many runs are missing")
     return made
 
@@ -330,7 +352,7 @@ def execute(studies: Iterable[Study], args: argparse.Namespace) -> Path | None:
         if args.plan:
             print(plan(study, folder))
         elif not args.table:
-            finish(study, folder, args.processes or os.cpu_count() or 1, (index, count))
+            finish(study, folder, args.processes, (index, count))
     if count > 1:
         print(f"shard {index} of {count} is finished; when all are: the same command with --table")
     return None if args.plan or count > 1 else folder
@@ -344,10 +366,11 @@ def command(name: str, report: Report, plot: Plot, doc: str | None) -> None:
         save(folder, name, page(study, folder, report), plot(complete(study, folder)))
 
 
-def save(folder: Path, name: str, text: str, figure: Figure) -> None:
+def save(folder: Path, name: str, text: str, figure: Figure | None = None) -> None:
     """The table and the plot of a study."""
     (folder / f"{name}.md").write_text(text)
-    figure.savefig(folder / f"{name}.png", dpi=120)
+    if figure is not None:
+        figure.savefig(folder / f"{name}.png", dpi=120)
     print(folder / f"{name}.md")
 
 

@@ -9,7 +9,6 @@ steps of AdamW that decay linearly from each learning rate of a grid. η_c is th
 their own. If it carries a learning rate over, then η_best(b) = η_best(a) η_c(b) / η_c(a).
 """
 
-import argparse
 import itertools
 import math
 import statistics
@@ -19,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_warmup import find_critical_lr, loss_after_step
@@ -27,7 +25,7 @@ from hf_warmup import find_critical_lr, loss_after_step
 import evidence
 import reporting
 from defaults_study import SHAKESPEARE, blocks, code, sentences
-from grid import appending, lines, results
+from grid import append, lacking, lines, results, save, small_parser
 from warmup_cases import Setting, make_model
 from warmup_rules import cosine
 
@@ -46,7 +44,6 @@ SEEDS = (1, 2, 3)
 FULL = tuple(1e-4 * 2**k for k in range(7))
 LORA = tuple(1e-3 * 2**k for k in range(7))
 STEPS, BATCH = 100, 8
-KEYS = ("model", "task", "rank", "lr", "seed")
 
 
 class Job(NamedTuple):
@@ -247,20 +244,11 @@ def report(found: list[Place]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--table", action="store_true", help="make no runs")
-    args = parser.parse_args()
+    args = small_parser(__doc__).parse_args()
     if not args.table:
-        done = lines(reporting.RESULTS, NAME, KEYS)
-        missing = [job for job in jobs() if (*map(str, job[:3]), f"{job.lr:g}", str(job.seed)) not in done]
-        list(results(make_base, list(MODELS) if missing else [], args.processes))
-        with appending(reporting.RESULTS / f"{NAME}.csv", (*KEYS, "loss", "critical_lr")) as write:
-            for line in tqdm(results(run, missing, args.processes), total=len(missing)):
-                write(line)
-    text = report(places(lines(reporting.RESULTS, NAME, KEYS).values()))
-    (reporting.RESULTS / f"{NAME}.md").write_text(text)
-    print(text)
+        list(results(make_base, list(MODELS) if lacking(NAME, jobs()) else [], args.processes))
+        append(NAME, (*Job._fields, "loss", "critical_lr"), jobs(), run, args.processes)
+    save(reporting.RESULTS, NAME, report(places(lines(reporting.RESULTS, NAME, Job._fields).values())))
 
 
 if __name__ == "__main__":

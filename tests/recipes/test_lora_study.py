@@ -6,7 +6,7 @@ import pytest
 
 import reporting
 from grid import lines
-from lora_study import KEYS, NAME, Place, best_of, carried, places, report
+from lora_study import NAME, Job, Place, best_of, carried, places, report
 
 
 def test_the_best_learning_rate_is_the_bottom_of_a_parabola_in_its_logarithm():
@@ -33,5 +33,5 @@ def test_what_is_carried_over_exactly_is_off_by_a_factor_of_one():
 
 
 def test_the_committed_page_is_that_of_the_committed_runs():
-    made = places(lines(reporting.RESULTS, NAME, KEYS).values())
+    made = places(lines(reporting.RESULTS, NAME, Job._fields).values())
     assert (reporting.RESULTS / f"{NAME}.md").read_text() == report(made)
