@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 DEEPSPEED := $(VENV)/.deepspeed
 FLOOR := .venv-floor
 
-.PHONY: demo test test-slow test-all test-floor smoke test-gpu test-deepspeed deepspeed lint types studies studies-smoke clean
+.PHONY: demo test test-slow test-all test-floor test-gpu test-deepspeed deepspeed lint types studies studies-smoke clean
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/demo.py
@@ -23,15 +23,14 @@ TWO := -n 2 --dist loadfile
 
 # The science, and the Trainer on one process: little more than three minutes on two cores.
 test: $(READY)
-	$(BIN)/python -m pytest $(TWO) -m 'not slow and not smoke' --ignore tests/recipes
+	$(BIN)/python -m pytest $(TWO) -m 'not slow' --ignore tests/recipes
 
-# Many processes, trainings of more than a few steps, recipes and studies. Where DeepSpeed is installed its tests are
-# still those of `make test-deepspeed`.
+# Many processes, trainings of more than a few steps; recipes, all of them for three steps on one process and on two;
+# launches that fail, kills and signals; studies. DeepSpeed's are those of `make test-deepspeed`.
 test-slow: $(READY)
-	$(BIN)/python -m pytest $(TWO) -m 'slow and not smoke' --ignore tests/trainer/test_deepspeed.py --ignore tests/recipes
-	$(BIN)/python -m pytest $(TWO) -m 'not smoke' tests/recipes
+	$(BIN)/python -m pytest $(TWO) -m slow -k 'not deepspeed'
 
-test-all: test test-slow smoke studies-smoke test-deepspeed test-floor
+test-all: test test-slow studies-smoke test-deepspeed test-floor
 
 # A part of the tests with the oldest versions that pyproject.toml allows, which warn of what is newer beside them.
 # trl 1.0 logs other numbers of its KTO.
@@ -41,11 +40,6 @@ FLOOR_TESTS := $(addprefix tests/trainer/test_,callback.py every_trainer.py guid
 test-floor: $(FLOOR)/.ready
 	$(FLOOR)/bin/python -m pytest $(TWO) -W default $(FLOOR_TESTS)
 
-# Every recipe for three steps, on one process and on two; launches that fail, kills and signals; fine-tuning; the
-# studies' runner.
-smoke: $(READY)
-	$(BIN)/python -m pytest -m smoke $(TWO)
-
 # The trainings of these tests on a GPU, and what only a GPU has. Needs a torch that sees one, whose warnings no test
 # here has seen.
 GPU_TESTS := $(addprefix tests/trainer/test_,cuda.py callback.py every_trainer.py guided_trainer.py sharpness_callback.py)
@@ -54,7 +48,7 @@ test-gpu: $(READY)
 	HF_WARMUP_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -n 4 -W default $(GPU_TESTS)
 
 test-deepspeed: $(DEEPSPEED)
-	$(BIN)/python -m pytest $(TWO) -m 'slow or smoke' -k deepspeed tests/trainer/test_deepspeed.py tests/recipes/test_pretrain.py
+	$(BIN)/python -m pytest $(TWO) -k deepspeed tests/trainer/test_deepspeed.py tests/recipes/test_pretrain.py
 
 # The extra, from source and without compiling its kernels: none is needed on a CPU, and on a GPU they compile when used.
 deepspeed: $(DEEPSPEED)

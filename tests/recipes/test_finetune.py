@@ -24,8 +24,6 @@ from finetuning import parse
 from running import main
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.smoke,
     # transformers 5.24 renamed what peft 0.21 and trl 1.16 call.
     pytest.mark.filterwarnings(r"ignore:`(is_)?gradient_checkpointing\w*` is deprecated:FutureWarning"),
 ]

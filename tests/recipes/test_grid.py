@@ -28,8 +28,6 @@ from warmup_starts import From, times_own_warmup
 TINY = Setting("tiny", width=16, depth=1, context=8, batch=2, steps=2)
 TINY_JOBS = [Job(TINY, "AdamW", "linear", {"fraction": f}, 1e-3, seed) for seed in (0, 1) for f in (0.0, 0.5)]
 
-pytestmark = pytest.mark.smoke
-
 
 def write(folder, name, jobs, number):
     """The CSV that the jobs would have left, with the numbers of a function."""
@@ -172,7 +170,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 def test_a_killed_study_goes_on_and_makes_the_same_runs(tmp_path):
     script, path = tmp_path / "study.py", tmp_path / "tiny.csv"
     script.write_text(KILLED)

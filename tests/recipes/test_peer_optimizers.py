@@ -117,7 +117,6 @@ def test_adas_waits_while_there_is_no_gain():
     assert optimizer.rates == [pytest.approx(0.8 * 0.05 + knowledge_gain(conv.weight), rel=1e-10)]
 
 
-@pytest.mark.slow
 def test_adas_trains_the_cnn():
     made = train(replace(CNN, steps=60, width=32), "AdaS", lambda step, loss_at: 1.0, 0)
     assert made["loss"] < made["first"]

@@ -135,7 +135,6 @@ def test_a_trained_model_generates_text(tmp_path):
     assert len(out["generated_text"]) > len("ROMEO.")
 
 
-@pytest.mark.smoke
 def test_a_tokenizer_is_the_same_in_every_process():
     """As far as it depends on the order of hashes, which differs from process to process."""
     script = (
@@ -194,8 +193,7 @@ def test_the_log_says_how_fast_it_goes_and_what_the_model_writes(tmp_path, capsy
     assert before == {e["step"]: e["loss"] for e in after if "loss" in e}  # samples leave the random numbers alone
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("objective", "steps"), [("clm", 150), pytest.param("mlm", 500, marks=pytest.mark.smoke)])
+@pytest.mark.parametrize(("objective", "steps"), [("clm", 150), ("mlm", 500)])
 def test_both_objectives_learn_more_than_frequencies(objective, steps, tmp_path):
     options = ["--max_steps", str(steps), "--warmup_steps", "30", "--eval_strategy", "no", "--vocab_size", "512"]
     args, recipe = arguments.parse(small(objective, tmp_path / "run", *options))
@@ -204,7 +202,6 @@ def test_both_objectives_learn_more_than_frequencies(objective, steps, tmp_path)
     assert trainer.evaluate()["eval_loss"] < entropy - 0.2
 
 
-@pytest.mark.slow
 def test_a_run_that_stopped_resumes_to_the_same_end(tmp_path):
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     saving = ["--save_strategy", "steps", "--save_steps", "2"]
@@ -488,7 +485,6 @@ def launched_on_two_processes(config, folder):
     return subprocess.run([sys.executable, *command, *script], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("config", ["ddp", "deepspeed_zero2", "deepspeed_zero3"])
 def test_two_processes_without_a_gpu_are_two(config, tmp_path, monkeypatch):
     if config.startswith("deepspeed"):
@@ -499,14 +495,12 @@ def test_two_processes_without_a_gpu_are_two(config, tmp_path, monkeypatch):
     assert re.search(r"│ processes +│ 2 ", done.stdout)
 
 
-@pytest.mark.smoke
 def test_sharding_that_accelerate_ignores_without_a_gpu_is_refused(tmp_path):
     done = launched_on_two_processes("fsdp2.yaml", tmp_path / "run")
     assert done.returncode != 0
     assert "error: fsdp is set, but these 2 processes run as MULTI_CPU" in done.stderr
 
 
-@pytest.mark.smoke
 def test_the_readmes_launch_command_works_and_fails_with_a_code(tmp_path):
     def launch(*options):
         command = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml"]

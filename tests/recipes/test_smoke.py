@@ -16,8 +16,6 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 TEXT = ROOT / "recipes" / "tiny" / "shakespeare.txt"
 
-pytestmark = pytest.mark.smoke
-
 
 def name(path):
     return str(path.relative_to(ROOT / "recipes").with_suffix(""))

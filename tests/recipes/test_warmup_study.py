@@ -164,12 +164,10 @@ def test_every_other_kind_of_warmup_has_the_line_that_was_best_on_the_seeds_that
     assert "RAdam, no warmup" in table
 
 
-@pytest.mark.slow
 def test_the_committed_tables_are_those_of_the_committed_runs():
     assert (RESULTS / "warmup_study.md").read_text() == warmup_study.report(RESULTS)
 
 
-@pytest.mark.slow
 def test_a_committed_run_can_be_made_again():
     job = next(job for job in study("random").jobs if job.rule == "linear")
     committed = lines(RESULTS, "warmup_random")[job.key()]

@@ -136,7 +136,7 @@ def same(left, right):
     return len(left) == len(right) and all(map(torch.equal, left, right))
 
 
-@pytest.mark.smoke
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, NUM_TRAININGS, PER_TEST))
 def test_trainings_drawn_at_random_have_no_trace_of_what_was_tried(first, tmp_path):
     refused = []
