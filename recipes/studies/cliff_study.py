@@ -10,6 +10,7 @@ A run is lost if half of its steps would have done as well: it ends above the me
 import math
 import operator
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -80,14 +81,18 @@ def lost(rows: list[Row]) -> str:
     return f"{sum(row['lost'] for row in rows)} of {len(rows)}"
 
 
-def lost_table(of: dict[tuple[str, int], list[Row]]) -> str:
-    """Runs lost by each warmup at targets from the best of linear warmup on."""
+def worst(rows: list[Row]) -> str:
+    return f"{max(row['excess'] for row in rows):+.2f}"
+
+
+def warmup_table(of: dict[tuple[str, int], list[Row]], say: Callable[[list[Row]], str]) -> str:
+    """What is said of the runs of each warmup at targets from the best of linear warmup on."""
     counted = {place: from_best(rows) for place, rows in of.items()}
     every = lengths([row for rows in counted.values() for row in rows])
-    lines = {how: {"warmup": how, "all": lost(runs)} for how, runs in every.items()}
+    lines = {how: {"warmup": how, "all": say(runs)} for how, runs in every.items()}
     for (name, steps), rows in counted.items():
         for how, runs in lengths(rows).items():
-            lines[how][f"{name}, {steps} steps"] = lost(runs)
+            lines[how][f"{name}, {steps} steps"] = say(runs)
     return table(list(lines.values()))
 
 
@@ -127,7 +132,9 @@ def report(rows: list[Row]) -> str:
         "Steps of the shortest linear warmup that loses no run, at 1, 2, 4 and 8 times the best target where the grid "
         "has it, and the steps in which guided warmup makes the first descent."
     )
-    return f"{__doc__.split(chr(10) * 2)[-1]}\n{words}\n\n{lost_table(of)}\n\n{edges}\n\n{edge_table(of)}"
+    ends = "How far the worst of these runs ends above the mean of tuned linear warmup, in nats."
+    parts = [words, warmup_table(of, lost), ends, warmup_table(of, worst), edges, edge_table(of)]
+    return "\n\n".join([__doc__.split("\n\n")[-1].strip(), *parts])
 
 
 def draw(axes: Axes, rows: list[Row]) -> Any:
