@@ -25,7 +25,8 @@ from grid import command
 NAME = "cliff_study"
 SIZES = {64: ".28M", 96: "1.1M", 160: "4.2M"}
 OPTIMIZERS = {"GIAdamW": "GI-Adam", "RAdam": "RAdam", "Muon": "Muon"}  # without warmup
-OTHERS = ("guided", "auto_lr", *OPTIMIZERS.values())
+AUTO, SLOWER = "auto_lr", "auto_lr, t* a third of the run"
+OTHERS = ("guided", AUTO, SLOWER, *OPTIMIZERS.values())
 LENGTH = operator.itemgetter("length")
 MOST = 0.5  # nats: everything beyond has one colour
 
@@ -39,7 +40,7 @@ def model(row: Row) -> str:
 def method(row: Row) -> str:
     """The length of linear warmup, or what has none."""
     if row["rule"] == "guided":
-        return "auto_lr" if row.get("auto_lr") else "guided"
+        return SLOWER if row.get("SHARE") else AUTO if row.get("auto_lr") else "guided"
     return OPTIMIZERS.get(row["optimizer"]) or (f"linear over {row['length']}" if row["length"] else "no warmup")
 
 
@@ -115,10 +116,10 @@ def claims(rows: list[Row]) -> list[Claim]:
     made = []
     for (name, steps), runs in judged(rows).items():
         counted = lengths(from_best(runs))
-        of = {how: counted[how] for how in ("guided", "auto_lr", "no warmup") if how in counted}
+        of = {how: counted[how] for how in ("guided", AUTO, "no warmup") if how in counted}
         counts = {how: sum(row["lost"] for row in those) for how, those in of.items()}
         measured = ", ".join(f"{how} {lost(those)}" for how, those in of.items())
-        held = not counts["guided"] + counts.get("auto_lr", 0)
+        held = not counts["guided"] + counts.get(AUTO, 0)
         verdict = "unclear" if held and not counts["no warmup"] else "holds" if held else "does not hold"
         text = "Guided warmup loses no run at the best learning rate and above, where training without warmup does"
         made.append(Claim(text, f"{name}, {steps} steps", "ours", NAME, measured, verdict))
@@ -139,9 +140,9 @@ def report(rows: list[Row]) -> str:
 
 def draw(axes: Axes, rows: list[Row]) -> Any:
     """How far above tuned linear warmup a cell ends, and how many of its runs are lost."""
-    targets = sorted({row["target"] for row in rows if method(row) != "auto_lr"})
+    targets = sorted({row["target"] for row in rows if method(row) not in (AUTO, SLOWER)})
     of = lengths(rows)
-    cells = [[runs if how == "auto_lr" else select(runs, target=t) for t in targets] for how, runs in of.items()]
+    cells = [[runs if how in (AUTO, SLOWER) else select(runs, target=t) for t in targets] for how, runs in of.items()]
     values = [[statistics.mean(row["excess"] for row in c) if c else math.nan for c in line] for line in cells]
     image = axes.imshow(values, aspect="auto", cmap="viridis_r", vmin=0, vmax=MOST)
     for y, line in enumerate(cells):

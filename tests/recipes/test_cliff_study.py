@@ -79,7 +79,7 @@ def test_a_warmup_that_loses_no_run_holds_its_claim_where_training_without_loses
 def test_every_method_of_a_model_has_a_row_of_its_own(made):
     assert list(lengths(judged(made)["Llama, .28M", 200])) == [
         *("no warmup", "linear over 25", "linear over 50", "linear over 100"),
-        *("guided", "auto_lr", "GI-Adam", "RAdam", "Muon"),
+        *("guided", "auto_lr", "GI-Adam", "RAdam", "Muon", "auto_lr, t* a third of the run"),
     ]
     assert len(plot(made).axes) == 7  # five models in three rows of two, and the scale
     assert all(method(row) for row in made)
