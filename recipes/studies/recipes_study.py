@@ -107,7 +107,7 @@ def page() -> str:
         "# The recipes that need no GPU\n\n"
         "Loss in nats a token on the held-out text (mean ± standard deviation over seeds "
         f"{', '.join(map(str, SEEDS))}). {CHARACTERS} was trained on Tiny Shakespeare; its tokens are characters, and "
-        f"published is 1.88.\n\n{table(made)}\n\n{len(made)} runs; {conditions}. "
+        f"nanoGPT says 1.88.\n\n{table(made)}\n\n{len(made)} runs; {conditions}. "
         f"`python recipes/studies/{NAME}.py --text tinyshakespeare.txt`\n"
     )
 
