@@ -93,6 +93,8 @@ def test_a_command_that_needs_no_hub_runs(line, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "validation loss before / after" in done.stdout
+    num = launcher[launcher.index("--num_processes") + 1] if "--num_processes" in launcher else "1"
+    assert re.search(rf"│ processes +│ {num} ", done.stdout)
 
 
 def test_runs_are_compared_as_the_readme_says(tmp_path, monkeypatch):
