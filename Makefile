@@ -21,7 +21,7 @@ demo: $(READY)
 # Two at a time, of different files: those of one share what they have launched.
 TWO := -n 2 --dist loadfile
 
-# The science, and the Trainer on one process: little more than three minutes on two cores.
+# The science, and the Trainer on one process: three minutes on two cores.
 test: $(READY)
 	$(BIN)/python -m pytest $(TWO) -m 'not slow' --ignore tests/recipes
 
@@ -62,7 +62,7 @@ types: $(READY)
 
 STUDIES := phase_study catapult_study second_moment_study baselines_study sharpness_study cliff_study
 
-# Three hours on two cores; warmup_study.py takes a day, remedies_study.py 45 minutes. What is in
+# Five hours on two cores; warmup_study.py takes a day, remedies_study.py 45 minutes. What is in
 # recipes/studies/results is not run again.
 studies: $(READY)
 	for study in $(STUDIES); do $(BIN)/python recipes/studies/$$study.py || exit 1; done

@@ -239,9 +239,7 @@ def finish(study: Study, folder: Path, processes: int, shard: tuple[int, int] = 
         todo = [job for job in todo if not job.lacks()]
         for setting in {job.setting for job in todo if job.setting.text == "packages"}:
             make_stream(setting)
-        with reporting.torch_threads(1):  # as each run has
-            conditions = reporting.conditions(["torch", "transformers"], reporting.current_commit())
-        made = results(partial(run, conditions=conditions), todo, processes)
+        made = results(partial(run, conditions=conditions()), todo, processes)
         for line in tqdm(made, name, len(mine), initial=len(mine) - len(todo), unit="run", smoothing=0.05):
             write(line)
 
@@ -257,6 +255,12 @@ def results(make: Callable[[Task], Made], todo: list[Task], processes: int) -> I
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def conditions() -> str:
+    """What the runs that begin now are made with."""
+    with reporting.torch_threads(1):  # as each run has
+        return reporting.conditions(["torch", "transformers"], reporting.current_commit())
 
 
 def append(name: str, columns: tuple[str, ...], tasks: Iterable[Task], make: Callable, processes: int) -> None:
@@ -293,7 +297,7 @@ def provenance(made: list[Row]) -> str:
     return f"{len(made)} runs, {hours:.2f} hours of one thread; seeds {seeds}; {made_with(made)}."
 
 
-def made_with(made: list[Row]) -> str:
+def made_with(made: Iterable[Row | Line]) -> str:
     """Versions, hardware, commits and days of the runs."""
     return " and ".join(sorted({row["conditions"].rstrip(".") for row in made}))
 

@@ -22,7 +22,7 @@ import evidence
 import pretrain
 import reporting
 from evidence import difference, spread
-from grid import Line, append, lines, save, small_parser
+from grid import Line, append, conditions, lines, made_with, save, small_parser
 
 RECIPES = Path(__file__).parents[1]
 NAME = "recipes_study"
@@ -102,12 +102,11 @@ def table(made: list[Line]) -> str:
 
 def page() -> str:
     made = list(lines(reporting.RESULTS, NAME, Job._fields).values())
-    conditions = " and ".join(sorted({line["conditions"].rstrip(".") for line in made}))
     return (
         "# The recipes that need no GPU\n\n"
         "Loss in nats a token on the held-out text (mean ± standard deviation over seeds "
         f"{', '.join(map(str, SEEDS))}). {CHARACTERS} was trained on Tiny Shakespeare; its tokens are characters, and "
-        f"nanoGPT says 1.88.\n\n{table(made)}\n\n{len(made)} runs; {conditions}. "
+        f"nanoGPT says 1.88.\n\n{table(made)}\n\n{len(made)} runs; {made_with(made)}. "
         f"`python recipes/studies/{NAME}.py --text tinyshakespeare.txt`\n"
     )
 
@@ -118,9 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.table:
         jobs = [job for job in JOBS if args.text or job.recipe != CHARACTERS]
-        with reporting.torch_threads(1):
-            conditions = reporting.conditions(["torch", "transformers"], reporting.current_commit())
-        make = partial(run, text=args.text, conditions=conditions)
+        make = partial(run, text=args.text, conditions=conditions())
         append(NAME, (*Job._fields, "loss", "peak", "conditions"), jobs, make, args.processes)
     save(reporting.RESULTS, NAME, page())
 
