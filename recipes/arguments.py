@@ -118,6 +118,13 @@ class RecipeArguments:
             "the place of `optim`. Not under DeepSpeed."
         },
     )
+    loss_chunks: int = field(
+        default=0,
+        metadata={
+            "help": "Make the logits of a training batch in so many parts, each again in the backward pass, to hold "
+            "one of them at a time (`clm` only); 0 holds all. Not under FSDP or DeepSpeed."
+        },
+    )
     smoke: bool = field(
         default=False,
         metadata={
@@ -146,7 +153,12 @@ class RecipeArguments:
         for path in self.text:
             if not Path(path).is_file():
                 raise ValueError(f"text must be a file that exists, got {path}")
-        for name, objective in (("document_mask", "clm"), ("sample_prompt", "clm"), ("whole_word_mask", "mlm")):
+        for name, objective in (
+            ("document_mask", "clm"),
+            ("sample_prompt", "clm"),
+            ("loss_chunks", "clm"),
+            ("whole_word_mask", "mlm"),
+        ):
             if getattr(self, name) and self.objective != objective:
                 raise ValueError(f"{name} is for objective={objective}, got {self.objective}")
         if self.tokenizer == CHARACTERS and self.objective != "clm":
@@ -166,6 +178,7 @@ class RecipeArguments:
             ("shuffle_blocks", 1),
             ("sharpness_every", 0),
             ("lr_chosen_for", 0),
+            ("loss_chunks", 0),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -310,6 +323,11 @@ def parse(argv: list[str]) -> tuple[WarmupTrainingArguments, RecipeArguments]:
     if recipe.streaming and training.max_steps <= 0:
         raise ValueError(
             f"max_steps must be positive with streaming=true, got {training.max_steps}: a stream has no end"
+        )
+    if recipe.loss_chunks and training.label_smoothing_factor:
+        raise ValueError(
+            f"loss_chunks must be 0 with label_smoothing_factor={training.label_smoothing_factor}, which needs all "
+            f"logits, got {recipe.loss_chunks}"
         )
     available = get_available_reporting_integrations()
     for name in [] if recipe.plan else list(training.report_to):

@@ -31,6 +31,7 @@ from hf_warmup.trainer import (
 from hf_warmup.trainer.words import critical_words, number, target_words
 
 from arguments import RecipeArguments, make_config, one_line, parse, read_recipe
+from chunked import chunk_loss
 from collator import Collator, Numbered
 from data import bytes_per_token, load_text, load_tokenizer, mask_once, pack, unigram_entropy
 from framing import Framing
@@ -73,6 +74,8 @@ def make_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerFast) -> P
     if recipe.objective == "clm" and model.loss_type is None:
         # GPT-2's class name is in no list of transformers' losses: the Trainer would count one token too many.
         model.loss_type = "ForCausalLM"
+    if recipe.loss_chunks:
+        chunk_loss(model, recipe.loss_chunks)
     return model
 
 
@@ -118,12 +121,18 @@ def make_trainer(args: WarmupTrainingArguments, recipe: RecipeArguments) -> tupl
         trainer.add_callback(Progress)
     if isinstance(train, Numbered):
         trainer.add_callback(Epochs(train))
-    if recipe.sample_prompt:
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if recipe.sample_prompt:
             raise ValueError(
                 f"sample_prompt must be empty under FSDP and DeepSpeed, got {recipe.sample_prompt!r}: one process "
                 "alone has no whole model to generate with"
             )
+        if recipe.loss_chunks:
+            raise ValueError(
+                f"loss_chunks must be 0 under FSDP and DeepSpeed, got {recipe.loss_chunks}: the output layer's "
+                "weights are not whole where the loss is made"
+            )
+    if recipe.sample_prompt:
         trainer.add_callback(Samples(tokenizer, recipe.sample_prompt))
     WarmupCallback.attach(trainer)
     if recipe.sharpness_every:

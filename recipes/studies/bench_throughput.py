@@ -4,6 +4,8 @@
     python recipes/studies/bench_throughput.py --ways recipe critical preconditioned --beside recipe --sizes tiny \\
         --steps 210 --out DIR   # results/bench_watching.md is of such a run
     python recipes/studies/bench_throughput.py --ways recipe compiled --beside recipe --sizes 10M --out DIR
+    python recipes/studies/bench_throughput.py --ways recipe chunked --beside recipe --sizes 10M --steps 30 \\
+        --out DIR -- --model.vocab_size=50304
 
 Two sizes of GPT-2 on recipes/tiny/shakespeare.txt, in several ways: the recipe as recipes/tiny/gpt.yaml has it, the
 same with `streaming: true`, the same with its sharpness watched, and run_clm.py's logic written anew: tokenize and
@@ -12,6 +14,7 @@ other round the other way round. Writes bench_throughput.csv (a row per run) and
 """
 
 import argparse
+import functools
 import gc
 import itertools
 import json
@@ -69,6 +72,8 @@ SAME = [
     "seed",
     "use_cpu",
 ]
+CHUNKS = 8  # of the logits of a batch
+MEDIANS = ("parameters", "steps", "step seconds", "tokens/s", "tokens/s, all steps", "data wait", "peak bytes")
 WINDOW = 8  # batches of a stream that are shuffled together, so that every eighth step reads and tokenizes
 
 
@@ -143,6 +148,7 @@ WAYS: dict[str, Callable[[list[str]], Trainer]] = {
     "streaming": streaming,
     "run_clm": run_clm,
     "compiled": lambda argv: recipe([*argv, "--torch_compile"]),
+    "chunked": lambda argv: recipe([*argv, f"--loss_chunks={CHUNKS}"]),
     "critical": lambda argv: recipe([*argv, "--sharpness_every=10"]),
     "preconditioned": lambda argv: recipe([*argv, "--sharpness_every=100", "--sharpness_kind=preconditioned"]),
 }
@@ -189,15 +195,17 @@ def measure(way: str, size: str, steps: int, args: argparse.Namespace) -> dict[s
 
 
 def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every way in every round; before it a short run of each is thrown away, which pays for what is loaded late."""
+    """Every way in every round; before it a short run of each for its memory, which pays for what is loaded late."""
     made = []
     progress = tqdm(total=len(args.sizes) * len(args.ways) * (args.rounds + 1))
     for size in args.sizes:
+        peaks = {}
         for way in args.ways:
-            measure(way, size, args.skip + 1, args)
+            peaks[way] = reporting.peak_bytes(functools.partial(measure, way, size, args.skip + 1, args))
             progress.update()
         for number, way in reporting.turns(args.ways, args.rounds):
-            made.append({"round": number, **measure(way, size, args.steps or STEPS[size], args)})
+            row = measure(way, size, args.steps or STEPS[size], args)
+            made.append({"round": number, **row, "peak bytes": peaks[way]})
             progress.update()
     progress.close()
     return made
@@ -208,10 +216,7 @@ def table(made: list[dict[str, Any]], args: argparse.Namespace) -> str:
     lines = []
     for size, way in itertools.product(args.sizes, args.ways):
         chosen = [row for row in made if row["size"] == size]
-        median = {
-            key: statistics.median(row[key] for row in chosen if row["way"] == way)
-            for key in ("parameters", "steps", "step seconds", "tokens/s", "tokens/s, all steps", "data wait")
-        }
+        median = {key: statistics.median(row[key] for row in chosen if row["way"] == way) for key in MEDIANS}
         speed, whole, cpu = (
             ratios(chosen, way, args.beside, what) for what in ("tokens/s", "tokens/s, all steps", "step CPU seconds")
         )
@@ -243,7 +248,8 @@ def explanation(made: list[dict[str, Any]], args: argparse.Namespace, commit: st
 * Ways: `recipe` is `recipes/tiny/gpt.yaml` through `recipes/pretrain.py`, with the search for η_c and a log \
 line every 5 steps, but no evaluation; `streaming` is the same with `streaming: true`, reading and tokenizing while \
 it trains, {WINDOW} batches at a time; `critical` and `preconditioned` measure that sharpness every 10 and every 100 \
-steps; `compiled` has `torch_compile: true`, and compiles in steps that are left out; `run_clm` is the logic of \
+steps; `compiled` has `torch_compile: true`, and compiles in steps that are left out; `chunked` has \
+`loss_chunks: {CHUNKS}`; `run_clm` is the logic of \
 transformers' `run_clm.py` without code of ours: the \
 same blocks, tokenized and grouped with `map`, a Trainer with `default_data_collator` and fused AdamW, and its \
 default of a log line every 500 steps.
@@ -254,6 +260,7 @@ default of a log line every 500 steps.
 threads, in the steps that count; other processes of a machine disturb it less.
 * Data wait: the part of the time from the end of a step to the beginning of the next, log lines included; most is \
 that of the slowest round.
+* Peak memory: the most that the tensors of a short run take, its model's among them.
 
 {conditions(["torch", "transformers", "datasets"], commit)} `{args.command}`
 """

@@ -33,21 +33,22 @@ def threads_stay():
 
 
 def test_every_way_to_train_has_a_row_per_round_and_a_line_in_the_table(tmp_path, small, capsys):
-    ways = ["recipe", "streaming", "run_clm", "critical"]
+    ways = ["recipe", "streaming", "run_clm", "critical", "chunked"]
     bench_throughput.main([*FAST, "--out", str(tmp_path), "--ways", *ways, "--", *small])
     rows = rows_of(tmp_path / "bench_throughput.csv")
     assert [row["way"] for row in rows] == [*reversed(ways), *ways]
-    assert [row["round"] for row in rows] == ["0"] * 4 + ["1"] * 4
+    assert [row["round"] for row in rows] == ["0"] * 5 + ["1"] * 5
     for row in rows:
         assert (row["parameters"], row["steps"]) == (rows[0]["parameters"], "3")
         assert float(row["tokens/s"]) == pytest.approx(2 * 16 / float(row["step seconds"]))
         assert 0 < float(row["data wait"]) < 1
+        assert float(row["peak bytes"]) > 4 * float(row["parameters"])
     text = (tmp_path / "bench_throughput.md").read_text()
     assert text in capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert [line[1] for line in lines[1:]] == ways
     ratio = lines[0].index("of run_clm's")
-    assert lines[-2][ratio] == "1.000"
+    assert lines[1 + ways.index("run_clm")][ratio] == "1.000"
     assert "`python recipes/studies/bench_throughput.py --sizes tiny" in text
 
 

@@ -360,6 +360,12 @@ BAD = [
     ({"adam_beta2": 1.0}, "adam_beta2 must be at least 0 and less than 1, got 1.0"),
     ({"peak_tflops": -1.0}, "peak_tflops must be at least 0 and finite, got -1.0"),
     ({"peak_tflops": ".nan"}, "peak_tflops must be at least 0 and finite, got nan"),
+    ({"loss_chunks": -1}, "loss_chunks must be at least 0, got -1"),
+    ({"loss_chunks": 2, "objective": "mlm"}, "loss_chunks is for objective=clm, got mlm"),
+    (
+        {"loss_chunks": 2, "label_smoothing_factor": 0.1},
+        "loss_chunks must be 0 with label_smoothing_factor=0.1, .* got 2",
+    ),
     ({"logging_steps": 0}, "logging_steps cannot be 0: .*requires non-zero"),
     # What transformers says depends on whether DeepSpeed is there.
     ({"deepspeed": "nope.json"}, "deepspeed cannot be nope.json: |existing deepspeed config, .* Received: nope.json"),
@@ -469,7 +475,7 @@ def test_a_launch_configuration_is_one_that_accelerate_knows(path):
         assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
 
 
-def launched_on_two_processes(config, folder):
+def launched_on_two_processes(config, folder, *recipe_options):
     options = ["--num_processes", "2", "--mixed_precision", "no"]
     if "deepspeed" not in config:
         options += ["--main_process_port", "0"]  # others may be running
@@ -481,7 +487,7 @@ def launched_on_two_processes(config, folder):
         f"accelerate_configs/{config}",
         *options,
     ]
-    script = ["recipes/pretrain.py", *few_steps("clm", folder, "--max_steps", "4")]
+    script = ["recipes/pretrain.py", *few_steps("clm", folder, "--max_steps", "4", *recipe_options)]
     return subprocess.run([sys.executable, *command, *script], cwd=ROOT, capture_output=True, text=True)
 
 
@@ -492,6 +498,21 @@ def test_two_processes_without_a_gpu_are_two(config, tmp_path, monkeypatch):
     done = launched_on_two_processes(f"{config}.yaml", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert re.search(r"│ processes +│ 2 ", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--sample_prompt=ROMEO.", "sample_prompt must be empty under FSDP and DeepSpeed, got 'ROMEO.'"),
+        ("--loss_chunks=2", "loss_chunks must be 0 under FSDP and DeepSpeed, got 2"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_under_deepspeed(option, message, tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make deepspeed` installs it")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    done = launched_on_two_processes("deepspeed_zero2.yaml", tmp_path / "run", option)
+    assert done.returncode != 0
+    assert f"error: {message}" in done.stderr
 
 
 def test_sharding_that_accelerate_ignores_without_a_gpu_is_refused(tmp_path):

@@ -38,6 +38,8 @@ def command(path, folder):
     recipe = yaml.safe_load(path.read_text())
     if "warmup_steps" in recipe:
         options += ["--warmup_steps", "2"]
+    if path.stem == "one_gpu":  # as on a GPU with less memory
+        options += ["--loss_chunks", "4"]
     if "text" in recipe:
         short = folder / "short.txt"
         short.write_text(TEXT.read_text()[:100_000])
@@ -94,7 +96,13 @@ def test_a_recipe_runs_on_two_processes(path, two):
 
 
 @pytest.mark.parametrize(
-    "options", [["--activation_checkpointing"], ["--torch_compile", "--torch_compile_backend", "eager"]], ids=str
+    "options",
+    [
+        ["--activation_checkpointing"],
+        ["--torch_compile", "--torch_compile_backend", "eager"],
+        ["--torch_compile", "--torch_compile_backend", "eager", "--loss_chunks", "4"],
+    ],
+    ids=str,
 )
 def test_a_recipe_runs_with_what_the_trainer_offers_for_speed_and_memory(options, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
