@@ -60,7 +60,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-STUDIES := phase_study catapult_study second_moment_study baselines_study sharpness_study cliff_study
+STUDIES := phase_study catapult_study second_moment_study baselines_study sharpness_study cliff_study descent_study
 
 # Five hours on two cores; warmup_study.py takes a day, remedies_study.py 45 minutes. What is in
 # recipes/studies/results is not run again.

@@ -46,11 +46,11 @@ def search_cost(args: WarmupTrainingArguments) -> str:
     return f"1 to {SEARCH_PASSES} forward passes{share(SEARCH_PASSES)}"
 
 
-def warmup_words(args: WarmupTrainingArguments, optimizer: str = "") -> str:
+def warmup_words(args: WarmupTrainingArguments, optimizer: str, num_weights: int) -> str:
     kind = args.kind(args.warmup_steps)
     if kind == "guided":
         steps = (
-            f"about {GuidedWarmup.usual_ramp_steps(args.max_steps, optimizer):.0f} steps"
+            f"about {GuidedWarmup.usual_ramp_steps(args.max_steps, optimizer, num_weights):.0f} steps"
             if args.max_steps > 0
             else "some steps"
         )
@@ -142,7 +142,7 @@ def plan(args: WarmupTrainingArguments, recipe: RecipeArguments) -> str:
             if args.max_steps > 0
             else []
         ),
-        ("warmup", warmup_words(args, recipe.optim_factory)),
+        ("warmup", warmup_words(args, recipe.optim_factory, parameters)),
         ("search", search_cost(args)),
     ]
     kind = args.kind(args.warmup_steps)

@@ -107,6 +107,12 @@ class Backend:
         return lambda: None
 
 
+def num_elements(parameter: torch.nn.Parameter) -> int:
+    """Of the whole parameter, of which a process may hold a shard."""
+    # ZeRO-3 leaves an empty tensor in its place.
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def largest(values: list[float]) -> float:
     """The largest, NaN if one is."""
     return math.nan if any(map(math.isnan, values)) else max(values)  # max() would pass over it

@@ -15,6 +15,7 @@ from transformers import Trainer
 from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.sharpness.diagnosis import regime_of
+from hf_warmup.trainer.processes import num_elements
 
 SharpnessKind = Literal["critical", "hessian", "preconditioned"]
 EARLY = 5  # measurements that say where training starts
@@ -201,8 +202,8 @@ def warmup_report(trainer: Trainer) -> Report:
         "model_step": _step_of_model(trainer),
         "sequences_per_step": trainer.get_total_train_batch_size(args),
         "tokens": state.num_input_tokens_seen or None,
-        "parameters": sum(map(_whole_size, parameters)),
-        "trained_parameters": sum(_whole_size(p) for p in parameters if p.requires_grad),
+        "parameters": sum(map(num_elements, parameters)),
+        "trained_parameters": sum(num_elements(p) for p in parameters if p.requires_grad),
         "final_eval_loss": evaluated.get("loss"),
         "evaluation": evaluated,
         "evaluation_step": evaluation_step,
@@ -248,11 +249,6 @@ def _betas(optimizer: Any) -> list[float] | None:
     found = group_values(optimizer, "betas")
     betas = found[0] if len(found) == 1 and isinstance(found[0], tuple) else ()
     return [float(beta) for beta in betas] if betas and all(isinstance(b, int | float) for b in betas) else None
-
-
-def _whole_size(parameter: Any) -> int:
-    # ZeRO-3 leaves an empty tensor in a parameter's place.
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _of_schedule(trainer: Trainer) -> tuple[float | None, float | None, int | None]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import baselines_study
 import catapult_study
 import cliff_study
+import descent_study
 import phase_study
 import remedies_study
 import reporting
@@ -24,7 +25,7 @@ import warmup_study
 from evidence import overview
 from grid import SMOKE, complete, load
 
-STUDIES = (phase_study, catapult_study, second_moment_study, baselines_study, cliff_study)
+STUDIES = (phase_study, catapult_study, second_moment_study, baselines_study, cliff_study, descent_study)
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- python recipes/studies/claims.py --write -->\n", "<!-- end of claims -->"
 

@@ -20,13 +20,13 @@ from hf_warmup import GuidedWarmup
 
 import figures
 from evidence import Claim, Curve, Row, at_best, best, curve, ended, groups, select, table
-from grid import command
+from grid import command, weights_of
 
 NAME = "cliff_study"
 SIZES = {64: ".28M", 96: "1.1M", 160: "4.2M"}
 OPTIMIZERS = {"GIAdamW": "GI-Adam", "RAdam": "RAdam", "Muon": "Muon"}  # without warmup
-AUTO, SLOWER = "auto_lr", "auto_lr, t* a third of the run"
-OTHERS = ("guided", AUTO, SLOWER, *OPTIMIZERS.values())
+AUTO = "auto_lr"
+OTHERS = ("guided", AUTO, *OPTIMIZERS.values())
 LENGTH = operator.itemgetter("length")
 MOST = 0.5  # nats: everything beyond has one colour
 
@@ -40,7 +40,7 @@ def model(row: Row) -> str:
 def method(row: Row) -> str:
     """The length of linear warmup, or what has none."""
     if row["rule"] == "guided":
-        return SLOWER if row.get("SHARE") else AUTO if row.get("auto_lr") else "guided"
+        return AUTO if row.get("auto_lr") else "guided"
     return OPTIMIZERS.get(row["optimizer"]) or (f"linear over {row['length']}" if row["length"] else "no warmup")
 
 
@@ -107,7 +107,8 @@ def edge_table(of: dict[tuple[str, int], list[Row]]) -> str:
             cells = groups(select(rows, rule="linear", optimizer="AdamW", target=times * target), LENGTH)
             safe = [length for length, cell in sorted(cells.items()) if not any(row["lost"] for row in cell)]
             line[f"{times} x"] = str(safe[0]) if safe else f"> {max(cells)}" if cells else ""
-        lines.append(line | {"guided's ramp": f"{GuidedWarmup.usual_ramp_steps(steps, 'AdamW'):g}"})
+        ramp = GuidedWarmup.usual_ramp_steps(steps, "AdamW", weights_of(rows[0]))
+        lines.append(line | {"guided's ramp": f"{ramp:.0f}"})
     return table(lines)
 
 
@@ -140,9 +141,9 @@ def report(rows: list[Row]) -> str:
 
 def draw(axes: Axes, rows: list[Row]) -> Any:
     """How far above tuned linear warmup a cell ends, and how many of its runs are lost."""
-    targets = sorted({row["target"] for row in rows if method(row) not in (AUTO, SLOWER)})
+    targets = sorted({row["target"] for row in rows if method(row) != AUTO})
     of = lengths(rows)
-    cells = [[runs if how in (AUTO, SLOWER) else select(runs, target=t) for t in targets] for how, runs in of.items()]
+    cells = [[runs if how == AUTO else select(runs, target=t) for t in targets] for how, runs in of.items()]
     values = [[statistics.mean(row["excess"] for row in c) if c else math.nan for c in line] for line in cells]
     image = axes.imshow(values, aspect="auto", cmap="viridis_r", vmin=0, vmax=MOST)
     for y, line in enumerate(cells):

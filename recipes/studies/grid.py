@@ -45,7 +45,7 @@ from tqdm import tqdm
 import reporting
 import warmup_rules
 from peer_optimizers import missing
-from warmup_cases import Rule, Setting, make_stream, train, unigram_entropy
+from warmup_cases import Rule, Setting, make_stream, num_weights, train, unigram_entropy
 from warmup_starts import From, constant, times_own_warmup
 
 GRIDS = Path(__file__).parent / "grids"
@@ -190,6 +190,11 @@ def rows(folder: Path, name: str) -> list[Row]:
         setting = asdict(Setting(name, **json.loads(line["setting"])))
         made.append(line | numbers | setting | json.loads(line["options"]) | {"seed": int(line["seed"]), "keys": key})
     return made
+
+
+def weights_of(row: Row) -> int:
+    """The number of weights of its model."""
+    return num_weights(Setting("", **json.loads(row["setting"])))
 
 
 @contextlib.contextmanager

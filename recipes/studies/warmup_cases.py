@@ -166,6 +166,14 @@ def make_model(setting: Setting) -> nn.Module:
     return model
 
 
+@functools.cache
+def num_weights(setting: Setting) -> int:
+    """The elements of its parameters."""
+    with torch.device("meta"):
+        model = image_model(setting) if setting.family in IMAGES else text_model(setting)
+    return sum(p.numel() for p in model.parameters())
+
+
 def text_model(s: Setting) -> Any:
     """Of transformers."""
     heads = max(1, s.width // s.head)

@@ -8,13 +8,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_warmup import GuidedWarmup, PersistentCatapult, has_momentum, momentum_slope, update_slope
 from hf_warmup.warmup import LossAdaptiveWarmup, Warmup
 
-from warmup_cases import LossAt, Rule, Setting, make_model
+from warmup_cases import LossAt, Rule, Setting, num_weights
 
 
 def cosine(step: float, steps: float) -> float:
@@ -99,11 +98,18 @@ class Ruled:
         return self.lr
 
 
-def guided(setting: Setting, optimizer: str, target: float, auto_lr: bool = False, **constants: float) -> Rule:
+def guided(
+    setting: Setting,
+    optimizer: str,
+    target: float,
+    auto_lr: bool = False,
+    ramp_steps: float | None = None,
+    **constants: float,
+) -> Rule:
     """Ours; with other constants than it has."""
     wait = setting.family not in ("gpt", "llama", "llama-gqa", "qwen3")  # as the Trainer has it
     kind: type[GuidedWarmup] = type("GuidedWarmup", (GuidedWarmup,), constants)
-    ramp_steps = kind.usual_ramp_steps(setting.steps, optimizer)
+    ramp_steps = ramp_steps or kind.usual_ramp_steps(setting.steps, optimizer, num_weights(setting))
     return Ruled(setting, kind(setting.steps, None if auto_lr else target, ramp_steps=ramp_steps, wait=wait))
 
 
@@ -125,8 +131,7 @@ def formula(lr: Callable[[int, int], float]) -> Callable[..., Rule]:
     """
 
     def make(setting: Setting, optimizer: str, target: float) -> Rule:
-        with torch.device("meta"):
-            size = sum(p.numel() for p in make_model(setting).parameters())
+        size = num_weights(setting)
         tokens = setting.batch * setting.context
         return linear(setting, optimizer, lr(size, tokens * setting.steps), min(0.5, size / tokens / setting.steps))
 

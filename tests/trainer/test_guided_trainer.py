@@ -183,6 +183,22 @@ def test_a_resumed_run_of_persistent_warmup_is_bitwise_the_same(resumes):
     resumes([10], **GUIDED | {"warmup": "persistent"})
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_way_to_the_valley_grows_with_the_weights_that_are_trained(make_trainer, trains):
+    trainer = make_trainer(**{**GUIDED, "max_steps": 1000})
+    trainer.model.more = torch.nn.Parameter(torch.zeros(20_000_000), requires_grad=trains)
+    size = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    callback = WarmupCallback.attach(trainer)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert callback.rule.ramp_steps == pytest.approx(2 * size**0.25 if trains else 120)
+
+
 class Script(TrainerCallback):
     """Sets the learning rate of every step, behind warmup."""
 

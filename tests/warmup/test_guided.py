@@ -79,6 +79,17 @@ def test_the_line_takes_22_percent_of_the_run_and_at_most_120_steps(num_steps, l
     assert GuidedWarmup(num_steps).ramp_steps == pytest.approx(line)
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "num_weights", "line"),
+    [(10**5, 12_900_000, 120), (10**5, 16 * 10**8, 400), (300, 16 * 10**8, 100), (200, 32**4, 64), (300, 32**4, 66)],
+)
+def test_it_takes_twice_the_fourth_root_of_the_weights_if_that_is_more_and_a_third_of_the_run_at_most(
+    num_steps, num_weights, line
+):
+    assert GuidedWarmup.usual_ramp_steps(num_steps, num_weights=num_weights) == pytest.approx(line)
+    assert GuidedWarmup.usual_ramp_steps(num_steps, "Muon", num_weights) == min(0.03 * num_steps, 120)
+
+
 @pytest.mark.parametrize("name", ["Muon", "MuonAdamW", "MuonWithAuxAdam", "NorMuon"])
 @pytest.mark.parametrize(
     ("num_steps", "line"), [(2, 1), (20, 4.4), (40, 6), (200, 6), (300, 9), (2000, 60), (4000, 120), (10**6, 120)]

@@ -1,0 +1,100 @@
+"""In how few steps guided warmup may make the first descent, by the size of the model.
+
+    python recipes/studies/descent_study.py            # the runs that are missing, then the table and the plot
+    python recipes/studies/descent_study.py --table    # these from results/descent_study.csv alone
+
+A run is damaged if it ends more than 0.2 nats above the mean of the best number of steps of its model. What a model
+needs is the smallest number of steps from which on, up to the best, no run is damaged.
+"""
+
+import statistics
+
+from matplotlib.figure import Figure
+
+import figures
+from evidence import Claim, Row, ended, groups, table
+from grid import command, weights_of
+
+NAME = "descent_study"
+DAMAGED = 0.2  # nats
+LEAST, MOST = 0.5, 2.0  # fourth roots of the number of weights, between which what a model needs is to lie
+
+Runs = dict[float, list[float]]  # losses by t*
+
+
+def models(rows: list[Row]) -> dict[int, tuple[str, Runs]]:
+    """By the number of weights: the name of the model and its losses by t*."""
+    made = {}
+    for (family, width, depth), of in groups(rows, lambda row: (row["family"], row["width"], row["depth"])).items():
+        losses = {t: [ended(row) for row in runs] for t, runs in groups(of, lambda row: row["ramp_steps"]).items()}
+        kind = {"gpt": "GPT", "llama": "Llama"}[family]
+        made[weights_of(of[0])] = (f"{kind}, {depth} x {width}", dict(sorted(losses.items())))
+    return dict(sorted(made.items()))
+
+
+def least(runs: Runs) -> float:
+    return min(map(statistics.mean, runs.values()))
+
+
+def damaged(runs: Runs) -> dict[float, int]:
+    """How many runs, by t*."""
+    return {t: sum(loss > least(runs) + DAMAGED for loss in losses) for t, losses in runs.items()}
+
+
+def needed(runs: Runs) -> float:
+    """The smallest t* from which on none is, up to the best."""
+    most = min(runs, key=lambda t: statistics.mean(runs[t]))
+    harmed = [t for t, count in damaged(runs).items() if count and t < most]
+    return min(t for t in runs if t > max(harmed, default=0))
+
+
+def report(rows: list[Row]) -> str:
+    lines = []
+    for size, (name, runs) in models(rows).items():
+        line = {"model": name, "weights": f"{size / 1e6:.2f}M", "fourth root": f"{size**0.25:.0f}"}
+        for t, losses in runs.items():
+            count = damaged(runs)[t]
+            words = f"{statistics.mean(losses) - least(runs):+.2f}, worst {max(losses) - least(runs):+.2f}"
+            line[f"{t:g} steps"] = words + f" ({count} of {len(losses)})" * (count > 0)
+        lines.append(line | {"needs": f"{needed(runs):g}", "in fourth roots": f"{needed(runs) / size**0.25:.1f}"})
+    words = (
+        "Loss above that of the best number of steps, mean and worst of the seeds, and in brackets how many runs are "
+        "damaged."
+    )
+    return "\n\n".join([__doc__.split("\n\n")[-1].strip(), words, table(lines)])
+
+
+def claims(rows: list[Row]) -> list[Claim]:
+    """Whether what a model needs goes with the fourth root of its size."""
+    roots = [needed(runs) / size**0.25 for size, (_, runs) in models(rows).items()]
+    return [
+        Claim(
+            f"The steps that the first descent needs are {LEAST:g} to {MOST:g} fourth roots of the number of weights",
+            f"{len(roots)} models",
+            "ours",
+            NAME,
+            f"{min(roots):.1f} to {max(roots):.1f}",
+            "holds" if LEAST <= min(roots) and max(roots) <= MOST else "does not hold",
+        )
+    ]
+
+
+def plot(rows: list[Row]) -> Figure:
+    """Loss above the best over t* in fourth roots, a line per model."""
+    figure = figures.new(3.6)
+    axes = figure.subplots()
+    for color, (size, (name, runs)) in zip(figures.CYCLE, models(rows).items(), strict=False):
+        at = [t / size**0.25 for t in runs]
+        axes.plot(at, [statistics.mean(losses) - least(runs) for losses in runs.values()], color=color)
+        for x, losses in zip(at, runs.values(), strict=True):
+            label = {"label": f"{name}, {size / 1e6:.2f}M"} if x == at[0] else {}
+            axes.plot([x] * len(losses), [loss - least(runs) for loss in losses], "o", ms=4, color=color, **label)
+    axes.axhline(DAMAGED, color="gray", linestyle=":")
+    axes.set(xlabel="t*, in fourth roots of the number of weights", ylabel="loss above that of the best t*")
+    axes.set_xscale("log", base=2)
+    axes.legend(fontsize=7)
+    return figure
+
+
+if __name__ == "__main__":
+    command(NAME, report, plot, __doc__)
