@@ -63,7 +63,7 @@ def test_the_critical_learning_rate_is_a_line_or_a_dot_for_each_search(make_trai
     _, marks = drawn(run_figure(history))
     assert {lr for _, lr in marks["critical learning rate (η_c) of step 1"]} == {critical}
 
-    _, history = train(make_trainer(**{**GUIDED, "warmup": "persistent"}))
+    _, history = train(make_trainer(**{**GUIDED, "warmup": "persistent", "ramp_steps": None}))
     searched = [(e["step"], e["warmup/critical_lr"]) for e in history if "warmup/critical_lr" in e]
     assert len(searched) > 1
     assert drawn(run_figure(history))[1]["critical learning rate (η_c)"] == searched

@@ -14,7 +14,14 @@ from hf_warmup.trainer import WarmupCallback, warmup_report
 from tiny import make_model, start_of
 
 # A first descent, an overshoot after some 15 steps, and a bound that is out of reach.
-GUIDED = {"warmup": "guided", "warmup_steps": 0, "max_steps": 40, "vocab": 5, "learning_rate": 10.0}
+GUIDED = {
+    "warmup": "guided",
+    "warmup_steps": 0,
+    "max_steps": 40,
+    "vocab": 5,
+    "learning_rate": 10.0,
+    "ramp_steps": 8.8,
+}
 
 
 class Stop(TrainerCallback):
@@ -103,7 +110,7 @@ def test_guided_warmup_says_its_bound_where_it_ended_and_why(make_trainer, capsy
     (title, will), (after, did) = blocks(capsys)
     assert (title, after) == ("guided warmup", "what guided warmup did")
     assert will["to"] == "10 (learning_rate) or less"
-    # 22% of 40 steps, and half of them.
+    # ramp_steps, and half of them.
     assert will["steps"] == "about 9 until the first descent of the loss is over, at most 20 of 40"
     overshoot, peak = report.overshoot_lr, report.peak_lr
     assert did["overshoot"] == f"at {overshoot:.3g}, where the first descent was over"

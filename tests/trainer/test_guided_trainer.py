@@ -172,7 +172,7 @@ class Hidden(torch.nn.Module):
 
 @pytest.mark.parametrize(("model", "end"), [(make_model, ("peak", 22)), (Hidden, ("half of the run", 30))])
 def test_a_resumed_run_is_bitwise_the_same_before_and_after_the_overshoot(resumes, model, end):
-    report = resumes(STOPS, model, **AUTO)
+    report = resumes(STOPS, model, **AUTO | {"ramp_steps": 13.2})
     assert (report.ended_by, report.warmup_steps_taken) == end
     assert report.overshoot_lr is not None
     # What is no decoder waits for a second fall of the loss, which there is none.
@@ -180,12 +180,12 @@ def test_a_resumed_run_is_bitwise_the_same_before_and_after_the_overshoot(resume
 
 
 def test_a_resumed_run_of_persistent_warmup_is_bitwise_the_same(resumes):
-    resumes([10], **GUIDED | {"warmup": "persistent"})
+    resumes([10], **GUIDED | {"warmup": "persistent", "ramp_steps": None})
 
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_the_way_to_the_valley_grows_with_the_weights_that_are_trained(make_trainer, trains):
-    trainer = make_trainer(**{**GUIDED, "max_steps": 1000})
+    trainer = make_trainer(**{**GUIDED, "max_steps": 1000, "ramp_steps": None})
     trainer.model.more = torch.nn.Parameter(torch.zeros(20_000_000), requires_grad=trains)
     size = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     callback = WarmupCallback.attach(trainer)
@@ -238,7 +238,7 @@ def test_the_rule_leaves_no_trace_but_the_learning_rate(make_trainer):
 KINDS = {
     "linear": {"warmup_steps": 10, "max_steps": 40, "vocab": 5},
     "guided": AUTO,
-    "persistent": {**GUIDED, "warmup": "persistent"},
+    "persistent": {**GUIDED, "warmup": "persistent", "ramp_steps": None},
 }
 
 

@@ -164,7 +164,7 @@ CHANGED = [
     (LINEAR, {"max_steps": 20}, "num_training_steps must be 12 as in the checkpoint, got 20"),
     (RISING, {"auto_lr": True}, "auto_lr must be False as in the checkpoint, got True"),
     (AUTO, {"auto_lr": False}, "auto_lr must be True as in the checkpoint, got False"),
-    (RISING, {"ramp_steps": 5}, r"ramp_steps must be 2\.64 as in the checkpoint, got 5\.0"),
+    (RISING, {"ramp_steps": 5}, r"ramp_steps must be 4\.0 as in the checkpoint, got 5\.0"),
     (RISING, {"max_steps": 20}, "num_training_steps must be 12 as in the checkpoint, got 20"),
     ({**PERSISTENT, "learning_rate": 10.0}, {"init_lr": "1e-5"}, "init_lr must be 0.0001 as in the .*, got 1e-05"),
     ({**PERSISTENT, "learning_rate": 10.0}, {"max_steps": 20}, "num_training_steps must be 12 as in the .*, got 20"),

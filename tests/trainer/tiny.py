@@ -26,7 +26,14 @@ RENAMED = hasattr(TrainingArguments, "activation_checkpointing")
 CHECKPOINTING = "activation_checkpointing" if RENAMED else "gradient_checkpointing"
 
 # A first descent, an overshoot after some 15 steps, and a bound that is out of reach.
-GUIDED = {"warmup": "guided", "warmup_steps": 0, "max_steps": 40, "vocab": 5, "learning_rate": 10.0}
+GUIDED = {
+    "warmup": "guided",
+    "warmup_steps": 0,
+    "max_steps": 40,
+    "vocab": 5,
+    "learning_rate": 10.0,
+    "ramp_steps": 8.8,
+}
 
 
 class Rates(TrainerCallback):
