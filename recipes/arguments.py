@@ -247,7 +247,8 @@ _GROUPS = {
     "run": """output_dir overwrite resume_from_checkpoint smoke plan lr_chosen_for sample_prompt peak_tflops
         sharpness_every sharpness_kind""".split(),
     "data": ["text_column", "label_column"],
-    "model": """objective model init_from dtype lora_r lora_alpha lora_dropout lora_target_modules""".split(),
+    "model": """objective model init_from dtype lora_r lora_alpha lora_dropout lora_target_modules
+        loss_chunks""".split(),
     "warmup": [*(option.name for option in dataclasses.fields(WarmupArguments)), "warmup_steps"],
     "Trainer": ["optim_factory"],
 }

@@ -1,5 +1,6 @@
 """The loss of a causal model in parts: the logits of a whole batch are never held."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,24 +58,41 @@ def chunk_loss(model: PreTrainedModel, chunks: int) -> None:
     """Have a causal model train without the logits of a whole batch; its losses are what they were, to rounding.
 
     Raises:
-        ValueError: If its loss is of anything but what its output layer makes, such as logits with a soft cap.
+        ValueError: If its loss is not its loss function of what its output layer makes: it is of logits with a soft
+            cap, or has a term of the logits beside it. The model is left as it was.
     """
-    head, whole, seen = model.get_output_embeddings(), model.loss_function, []
-    if type(head) is torch.nn.Linear:
-        was_training, ids = model.training, torch.zeros(1, 2, dtype=torch.long)
-        hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output))
-        model.loss_function = lambda logits, *args, **kwargs: seen.append(logits) or logits.sum()
-        try:
-            with torch.no_grad():
-                model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
-        finally:
-            model.loss_function = whole
-            model.train(was_training)
-            hook.remove()
-    if len(seen) != 2 or seen[0] is not seen[1]:
+    head, whole, was_training = model.get_output_embeddings(), model.loss_function, model.training
+    model.eval()  # no dropout
+    fits = type(head) is torch.nn.Linear and _is_given_its_output(model, head)
+    if fits:
+        before = _loss(model)
+        head.__class__ = Head
+        model.loss_function = ChunkedLoss(head.train(), whole, chunks)
+        fits = math.isclose(_loss(model), before, rel_tol=1e-4)
+        if not fits:
+            head.__class__ = torch.nn.Linear
+    model.train(was_training)
+    if not fits:
+        model.loss_function = whole
         raise ValueError(
-            f"loss_chunks must be 0 for {model.config.model_type}, whose loss is not of its output layer's logits, "
-            f"got {chunks}"
+            f"loss_chunks must be 0 for {model.config.model_type}, whose loss is not of its output layer's logits "
+            f"alone, got {chunks}"
         )
-    head.__class__ = Head
-    model.loss_function = ChunkedLoss(head, whole, chunks)
+
+
+def _is_given_its_output(model: PreTrainedModel, head: torch.nn.Linear) -> bool:
+    """Whether the loss function is given what the output layer makes, and nothing else."""
+    whole, seen = model.loss_function, []
+    hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.loss_function = lambda logits, *args, **kwargs: seen.append(logits) or logits.sum()
+    _loss(model)
+    hook.remove()
+    model.loss_function = whole
+    return len(seen) == 2 and seen[0] is seen[1]
+
+
+def _loss(model: PreTrainedModel) -> float:
+    """Of two tokens."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.item()

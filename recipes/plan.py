@@ -49,12 +49,11 @@ def search_cost(args: WarmupTrainingArguments) -> str:
 def warmup_words(args: WarmupTrainingArguments, optimizer: str, num_weights: int) -> str:
     kind = args.kind(args.warmup_steps)
     if kind == "guided":
-        steps = (
-            f"about {GuidedWarmup.usual_ramp_steps(args.max_steps, optimizer, num_weights):.0f} steps"
-            if args.max_steps > 0
-            else "some steps"
-        )
-        return f"guided: {steps} to the overshoot, and at most half of the run"
+        steps = args.ramp_steps
+        if steps is None and args.max_steps > 0:
+            steps = GuidedWarmup.usual_ramp_steps(args.max_steps, optimizer, num_weights)
+        about = "some steps" if steps is None else f"about {steps:.0f} steps"
+        return f"guided: {about} to the overshoot, and at most half of the run"
     if kind == "persistent":
         return "persistent: as long as it takes"
     steps = args.get_warmup_steps(args.max_steps) if args.max_steps > 0 else args.warmup_steps

@@ -74,8 +74,6 @@ def make_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerFast) -> P
     if recipe.objective == "clm" and model.loss_type is None:
         # GPT-2's class name is in no list of transformers' losses: the Trainer would count one token too many.
         model.loss_type = "ForCausalLM"
-    if recipe.loss_chunks:
-        chunk_loss(model, recipe.loss_chunks)
     return model
 
 
@@ -132,6 +130,13 @@ def make_trainer(args: WarmupTrainingArguments, recipe: RecipeArguments) -> tupl
                 f"loss_chunks must be 0 under FSDP and DeepSpeed, got {recipe.loss_chunks}: the output layer's "
                 "weights are not whole where the loss is made"
             )
+    if recipe.loss_chunks:
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"loss_chunks must be 0 with {args.n_gpu} GPUs in one process, got {recipe.loss_chunks}: launch a "
+                "process for each"
+            )
+        chunk_loss(trainer.model, recipe.loss_chunks)
     if recipe.sample_prompt:
         trainer.add_callback(Samples(tokenizer, recipe.sample_prompt))
     WarmupCallback.attach(trainer)

@@ -73,7 +73,7 @@ class GuidedWarmup(Rule):
 
     DISTANCE = 0.3  # of Polyak's step: how far the valley is
     SHARE, MOST_STEPS = 0.22, 120  # t* is that part of the run, at most so many steps
-    ROOTS, MOST_SHARE = 2, 1 / 3  # or so many times the fourth root of the number of weights, at most that part
+    ROOTS, ROOTS_SHARE = 2, 1 / 3  # or so many times the fourth root of the number of weights, to that part of it
     MUON_SHARE = 0.03  # with Muon
     SLOPES = 6  # in the mean, and of which half tell the overshoot
     POWER = 2  # η rises no faster than t to this power
@@ -145,7 +145,7 @@ class GuidedWarmup(Rule):
         if "muon" in optimizer.lower():
             return min(steps, max(cls.MUON_SHARE * num_training_steps, cls.SLOPES))  # which tell the overshoot
         needed = cls.ROOTS * whole("num_weights", num_weights, 0) ** 0.25
-        return max(steps, min(needed, cls.MOST_SHARE * num_training_steps))
+        return max(steps, min(needed, cls.ROOTS_SHARE * num_training_steps))
 
     @property
     def peak(self) -> float:

@@ -201,6 +201,7 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     for size in args.sizes:
         peaks = {}
         for way in args.ways:
+            gc.collect()  # what the last way leaves would count as given back by this one
             peaks[way] = reporting.peak_bytes(functools.partial(measure, way, size, args.skip + 1, args))
             progress.update()
         for number, way in reporting.turns(args.ways, args.rounds):
@@ -234,6 +235,7 @@ def table(made: list[dict[str, Any]], args: argparse.Namespace) -> str:
                 f"CPU time of {args.beside}'s": f"{statistics.median(cpu):.3f}",
                 "data wait": f"{median['data wait']:.2%}",
                 "most": f"{max(row['data wait'] for row in chosen if row['way'] == way):.2%}",
+                "peak memory, GB": f"{median['peak bytes'] / 1e9:.2f}",
             }
         )
     return evidence.table(lines)
