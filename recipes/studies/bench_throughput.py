@@ -4,7 +4,7 @@
     python recipes/studies/bench_throughput.py --ways recipe critical preconditioned --beside recipe --sizes tiny \\
         --steps 210 --out DIR   # results/bench_watching.md is of such a run
     python recipes/studies/bench_throughput.py --ways recipe compiled --beside recipe --sizes 10M --out DIR
-    python recipes/studies/bench_throughput.py --ways recipe chunked --beside recipe --sizes 10M --steps 30 \\
+    python recipes/studies/bench_throughput.py --ways recipe chunked --beside recipe --sizes 10M --steps 20 \\
         --out DIR -- --model.vocab_size=50304
 
 Two sizes of GPT-2 on recipes/tiny/shakespeare.txt, in several ways: the recipe as recipes/tiny/gpt.yaml has it, the
