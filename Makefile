@@ -62,7 +62,7 @@ types: $(READY)
 
 STUDIES := phase_study catapult_study second_moment_study baselines_study sharpness_study cliff_study descent_study
 
-# Five hours on two cores; warmup_study.py takes a day, remedies_study.py 45 minutes. What is in
+# Six hours on two cores; warmup_study.py takes a day, remedies_study.py 45 minutes. What is in
 # recipes/studies/results is not run again.
 studies: $(READY)
 	for study in $(STUDIES); do $(BIN)/python recipes/studies/$$study.py || exit 1; done

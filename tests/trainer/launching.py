@@ -15,7 +15,7 @@ LINEAR = {"max_steps": 20, "warmup_steps": 8, "learning_rate": 3e-3, "save_strat
 # Few tokens: there is a first descent, and an overshoot at its end.
 GUIDED = {
     **{"max_steps": 40, "warmup": "guided", "auto_lr": True, "warmup_steps": 0, "gi_adam": False, "tokens": 5},
-    **{"save_strategy": "steps", "save_steps": 12},
+    **{"save_strategy": "steps", "save_steps": 12, "ramp_steps": 8.8},
 }
 
 

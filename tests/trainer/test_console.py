@@ -11,17 +11,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_warmup.trainer import WarmupCallback, warmup_report
 
-from tiny import make_model, start_of
-
-# A first descent, an overshoot after some 15 steps, and a bound that is out of reach.
-GUIDED = {
-    "warmup": "guided",
-    "warmup_steps": 0,
-    "max_steps": 40,
-    "vocab": 5,
-    "learning_rate": 10.0,
-    "ramp_steps": 8.8,
-}
+from tiny import GUIDED, make_model, start_of
 
 
 class Stop(TrainerCallback):

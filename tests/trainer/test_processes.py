@@ -27,7 +27,7 @@ RUNS = {
     "linear": {**LINEAR, "max_grad_norm": 100.0},  # so that v is the square of a gradient that is not clipped
     "given": {**GIVEN, "max_grad_norm": 100.0},
     "guided": {**GUIDED, "count": True},
-    "muon": {**GUIDED, "muon": True, "adam_beta2": 0.95},
+    "muon": {**GUIDED, "muon": True, "adam_beta2": 0.95, "ramp_steps": None},
     "sgd": {**SGD, **FOUND},
     "adam": {**ADAM, **FOUND},
     "watched": {**GIVEN, "max_grad_norm": 100.0, "sharpness": {"every": 4}},

@@ -370,7 +370,7 @@ class LateStream(GeneratorStream):
 
 class Unseeded(Trainer):
     def compute_loss(self, *args, **kwargs):
-        return super().compute_loss(*args, **kwargs) * (1 + secrets.randbelow(1000) / 1000)
+        return super().compute_loss(*args, **kwargs) * (1 + secrets.randbelow(10**9) / 10**9)
 
 
 class LargeState(Trainer):
