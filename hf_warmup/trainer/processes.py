@@ -11,7 +11,7 @@ when that process ends: the launcher (torchrun, `accelerate launch`) then ends t
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from accelerate.utils import DistributedType, gather, gather_object
@@ -107,10 +107,10 @@ class Backend:
         return lambda: None
 
 
-def num_elements(parameter: torch.nn.Parameter) -> int:
-    """Of the whole parameter, of which a process may hold a shard."""
-    # ZeRO-3 leaves an empty tensor in its place.
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+def num_elements(parameters: Iterable[torch.nn.Parameter]) -> int:
+    """Of whole parameters, of which a process may hold shards."""
+    # ZeRO-3 leaves an empty tensor in a parameter's place.
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in parameters)
 
 
 def largest(values: list[float]) -> float:

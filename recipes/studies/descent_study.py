@@ -52,10 +52,10 @@ def report(rows: list[Row]) -> str:
     lines = []
     for size, (name, runs) in models(rows).items():
         line = {"model": name, "weights": f"{size / 1e6:.2f}M", "fourth root": f"{size**0.25:.0f}"}
+        counts = damaged(runs)
         for t, losses in runs.items():
-            count = damaged(runs)[t]
             words = f"{statistics.mean(losses) - least(runs):+.2f}, worst {max(losses) - least(runs):+.2f}"
-            line[f"{t:g} steps"] = words + f" ({count} of {len(losses)})" * (count > 0)
+            line[f"{t:g} steps"] = words + f" ({counts[t]} of {len(losses)})" * (counts[t] > 0)
         lines.append(line | {"needs": f"{needed(runs):g}", "in fourth roots": f"{needed(runs) / size**0.25:.1f}"})
     words = (
         "Loss above that of the best number of steps, mean and worst of the seeds, and in brackets how many runs are "

@@ -491,10 +491,15 @@ def launched_on_two_processes(config, folder, *recipe_options):
     return subprocess.run([sys.executable, *command, *script], cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("config", ["deepspeed_zero2", "deepspeed_zero3"])
-def test_two_processes_without_a_gpu_are_two(config, tmp_path, monkeypatch):
+@pytest.fixture
+def deepspeed_on_a_cpu(monkeypatch):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make deepspeed` installs it")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+@pytest.mark.parametrize("config", ["deepspeed_zero2", "deepspeed_zero3"])
+@pytest.mark.usefixtures("deepspeed_on_a_cpu")
+def test_two_processes_without_a_gpu_are_two(config, tmp_path):
     done = launched_on_two_processes(f"{config}.yaml", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert re.search(r"│ processes +│ 2 ", done.stdout)
@@ -507,9 +512,8 @@ def test_two_processes_without_a_gpu_are_two(config, tmp_path, monkeypatch):
         ("--loss_chunks=2", "loss_chunks must be 0 under FSDP and DeepSpeed, got 2"),
     ],
 )
-def test_what_needs_whole_weights_is_refused_under_deepspeed(option, message, tmp_path, monkeypatch):
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: `make deepspeed` installs it")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+@pytest.mark.usefixtures("deepspeed_on_a_cpu")
+def test_what_needs_whole_weights_is_refused_under_deepspeed(option, message, tmp_path):
     done = launched_on_two_processes("deepspeed_zero2.yaml", tmp_path / "run", option)
     assert done.returncode != 0
     assert f"error: {message}" in done.stderr
