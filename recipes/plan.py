@@ -51,7 +51,7 @@ def warmup_words(args: WarmupTrainingArguments, optimizer: str, num_weights: int
     if kind == "guided":
         steps = args.ramp_steps
         if steps is None and args.max_steps > 0:
-            steps = GuidedWarmup.usual_ramp_steps(args.max_steps, optimizer, num_weights)
+            steps = GuidedWarmup.usual_ramp_steps(args.max_steps, num_weights, optimizer)
         about = "some steps" if steps is None else f"about {steps:.0f} steps"
         return f"guided: {about} to the overshoot, and at most half of the run"
     if kind == "persistent":

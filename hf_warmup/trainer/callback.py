@@ -207,7 +207,7 @@ class WarmupCallback(TrainerCallback):
             name = type(unwrap_optimizer(self.trainer.optimizer)).__name__
             model: Any = self.trainer.model
             size = num_elements(p for p in model.parameters() if p.requires_grad)
-            ramp_steps = arguments.ramp_steps or GuidedWarmup.usual_ramp_steps(steps, name, size)
+            ramp_steps = arguments.ramp_steps or GuidedWarmup.usual_ramp_steps(steps, size, name)
             return GuidedWarmup(steps, bound, ramp_steps=ramp_steps, wait=not _is_decoder(self.trainer))
         return PersistentCatapult(steps, target, init_lr=arguments.fixed_init_lr or min(1e-4, target))
 

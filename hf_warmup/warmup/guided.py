@@ -20,11 +20,11 @@ optimizer step on copies per training step until the valley, and no forward pass
                 does, up to 3 times as steep
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
-with t* = max(min(0.22 N, 120), min(2 P^(1/4), N/3)) steps in a run of N that trains P weights (with Muon 0.03 N,
-from 6 to min(0.22 N, 120)). L/G is Polyak's step: the learning rate that would bring the loss to zero if it fell on
-at its present slope; 0.3 of it is about what is left of the first descent. If the estimate is off by a factor of 2,
-the overshoot comes after t*/√2 or √2 t* steps. A training without such a descent, as fine-tuning mostly is, has a
-small G beside its loss: the line is steep, and reaches `learning_rate` within a few steps.
+with t* = max(min(3 P^(1/4), N/3), min(N/20, 120)) steps in a run of N that trains P weights (with Muon 0.6 P^(1/4)).
+L/G is Polyak's step: the learning rate that would bring the loss to zero if it fell on at its present slope; 0.3 of
+it is about what is left of the first descent. If the estimate is off by a factor of 2, the overshoot comes after
+t*/√2 or √2 t* steps. A training without such a descent, as fine-tuning mostly is, has a small G beside its loss: the
+line is steep, and reaches `learning_rate` within a few steps.
 
 The rule is ours; `hf_warmup/README.md` says why each part is there and where its constant comes from. L/G is of
 Polyak, "Introduction to Optimization" (1987), and the line's reason the sharpness that warmup reduces: Kalra and
@@ -55,8 +55,9 @@ class GuidedWarmup(Rule):
     Args:
         num_training_steps: N, all steps of the run.
         learning_rate: Bounds η; None to let the run find its own.
-        ramp_steps: t*, the steps that the way to the valley is to take: min(0.22 N, 120) if None. More is safer and
-            slower. `usual_ramp_steps` has it for a model's size, and for Muon, where it is shorter.
+        ramp_steps: t*, the steps that the way to the valley is to take. More is safer and slower. If None,
+            min(120, N/3), which suits models of up to three million weights; `usual_ramp_steps` has it for a model's
+            size, and for Muon, where it is shorter.
         wait: Whether the climb waits for the loss to fall again. No for a decoder, which does not need it.
 
     Attributes:
@@ -72,9 +73,9 @@ class GuidedWarmup(Rule):
     """
 
     DISTANCE = 0.3  # of Polyak's step: how far the valley is
-    SHARE, MOST_STEPS = 0.22, 120  # t* is that part of the run, at most so many steps
-    ROOTS, ROOTS_SHARE = 2, 1 / 3  # or so many times the fourth root of the number of weights, to that part of it
-    MUON_SHARE = 0.03  # with Muon
+    ROOTS, MOST_SHARE = 3, 1 / 3  # t* in fourth roots of the number of weights, as far as that part of the run
+    SHARE, FLOOR = 0.05, 120  # t* is at least that part of the run, up to so many steps
+    MUON_ROOTS = 0.6  # with Muon
     SLOPES = 6  # in the mean, and of which half tell the overshoot
     POWER = 2  # η rises no faster than t to this power
     PEAK = 0.15  # of the path to the valley
@@ -98,7 +99,7 @@ class GuidedWarmup(Rule):
         wait: bool = True,
     ) -> None:
         super().__init__(num_training_steps)
-        usual = self.usual_ramp_steps(self.num_training_steps)
+        usual = max(1.0, min(self.FLOOR, self.MOST_SHARE * self.num_training_steps))
         self.ramp_steps = usual if ramp_steps is None else positive("ramp_steps", ramp_steps)
         self.learning_rate = None if learning_rate is None else positive("learning_rate", learning_rate)
         self.wait = boolean("wait", wait)
@@ -126,26 +127,26 @@ class GuidedWarmup(Rule):
         self.path += self.lr
 
     @classmethod
-    def usual_ramp_steps(cls, num_training_steps: int, optimizer: str = "", num_weights: int = 0) -> float:
+    def usual_ramp_steps(cls, num_training_steps: int, num_weights: int, optimizer: str = "") -> float:
         """t* of a run of so many steps, for a model of that size.
 
         Args:
             num_training_steps: N.
-            optimizer: The name of its class; Muon's, of any library, shortens t*.
             num_weights: P, the elements of all parameters that are trained.
+            optimizer: The name of its class; Muon's, of any library, shortens t*.
 
         Returns:
-            max(min(0.22 N, 120), min(2 P^(1/4), N/3)) and at least 1; with Muon 0.03 N, from 6 to min(0.22 N, 120).
+            max(min(3 P^(1/4), N/3), min(N/20, 120)) and at least 1; with Muon 0.6 P^(1/4), from 6 to N/3.
 
         Example:
-            >>> round(GuidedWarmup.usual_ramp_steps(10_000, num_weights=124_000_000))
-            211
+            >>> round(GuidedWarmup.usual_ramp_steps(10_000, 124_000_000))
+            317
         """
-        steps = max(1.0, min(cls.SHARE * num_training_steps, cls.MOST_STEPS))
+        root, most = whole("num_weights", num_weights, 0) ** 0.25, max(1.0, cls.MOST_SHARE * num_training_steps)
         if "muon" in optimizer.lower():
-            return min(steps, max(cls.MUON_SHARE * num_training_steps, cls.SLOPES))  # which tell the overshoot
-        needed = cls.ROOTS * whole("num_weights", num_weights, 0) ** 0.25
-        return max(steps, min(needed, cls.ROOTS_SHARE * num_training_steps))
+            return min(most, max(cls.MUON_ROOTS * root, cls.SLOPES))  # which tell the overshoot
+        least = max(1.0, min(cls.SHARE * num_training_steps, cls.FLOOR))
+        return max(least, min(cls.ROOTS * root, most))
 
     @property
     def peak(self) -> float:
