@@ -66,9 +66,9 @@ class WarmupArguments:
     ramp_steps: float | None = field(
         default=None,
         metadata={
-            "help": "Steps that guided warmup takes for the first descent of the loss. If not set 22%% of the run and "
-            "at most 120; or twice the fourth root of the number of trained weights where that is more, to a third of "
-            "the run. More is gentler."
+            "help": "Steps that guided warmup takes for the first descent of the loss. If not set three times the "
+            "fourth root of the number of trained weights, as far as a third of the run; of small models 5%% of the "
+            "run, as far as 120. More is gentler."
         },
     )
     gi_adam: bool = field(

@@ -20,7 +20,7 @@ optimizer step on copies per training step until the valley, and no forward pass
                 does, up to 3 times as steep
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
-with t* = max(min(3 P^(1/4), N/3), min(N/20, 120)) steps in a run of N that trains P weights (with Muon 0.6 P^(1/4)).
+with t* = max(min(3 P^(1/4), N/3), min(N/20, 120)) steps in a run of N that trains P weights (with Muon 0.8 P^(1/4)).
 L/G is Polyak's step: the learning rate that would bring the loss to zero if it fell on at its present slope; 0.3 of
 it is about what is left of the first descent. If the estimate is off by a factor of 2, the overshoot comes after
 t*/√2 or √2 t* steps. A training without such a descent, as fine-tuning mostly is, has a small G beside its loss: the
@@ -74,8 +74,8 @@ class GuidedWarmup(Rule):
 
     DISTANCE = 0.3  # of Polyak's step: how far the valley is
     ROOTS, MOST_SHARE = 3, 1 / 3  # t* in fourth roots of the number of weights, as far as that part of the run
-    SHARE, FLOOR = 0.05, 120  # t* is at least that part of the run, up to so many steps
-    MUON_ROOTS = 0.6  # with Muon
+    SHARE, FLOOR = 0.05, 120.0  # t* is at least that part of the run, up to so many steps
+    MUON_ROOTS = 0.8  # with Muon
     SLOPES = 6  # in the mean, and of which half tell the overshoot
     POWER = 2  # η rises no faster than t to this power
     PEAK = 0.15  # of the path to the valley
@@ -136,7 +136,7 @@ class GuidedWarmup(Rule):
             optimizer: The name of its class; Muon's, of any library, shortens t*.
 
         Returns:
-            max(min(3 P^(1/4), N/3), min(N/20, 120)) and at least 1; with Muon 0.6 P^(1/4), from 6 to N/3.
+            max(min(3 P^(1/4), N/3), min(N/20, 120)) and at least 1; with Muon 0.8 P^(1/4), from 6 to N/3.
 
         Example:
             >>> round(GuidedWarmup.usual_ramp_steps(10_000, 124_000_000))

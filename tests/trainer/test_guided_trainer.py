@@ -71,7 +71,7 @@ class Measures(TrainerCallback):
         self.trainer, self.rates, self.rule = trainer, [], None
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        self.rule = self.rule or GuidedWarmup(args.max_steps, args.learning_rate, wait=False)
+        self.rule = self.rule or GuidedWarmup(args.max_steps, args.learning_rate, ramp_steps=8.8, wait=False)
         self.optimizer = optimizer
         self.rates.append(self.rule(self))
 
@@ -196,7 +196,7 @@ def test_the_way_to_the_valley_grows_with_the_weights_that_are_trained(make_trai
 
     trainer.add_callback(Stop())
     trainer.train()
-    assert callback.rule.ramp_steps == pytest.approx(2 * size**0.25 if trains else 120)
+    assert callback.rule.ramp_steps == pytest.approx(3 * size**0.25 if trains else 50)
 
 
 class Script(TrainerCallback):
