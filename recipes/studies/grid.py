@@ -304,7 +304,13 @@ def provenance(made: list[Row]) -> str:
 
 def made_with(made: Iterable[Row | Line]) -> str:
     """Versions, hardware, commits and days of the runs."""
-    return " and ".join(sorted({row["conditions"].rstrip(".") for row in made}))
+    commits: dict[str, set[str]] = {}
+    for row in made:
+        where, _, commit = row["conditions"].rstrip(".").partition("; commit ")
+        commits.setdefault(where, set()).add(commit)
+    return " and ".join(
+        f"{where}; commit {', '.join(sorted(of))}" if any(of) else where for where, of in sorted(commits.items())
+    )
 
 
 def complete(study: Study, folder: Path) -> list[Row]:

@@ -127,6 +127,11 @@ def test_a_finished_run_is_not_repeated_and_its_numbers_come_back(tmp_path):
     assert "1 torch thread;" in row["conditions"]
 
 
+def test_runs_of_several_commits_on_one_machine_name_it_once():
+    made = [{"conditions": f"torch 2; one core; commit {of}; 2026-01-01."} for of in "bab"] + [{"conditions": "here."}]
+    assert grid.made_with(made) == "here and torch 2; one core; commit a; 2026-01-01, b; 2026-01-01"
+
+
 def test_a_row_that_a_killed_process_left_unfinished_is_cut_off(tmp_path):
     study, path = Study("tiny", TINY_JOBS[:2]), tmp_path / "tiny.csv"
     finish(study, tmp_path, 1)
