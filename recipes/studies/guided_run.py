@@ -5,7 +5,7 @@
 The GPT of grids/warmup_gpt.yml, AdamW, `auto_lr`, seed 10. Writes results/guided_run.png.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from matplotlib.figure import Figure
@@ -15,7 +15,7 @@ from hf_warmup import GuidedWarmup
 import grid
 import reporting
 from warmup_cases import LossAt, train
-from warmup_rules import Ruled
+from warmup_rules import Ruled, guided
 
 GPT = grid.load("warmup_gpt").jobs[0].setting
 
@@ -24,7 +24,7 @@ class Observed(Ruled):
     """The rule, with what it knew in each step beside it."""
 
     def __init__(self) -> None:
-        self.guided = GuidedWarmup(GPT.steps, wait=False)
+        self.guided = cast(GuidedWarmup, guided(GPT, "AdamW", 1.0, auto_lr=True).rule)
         super().__init__(GPT, self.guided)
         self.rows: list[dict[str, float]] = []
 

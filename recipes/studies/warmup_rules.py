@@ -105,7 +105,7 @@ def guided(
     auto_lr: bool = False,
     ramp_steps: float | None = None,
     **constants: float,
-) -> Rule:
+) -> Ruled:
     """Ours; with other constants than it has."""
     wait = setting.family not in ("gpt", "llama", "llama-gqa", "qwen3")  # as the Trainer has it
     kind: type[GuidedWarmup] = type("GuidedWarmup", (GuidedWarmup,), constants)
