@@ -67,8 +67,8 @@ class WarmupArguments:
         default=None,
         metadata={
             "help": "Steps that guided warmup takes for the first descent of the loss. If not set three times the "
-            "fourth root of the number of trained weights, as far as a third of the run; of small models 5%% of the "
-            "run, as far as 120. More is gentler."
+            "fourth root of the number of trained weights (.8 times with Muon), at most a third of the run; but at "
+            "least 5%% of the run, up to 120 steps (not with Muon). More is gentler."
         },
     )
     gi_adam: bool = field(

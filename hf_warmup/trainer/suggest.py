@@ -61,8 +61,8 @@ class LearningRate:
 def suggest_lr(trainer: Trainer) -> LearningRate:
     """Find a learning rate for training from scratch, on the trainer's own data and with its own optimizer.
 
-    It trains with guided warmup until the momentum overshoots, some 60 to 150 steps (`hf_warmup.warmup.guided`), and
-    puts everything back: weights, optimizer, random numbers, data order, logs. Nothing is logged, saved or reported.
+    It trains with guided warmup until the momentum overshoots, about as many steps as `ramp_steps` has, and puts
+    everything back: weights, optimizer, random numbers, data order, logs. Nothing is logged, saved or reported.
     In a run that is to be made with guided warmup there is no need for it: `auto_lr` finds the same on its way.
 
         found = suggest_lr(trainer)

@@ -20,11 +20,11 @@ optimizer step on copies per training step until the valley, and no forward pass
                 does, up to 3 times as steep
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
-with t* = max(min(3 P^(1/4), N/3), min(N/20, 120)) steps in a run of N that trains P weights (with Muon 0.8 P^(1/4)).
-L/G is Polyak's step: the learning rate that would bring the loss to zero if it fell on at its present slope; 0.3 of
-it is about what is left of the first descent. If the estimate is off by a factor of 2, the overshoot comes after
-t*/√2 or √2 t* steps. A training without such a descent, as fine-tuning mostly is, has a small G beside its loss: the
-line is steep, and reaches `learning_rate` within a few steps.
+with t* = max(min(3 P^(1/4), N/3), min(N/20, 120)) steps in a run of N that trains P weights (with Muon 0.8 P^(1/4),
+from 6 to N/3). L/G is Polyak's step: the learning rate that would bring the loss to zero if it fell on at its
+present slope; 0.3 of it is about what is left of the first descent. If the estimate is off by a factor of 2, the
+overshoot comes after t*/√2 or √2 t* steps. A training without such a descent, as fine-tuning mostly is, has a small
+G beside its loss: the line is steep, and reaches `learning_rate` within a few steps.
 
 The rule is ours; `hf_warmup/README.md` says why each part is there and where its constant comes from. L/G is of
 Polyak, "Introduction to Optimization" (1987), and the line's reason the sharpness that warmup reduces: Kalra and
@@ -56,8 +56,8 @@ class GuidedWarmup(Rule):
         num_training_steps: N, all steps of the run.
         learning_rate: Bounds η; None to let the run find its own.
         ramp_steps: t*, the steps that the way to the valley is to take. More is safer and slower. If None,
-            min(120, N/3), which suits models of up to three million weights; `usual_ramp_steps` has it for a model's
-            size, and for Muon, where it is shorter.
+            min(120, N/3), which is right for no more than 2.6 million weights; `usual_ramp_steps` has it for a
+            model's size, and for Muon, where it is shorter.
         wait: Whether the climb waits for the loss to fall again. No for a decoder, which does not need it.
 
     Attributes:
@@ -138,14 +138,18 @@ class GuidedWarmup(Rule):
         Returns:
             max(min(3 P^(1/4), N/3), min(N/20, 120)) and at least 1; with Muon 0.8 P^(1/4), from 6 to N/3.
 
+        Raises:
+            ValueError: If the numbers are not whole and positive.
+
         Example:
             >>> round(GuidedWarmup.usual_ramp_steps(10_000, 124_000_000))
             317
         """
-        root, most = whole("num_weights", num_weights, 0) ** 0.25, max(1.0, cls.MOST_SHARE * num_training_steps)
+        steps, root = whole("num_training_steps", num_training_steps, 1), whole("num_weights", num_weights, 0) ** 0.25
+        most = max(1.0, cls.MOST_SHARE * steps)
         if "muon" in optimizer.lower():
             return min(most, max(cls.MUON_ROOTS * root, cls.SLOPES))  # which tell the overshoot
-        least = max(1.0, min(cls.SHARE * num_training_steps, cls.FLOOR))
+        least = max(1.0, min(cls.SHARE * steps, cls.FLOOR))
         return max(least, min(cls.ROOTS * root, most))
 
     @property

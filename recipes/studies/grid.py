@@ -307,9 +307,9 @@ def made_with(made: Iterable[Row | Line]) -> str:
     commits: dict[str, set[str]] = {}
     for row in made:
         where, _, commit = row["conditions"].rstrip(".").partition("; commit ")
-        commits.setdefault(where, set()).add(commit)
+        commits.setdefault(where, set()).update([commit] if commit else [])
     return " and ".join(
-        f"{where}; commit {', '.join(sorted(of))}" if any(of) else where for where, of in sorted(commits.items())
+        f"{where}; commit {', '.join(sorted(of))}" if of else where for where, of in sorted(commits.items())
     )
 
 

@@ -1,4 +1,4 @@
-"""Guided warmup against tuned linear warmup and what else needs no tuning, on settings that did not choose its rule.
+"""Guided warmup against tuned linear warmup and what else needs no tuning, on seeds that did not choose its rule.
 
     python recipes/studies/warmup_study.py            # the runs that are missing, then the tables and the plot
     python recipes/studies/warmup_study.py gpt random # of these parts

@@ -128,7 +128,8 @@ def test_a_finished_run_is_not_repeated_and_its_numbers_come_back(tmp_path):
 
 
 def test_runs_of_several_commits_on_one_machine_name_it_once():
-    made = [{"conditions": f"torch 2; one core; commit {of}; 2026-01-01."} for of in "bab"] + [{"conditions": "here."}]
+    made = [{"conditions": f"torch 2; one core; commit {of}; 2026-01-01."} for of in "bab"]
+    made += [{"conditions": "torch 2; one core."}, {"conditions": "here."}]
     assert grid.made_with(made) == "here and torch 2; one core; commit a; 2026-01-01, b; 2026-01-01"
 
 

@@ -13,7 +13,7 @@ from tiny import start_of
 def test_every_option_has_help_and_help_renders():
     assert all(f.metadata.get("help") for f in dataclasses.fields(WarmupArguments))
     # A bare % in a help string only fails when --help is asked for.
-    assert "a third of the run" in " ".join(HfArgumentParser(WarmupArguments).format_help().split())
+    assert "least 5% of the run" in " ".join(HfArgumentParser(WarmupArguments).format_help().split())
 
 
 def test_flags_are_parsed_beside_the_trainers_and_in_one_class():
