@@ -63,7 +63,7 @@ def test_the_edge_is_the_shortest_warmup_without_which_runs_are_lost(made):
     line = cells(edge_table(judged(made)))["Llama, .28M"]
     assert [line[f"{times} x"] for times in (1, 2, 4, 8)] == ["25", "50", "50", "50"]
     assert line["tuned linear"] == "4.50 (over 25 to 0.004)"
-    assert line["guided's ramp"] == "46"
+    assert line["guided's ramp"] == "67"
 
 
 def test_a_warmup_that_loses_no_run_holds_its_claim_where_training_without_loses_some(made):
