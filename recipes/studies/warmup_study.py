@@ -371,7 +371,8 @@ def ablation_table(runs: list[Row]) -> str:
     lines = []
     for options in {json.dumps(job.options): job.options for job in study("ablation").jobs}.values():
         for constant in options.keys() - AUTO.keys():
-            line = {"constant": f"`{constant}` {getattr(GuidedWarmup, constant):.3g}", "instead": f"{options[constant]:g}"}
+            usual = getattr(GuidedWarmup, constant)
+            line = {"constant": f"`{constant}` {usual:.3g}", "instead": f"{options[constant]:.3g}"}
             for setting, title in settings.items():
                 varied = losses.get((setting, json.dumps(options)), {})
                 line[title] = _difference(varied, losses.get((setting, json.dumps(AUTO)), {}))
