@@ -99,7 +99,7 @@ class GuidedWarmup(Rule):
         wait: bool = True,
     ) -> None:
         super().__init__(num_training_steps)
-        usual = max(1.0, min(self.FLOOR, self.MOST_SHARE * self.num_training_steps))
+        usual = self.usual_ramp_steps(self.num_training_steps, 40**4)  # as of a model of 2.6 million weights
         self.ramp_steps = usual if ramp_steps is None else positive("ramp_steps", ramp_steps)
         self.learning_rate = None if learning_rate is None else positive("learning_rate", learning_rate)
         self.wait = boolean("wait", wait)
@@ -139,7 +139,7 @@ class GuidedWarmup(Rule):
             max(min(3 P^(1/4), N/3), min(N/20, 120)) and at least 1; with Muon 0.8 P^(1/4), from 6 to N/3.
 
         Raises:
-            ValueError: If the numbers are not whole and positive.
+            ValueError: If N is not whole and positive, or P not whole and at least 0.
 
         Example:
             >>> round(GuidedWarmup.usual_ramp_steps(10_000, 124_000_000))
