@@ -32,7 +32,7 @@ from hf_warmup.trainer import WarmupCallback
 import evidence
 import reporting
 from evidence import difference, spread
-from grid import append, lacking, lines, save, small_parser
+from grid import Line, append, lacking, lines, made_with, save, small_parser
 
 NAME = "defaults_study"
 BASE = Path("runs/defaults-base")
@@ -162,10 +162,10 @@ def run(job: Job) -> dict[str, Any]:
     return {**job._asdict(), "loss": f"{trainer.evaluate()['eval_loss']:.5f}"}
 
 
-def table() -> str:
+def table(made: list[Line]) -> str:
     """The plain script's loss, and the differences of the others from it, seed by seed."""
     losses: dict[tuple, dict[int, float]] = {}
-    for row in lines(reporting.RESULTS, NAME, Job._fields).values():
+    for row in made:
         key = (row["task"], float(row["beta2"]), float(row["lr"]), row["way"])
         losses.setdefault(key, {})[int(row["seed"])] = float(row["loss"])
     rows = []
@@ -179,11 +179,12 @@ def table() -> str:
 
 
 def page() -> str:
+    made = list(lines(reporting.RESULTS, NAME, Job._fields).values())
     return (
         "# What the one line does to an ordinary Trainer script\n\n"
         "Validation loss of the plain Trainer without warmup, and "
         f"differences from it, seed by seed (mean ± standard deviation over seeds {', '.join(map(str, SEEDS))}).\n\n"
-        f"{table()}\n"
+        f"{table(made)}\n\n{len(made)} runs; {made_with(made)}. `python recipes/studies/{NAME}.py`\n"
     )
 
 

@@ -269,11 +269,11 @@ def conditions() -> str:
 
 
 def append(name: str, columns: tuple[str, ...], tasks: Iterable[Task], make: Callable, processes: int) -> None:
-    """Make the tasks, named tuples of its first columns, that `results/<name>.csv` lacks."""
-    todo = lacking(name, tasks)
-    with appending(reporting.RESULTS / f"{name}.csv", columns) as write:
+    """Make the tasks, named tuples of its first columns, that a CSV lacks; its last column are the `conditions`."""
+    todo, how = lacking(name, tasks), {"conditions": conditions()}
+    with appending(reporting.RESULTS / f"{name}.csv", (*columns, *how)) as write:
         for line in tqdm(results(make, todo, processes), name, len(todo), unit="run"):
-            write(line)
+            write(line | how)
 
 
 def lacking(name: str, tasks: Iterable[Task]) -> list[Task]:

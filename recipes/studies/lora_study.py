@@ -25,7 +25,7 @@ from hf_warmup import find_critical_lr, loss_after_step
 import evidence
 import reporting
 from defaults_study import SHAKESPEARE, blocks, code, sentences
-from grid import append, lacking, lines, results, save, small_parser
+from grid import Line, append, lacking, lines, made_with, results, save, small_parser
 from warmup_cases import Setting, make_model
 from warmup_rules import cosine
 
@@ -201,9 +201,9 @@ def carried(found: list[Place], usual: float, *, same: tuple[str, ...], change: 
     return line
 
 
-def report(found: list[Place]) -> str:
+def report(made: list[Line]) -> str:
     """Both tables."""
-    lines = []
+    found, lines = places(made), []
     for place in found:
         edge = " (edge of the grid)" if place.at_edge else ""
         what = f"LoRA of {place.rank}" if place.rank else "all weights"
@@ -238,8 +238,8 @@ def report(found: list[Place]) -> str:
         "How far off, as a factor: the geometric mean over pairs, the worst, and the share within a factor of 2.\n\n"
         f"{table}\n\n{evidence.table(lines)}\n\n"
         f"Means over seeds {', '.join(map(str, SEEDS))}. η_best is the bottom of a parabola through the best of a "
-        "grid of factors of 2 and its neighbours. "
-        "`python recipes/studies/lora_study.py`\n"
+        f"grid of factors of 2 and its neighbours. {len(made)} runs; {made_with(made)}. "
+        f"`python recipes/studies/{NAME}.py`\n"
     )
 
 
@@ -248,7 +248,7 @@ def main() -> None:
     if not args.table:
         list(results(make_base, list(MODELS) if lacking(NAME, jobs()) else [], args.processes))
         append(NAME, (*Job._fields, "loss", "critical_lr"), jobs(), run, args.processes)
-    save(reporting.RESULTS, NAME, report(places(lines(reporting.RESULTS, NAME, Job._fields).values())))
+    save(reporting.RESULTS, NAME, report(list(lines(reporting.RESULTS, NAME, Job._fields).values())))
 
 
 if __name__ == "__main__":

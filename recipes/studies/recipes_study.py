@@ -22,7 +22,7 @@ import evidence
 import pretrain
 import reporting
 from evidence import difference, spread
-from grid import Line, append, conditions, lines, made_with, save, small_parser
+from grid import Line, append, lines, made_with, save, small_parser
 
 RECIPES = Path(__file__).parents[1]
 NAME = "recipes_study"
@@ -68,7 +68,7 @@ class Job(NamedTuple):
 JOBS = [Job(recipe, way, seed) for seed in SEEDS for recipe, ways in RUNS.items() for way in ways]
 
 
-def run(job: Job, text: str, conditions: str) -> dict[str, Any]:
+def run(job: Job, text: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     folder = FOLDER / f"{job.recipe.replace('/', '-')}-{list(WAYS).index(job.way)}-{job.seed}"
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def run(job: Job, text: str, conditions: str) -> dict[str, Any]:
     report = json.loads((folder / "warmup.json").read_text())
     peak = max(entry["learning_rate"] for entry in report["log_history"] if "learning_rate" in entry)
     found = {"loss": f"{report['final_eval_loss']:.5f}", "peak": f"{peak:.3g}"}
-    return {**job._asdict(), **found, "conditions": conditions}
+    return {**job._asdict(), **found}
 
 
 def table(made: list[Line]) -> str:
@@ -117,8 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.table:
         jobs = [job for job in JOBS if args.text or job.recipe != CHARACTERS]
-        make = partial(run, text=args.text, conditions=conditions())
-        append(NAME, (*Job._fields, "loss", "peak", "conditions"), jobs, make, args.processes)
+        append(NAME, (*Job._fields, "loss", "peak"), jobs, partial(run, text=args.text), args.processes)
     save(reporting.RESULTS, NAME, page())
 
 

@@ -33,5 +33,5 @@ def test_what_is_carried_over_exactly_is_off_by_a_factor_of_one():
 
 
 def test_the_committed_page_is_that_of_the_committed_runs():
-    made = places(lines(reporting.RESULTS, NAME, Job._fields).values())
+    made = list(lines(reporting.RESULTS, NAME, Job._fields).values())
     assert (reporting.RESULTS / f"{NAME}.md").read_text() == report(made)
