@@ -16,8 +16,7 @@ optimizer step on copies per training step until the valley, and no forward pass
                 signs come long before the valley.)
     peak        p = 0.15 S
     wait        at η_o until the loss has fallen by another tenth of its first descent (`wait`; not of a decoder)
-    climb       then η goes on along the line or, where that would not reach p by half of the run, along one that
-                does, up to 3 times as steep
+    climb       then η goes on in a straight line that is at p at half of the run, up to 3 times as steep as before
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
 with t* = max(min(3 P^(1/4), N/3), min(N/20, 120)) steps in a run of N that trains P weights (with Muon 0.8 P^(1/4),
@@ -236,14 +235,14 @@ class GuidedWarmup(Rule):
             self.climb_step = self.num_steps
 
     def _climb(self) -> None:
-        """On along the line, or as steeply as it takes to be at the peak by half of the run."""
+        """In a straight line that is at the peak at half of the run, if that is not too steep."""
         assert self.overshoot_step is not None
         assert self.overshoot_lr is not None
         assert self.climb_step is not None
         since, left = self.num_steps - self.climb_step, self.num_training_steps / 2 - 1 - self.climb_step
         line, way = self.overshoot_lr / self.overshoot_step, self.peak - self.overshoot_lr
-        risen = since * max(line, min(way / max(1.0, left), self.STEEPEST * line))
-        self.lr = self.peak if risen >= way else self.overshoot_lr + risen
+        risen = since * min(way / max(1.0, left), self.STEEPEST * line)
+        self.lr = self.peak if risen >= way or math.isclose(risen, way) else self.overshoot_lr + risen
 
     def _end(self) -> None:
         bound = math.inf if self.learning_rate is None else self.learning_rate
