@@ -243,7 +243,8 @@ def _updates(shards: Shards, lr: float, gradient: Callable[[Tensor], Tensor]) ->
 
 def _inner(updates: Iterable[tuple[Tensor, Tensor]]) -> float:
     """The sum of the products of updates and their gradients."""
-    parts = [(u * grad).sum(dtype=torch.float64) for u, grad in updates]
+    pairs = (map(torch.view_as_real, pair) if pair[0].is_complex() else pair for pair in updates)
+    parts = [(u * grad).sum(dtype=torch.float64) for u, grad in pairs]
     # One wait for the device, and a sum in the order of the parameters.
     return sum(torch.stack([part.to(parts[0].device) for part in parts]).tolist()) if parts else 0.0
 

@@ -63,7 +63,10 @@ _FIXED: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (defaultdict, ("default_factory",)),
 )
 # Parts of torch and of the standard library whose objects are data. Others hold locks, threads and caches.
-_DATA_MODULES = tuple("torch.nn torch.optim torch.amp torch.utils.data argparse collections functools types".split())
+_DATA_MODULES = tuple(
+    "torch.nn torch.optim torch.amp torch.quasirandom torch.utils.data".split()
+    + "argparse collections functools queue types".split()
+)
 # Libraries whose objects have threads, processes or devices behind them.
 _OPAQUE = {"accelerate", "comet_ml", "deepspeed", "hf_warmup", "mlflow", "tensorboard", "torch", "tqdm", "wandb"}
 # A module has some ten dictionaries of hooks, and hardly ever a hook.
@@ -524,6 +527,8 @@ def _is_opaque(kind: Any) -> bool:
     top = module.partition(".")[0]
     if top == "__main__" or module.startswith(_DATA_MODULES):
         return issubclass(kind, threading.Thread)
+    if issubclass(kind, torch.optim.Optimizer) and top != "deepspeed":
+        return False  # accelerate's around another, and this package's own
     return is_library(module) and (top in _OPAQUE or top in sys.stdlib_module_names)
 
 

@@ -117,8 +117,7 @@ class WarmupCallback(TrainerCallback):
             wrap(trainer, "create_model_card", callback._card.create)
             wrap(trainer, "save_model", callback._card.save)
         trainer.add_callback(callback)
-        # Behind it, as they measure at the learning rate of the step.
-        trainer.callback_handler.callbacks.sort(key=lambda one: isinstance(one, SharpnessCallback))
+        _put_last(trainer)
         return callback
 
     @property
@@ -128,6 +127,7 @@ class WarmupCallback(TrainerCallback):
 
     def _scheduled(self, create_scheduler: Any, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         kind, self._schedule = self._kind, None
+        _put_last(self.trainer)  # others may have come since
         # DeepSpeed's is made behind the trainer's back, and handed over.
         optimizer = next(iter(args), kwargs.get("optimizer")) or self.trainer.optimizer
         if optimizer is None:
@@ -337,6 +337,13 @@ class WarmupCallback(TrainerCallback):
         if self._stop is not None:
             self._stop()
         self._step = self._stop = None
+
+
+def _put_last(trainer: Trainer) -> None:
+    """Have warmup measure what the step is made with, behind callbacks that change gradients or learning rates."""
+    # The sharpness is behind it, as it is measured at the learning rate of the step.
+    order = (WarmupCallback, SharpnessCallback)
+    trainer.callback_handler.callbacks.sort(key=lambda one: [isinstance(one, kind) for kind in order[::-1]])
 
 
 def _pretrained(trainer: Trainer) -> str | None:

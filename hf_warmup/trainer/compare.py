@@ -74,8 +74,10 @@ def compare_runs(dirs: Sequence[Path | str]) -> Comparison:
         itself stays empty.
 
     Raises:
-        ValueError: If there is no folder, or one has neither file.
+        ValueError: If there is no folder, or one has neither file, or one that cannot be read.
     """
+    if isinstance(dirs, str | Path):
+        raise ValueError(f"dirs must be a list of folders, got {dirs!r}")
     folders = [Path(folder) for folder in dirs]
     if not folders:
         raise ValueError("dirs must name at least one run's folder, got none")
@@ -95,17 +97,20 @@ def _read(folder: Path) -> tuple[Report | None, History]:
     for state in (_json(folder / "trainer_state.json"), ours):
         if state is not None and "log_history" in state:
             return report, state["log_history"]
-    older = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
+    older = [state for path in folder.glob("checkpoint-*/trainer_state.json") if (state := _json(path)) is not None]
     if not older:
         raise ValueError(
             f"dirs must be folders of runs, got {folder}: it has no log history, in warmup.json, trainer_state.json "
             "or a checkpoint"
         )
-    return report, json.loads(older[-1].read_text(encoding="utf-8"))["log_history"]
+    return report, max(older, key=lambda state: state["global_step"])["log_history"]
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"dirs must be folders of whole runs, got {path}, which cannot be read: {error}") from error
 
 
 def _names(folders: list[Path]) -> list[str]:

@@ -131,9 +131,10 @@ def log(trainer: Trainer, logs: Mapping[str, Any], record: Mapping[str, Any] | N
     state.log_history.append({**logs, **(record or {}), **epoch, "step": state.global_step})
     if not logs:
         return
-    callbacks = handler.callbacks
+    callbacks, due = handler.callbacks, trainer.control.should_log
     handler.callbacks = [callback for callback in callbacks if not isinstance(callback, _ON_THE_CONSOLE)]
     try:
         trainer.control = handler.on_log(trainer.args, state, trainer.control, {**logs, **epoch})
+        trainer.control.should_log |= due  # the event takes the Trainer's own line for made
     finally:
         handler.callbacks = callbacks

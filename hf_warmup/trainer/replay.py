@@ -67,6 +67,7 @@ class StepReplay:
         self._now: Snapshot | None = None  # when the first loss is asked for
         self._losses: list[Tensor] = []  # that the step's own micro-batches had so far
         self._numbers: list[RandomNumbers] = []  # with which each of them began
+        self._syncs: list[bool] = []  # whether it was the last, so that optimizers in accelerate's wrapper step
         self._checked = self._goes_backward = self._generated = False
         self._get_batch_samples = trainer.get_batch_samples
         self._training_step = innermost_method(trainer.training_step)
@@ -80,9 +81,11 @@ class StepReplay:
     def _keep(self, get_batch_samples: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         batches, num_items = get_batch_samples(*args, **kwargs)
         # Copies: a training step may take things out of its batch, put things in, and write into its tensors.
-        self._batches, self._losses, self._numbers, self._now = [], [], [], None
+        self._batches, self._losses, self._numbers, self._syncs, self._now = [], [], [], [], None
         if self.keeps():
             self._batches, self._num_items = [_copy_of_batch(batch) for batch in batches], num_items
+        else:
+            self._before = None  # nothing is held for steps that are not replayed
         return batches, num_items
 
     def _step_and_add(self, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -90,6 +93,7 @@ class StepReplay:
             if not self._numbers:
                 self._before = self._snapshot(self._before)
             self._numbers.append(RandomNumbers())
+            self._syncs.append(self.trainer.accelerator.sync_gradients)
         unknown = bool(self._batches) and not self._checked
         watching: AbstractContextManager[list[bool]] = _noticed_generation() if unknown else nullcontext([])
         with watching as noticed:
@@ -111,7 +115,8 @@ class StepReplay:
         """Let go of the batches and of the trainer."""
         for end in self._ends:
             end()
-        self._batches, self._losses, self._numbers, self._before, self._now = [], [], [], None, None
+        self._batches, self._losses, self._numbers, self._syncs = [], [], [], []
+        self._before = self._now = None
 
     @property
     def is_kept(self) -> bool:
@@ -193,11 +198,13 @@ class StepReplay:
     def loss(self) -> Tensor:
         """The step's loss at the current weights; at unchanged ones, bit for bit, that which the step itself had."""
         with self._as_before(), torch.set_grad_enabled(self._goes_backward):
-            total = torch.zeros((), device=self.trainer.args.device)
-            for batch in self._batches:
+            losses = []
+            for batch, is_last in zip(self._batches, self._syncs, strict=True):
+                self.trainer.accelerator.sync_gradients = is_last
                 loss = self._training_step(self.trainer.model_wrapped, _copy_of_batch(batch), self._num_items)
-                total += loss.detach()
-            return total
+                losses.append(loss.detach())
+            # In the precision of the losses, as `own_loss` has it.
+            return sum(losses[1:], losses[0]) if losses else torch.zeros((), device=self.trainer.args.device)
 
     def losses_with_graph(self) -> list[Callable[[], Tensor]]:
         """The step's loss as functions, one per micro-batch, whose losses add up to it and can be differentiated."""
@@ -234,7 +241,8 @@ class StepReplay:
         asked: list[Tensor] = []
         # A forward pass may put a parameter in another's place.
         modules = () if self._backend.splits_weights else trainer.model_wrapped.modules()
-        tables = [(module._parameters, dict(module._parameters)) for module in modules]
+        # One of TorchScript's has no dictionary of them.
+        tables = [(table, dict(table)) for module in modules if isinstance(table := module._parameters, dict)]
         with hidden_gradients(params_of(unwrap_optimizer(trainer.optimizer))):
             try:
                 self._before.restore()

@@ -149,7 +149,9 @@ def _put_back(trainer: Trainer) -> Iterator[None]:
     if trainer.lr_scheduler is not None:
         roots.append(vars(trainer.lr_scheduler))
     grads = [(p, p.grad) for p in params]
-    before = Snapshot(roots, data=data)
+    # Weights, the optimizer's two moments, and one more copy, as of a teacher; what is larger, as a data set, is not
+    # copied: it is only noticed if it changes.
+    before = Snapshot(roots, data=data, most_bytes=4 * sum(p.nbytes for p in params))
     try:
         yield
         if moved := before.moved():

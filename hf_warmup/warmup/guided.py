@@ -21,8 +21,10 @@ optimizer step on copies per training step until the valley, and no forward pass
 
 with t* = max(min(3 P^(1/4), N/3), min(N/20, 120)) steps in a run of N that trains P weights (with Muon 0.8 P^(1/4),
 from 6 to N/3). L/G is Polyak's step: the learning rate that would bring the loss to zero if it fell on at its
-present slope; 0.3 of it is about what is left of the first descent. If the estimate is off by a factor of 2, the
-overshoot comes after t*/√2 or √2 t* steps. A training without such a descent, as fine-tuning mostly is, has a small
+present slope; 0.3 of it is about what is left of the first descent. L is the loss in nats: one that begins above 12,
+more than an even guess among 160,000 tokens, is divided by a twelfth of its start, as the slope of a gradient whose
+norm is more than 1 does not grow with it. If the estimate is off by a factor of 2, the overshoot comes after t*/√2
+or √2 t* steps. A training without such a descent, as fine-tuning mostly is, has a small
 G beside its loss: the line is steep, and reaches `learning_rate` within a few steps.
 
 The rule is ours; `hf_warmup/README.md` says why each part is there and where its constant comes from. L/G is of
@@ -78,6 +80,7 @@ class GuidedWarmup(Rule):
     SLOPES = 6  # in the mean, and of which half tell the overshoot
     POWER = 2  # η rises no faster than t to this power
     PEAK = 0.15  # of the path to the valley
+    MOST_NATS = 12.0  # with which a training begins; more is another unit
     FALL = 0.1  # of the first descent: how far the loss falls again before the climb
     STEEPEST = 3  # of the climb, in slopes of the line before it
 
@@ -162,7 +165,7 @@ class GuidedWarmup(Rule):
         if self.overshoot_lr is not None:
             return self.PEAK * self.overshoot_path
         slope = fmean(self.slopes) if self.slopes else math.nan
-        return self.PEAK * (self.path + self.DISTANCE * self.last_loss / slope) if slope > 0 else math.nan
+        return self.PEAK * (self.path + self._left(slope)) if slope > 0 else math.nan
 
     def _before_the_climb(self, step: Step) -> None:
         loss = step.loss()
@@ -186,7 +189,7 @@ class GuidedWarmup(Rule):
                 "is to be so, set warmup=linear and warmup_steps"
             )
         self.first_loss = self.last_loss = loss
-        self.lr = 2 * self.DISTANCE * loss / slope / self.ramp_steps**2
+        self.lr = 2 * self._left(slope) / self.ramp_steps**2
 
     def _descend(self, loss: float, slope: float | None) -> None:
         if slope is None:
@@ -196,24 +199,29 @@ class GuidedWarmup(Rule):
         self.last_loss = loss
         self.slopes = [*self.slopes, slope][-self.SLOPES :]
         self.mean_slope += (slope - self.mean_slope) / self.num_steps
-        if self._overshoots(loss):
+        if self._overshoots():
             self.overshoot_step, self.overshoot_lr, self.overshoot_path = self.num_steps, self.lr, self.path
             self.news["overshoot_lr"] = self.lr
         else:
-            self.lr = self._on_the_line(loss)
+            self.lr = self._on_the_line()
 
-    def _on_the_line(self, loss: float) -> float:
+    def _on_the_line(self) -> float:
         slope, most = fmean(self.slopes), self.lr * (1 + self.POWER / self.num_steps)
         if slope <= 0:
             return most
-        distance = self.path + self.DISTANCE * max(0.0, loss) / slope
+        distance = self.path + self._left(slope)
         return max(self.lr, min(most, 2 * math.sqrt(distance * (self.path + self.lr / 2)) / self.ramp_steps))
 
-    def _overshoots(self, loss: float) -> bool:
+    def _left(self, slope: float) -> float:
+        """How far the valley is, of Polyak's step."""
+        unit = max(1.0, self.first_loss / self.MOST_NATS)
+        return self.DISTANCE * max(0.0, self.last_loss) / unit / slope
+
+    def _overshoots(self) -> bool:
         turned = sum(slope <= 0 for slope in self.slopes)
         if len(self.slopes) < self.SLOPES or turned < self.SLOPES / 2 or self.mean_slope <= 0:
             return False
-        return self.path >= self.DISTANCE * loss / self.mean_slope / 2
+        return self.path >= self._left(self.mean_slope) / 2
 
     def _wait_for_a_fall(self, loss: float) -> None:
         """Begin the climb once the loss has fallen on from where it was behind the overshoot."""

@@ -250,6 +250,22 @@ def test_the_slope_of_the_update_is_that_of_a_real_step(make, num_steps):
     assert slope == pytest.approx(float(g @ u), rel=1e-4)
 
 
+@pytest.mark.parametrize("measure", [update_slope, momentum_slope])
+@pytest.mark.parametrize("make", [torch.optim.AdamW, UsersAdamW], ids=["in pieces", "as a whole"])
+def test_the_slope_along_complex_weights_is_that_along_their_parts(make, measure):
+    parts = torch.tensor([[0.5, -2.0], [1.0, 0.3]])
+    slopes = []
+    for weights in (nn.Parameter(torch.view_as_complex(parts)), nn.Parameter(parts.clone())):
+        optimizer = make([weights], lr=0.1)
+        for target in (0.2, 0.7):
+            optimizer.zero_grad()
+            real = torch.view_as_real(weights) if weights.is_complex() else weights
+            (real - target).pow(2).sum().backward()
+            optimizer.step()
+        slopes.append(measure(optimizer, 0.1))
+    assert slopes[0] == pytest.approx(slopes[1], rel=1e-6)
+
+
 def grads(optimizer):
     return [p.grad for group in optimizer.param_groups for p in group["params"]]
 

@@ -99,7 +99,9 @@ NOT_OPTIONS = [
     ("autolr", "got autolr; did you mean auto_lr?"),
     ("ramp", "got ramp"),
     ("line_steps", "got line_steps; did you mean ramp_steps?"),
-    ("learning_rate", "the options are warmup, auto_lr, init_lr, ramp_steps, gi_adam, warmup_card, got learning_rate"),
+    ("lr", "the options are warmup, auto_lr, init_lr, ramp_steps, gi_adam, warmup_card, got lr"),
+    ("learning_rate", "learning_rate is an option of the Trainer's: set it in TrainingArguments"),
+    ("warmup_steps", "warmup_steps is an option of the Trainer's: set it in TrainingArguments"),
     *((name, f"{name} is no option any more: {advice}") for name, advice in GONE.items()),
 ]
 

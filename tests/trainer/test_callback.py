@@ -61,6 +61,7 @@ def test_warmup_is_linear_with_warmup_steps_and_guided_without(make_trainer, war
         {},
         {"label_smoothing_factor": 0.1},
         {"bf16": True},
+        {"bf16": True, "gradient_accumulation_steps": 4},
         {"max_grad_norm": 0.1},
         {"gradient_accumulation_steps": 1},
         {CHECKPOINTING: True},

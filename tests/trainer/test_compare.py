@@ -213,7 +213,7 @@ def test_a_comparison_is_saved_with_its_plot(runs, tmp_path):
 
 def test_a_history_is_the_newest_that_there_is(runs, tmp_path):
     folder = tmp_path / "linear"
-    state = {"log_history": [{"step": 1, "learning_rate": 7.0}]}
+    state = {"log_history": [{"step": 1, "learning_rate": 7.0}], "global_step": 9}
     (folder / "checkpoint-9").mkdir()
     (folder / "checkpoint-9" / "trainer_state.json").write_text(json.dumps(state))
     assert max(line.get_ydata().max() for line in compare_runs([folder]).figure.axes[0].lines) < 1
@@ -222,9 +222,9 @@ def test_a_history_is_the_newest_that_there_is(runs, tmp_path):
     # A run that was cut off has its checkpoints alone.
     (tmp_path / "cut").mkdir()
     shutil.move(folder / "checkpoint-9", tmp_path / "cut" / "checkpoint-9")
-    state["log_history"][0]["learning_rate"] = 8.0
-    (tmp_path / "cut" / "checkpoint-10").mkdir()
-    (tmp_path / "cut" / "checkpoint-10" / "trainer_state.json").write_text(json.dumps(state))
+    state["log_history"][0]["learning_rate"], state["global_step"] = 8.0, 10
+    (tmp_path / "cut" / "checkpoint-best").mkdir()  # as a user has named it
+    (tmp_path / "cut" / "checkpoint-best" / "trainer_state.json").write_text(json.dumps(state))
     assert cells_of(compare_runs([tmp_path / "cut"]))["cut"]["highest"] == "8"
 
 
@@ -254,3 +254,8 @@ def test_folders_without_a_run_are_refused(tmp_path):
         compare_runs([tmp_path])
     with pytest.raises(ValueError, match="dirs must name at least one run's folder"):
         compare_runs([])
+    with pytest.raises(ValueError, match="dirs must be a list of folders, got 'runs/a'"):
+        compare_runs("runs/a")
+    (tmp_path / "warmup.json").write_text('{"log_hist')
+    with pytest.raises(ValueError, match="got .*warmup.json, which cannot be read"):
+        compare_runs([tmp_path])

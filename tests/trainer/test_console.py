@@ -231,6 +231,21 @@ def test_measurements_go_to_trackers_and_not_to_the_console(make_trainer, capsys
     assert [one for one in trainer.callback_handler.callbacks if one in before] == before
 
 
+class LogsAll(TrainerCallback):
+    """Asks for a line of every step, before it is made."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        control.should_log = True
+
+
+@pytest.mark.parametrize("options", [{}, GUIDED], ids=["linear", "guided"])
+def test_measurements_take_no_line_of_the_trainers_own(make_trainer, options):
+    trainer = make_trainer(**options | {"logging_steps": 1000})
+    trainer.add_callback(LogsAll())
+    train(trainer)
+    assert [e["step"] for e in trainer.state.log_history if "loss" in e] == list(range(1, trainer.state.max_steps + 1))
+
+
 def warnings_of(caplog):
     return [r.getMessage() for r in caplog.records if r.name.startswith("hf_warmup") and r.levelno == logging.WARNING]
 

@@ -113,6 +113,40 @@ def test_micro_batches_and_one_batch_give_the_same(make_trainer):
     assert four == pytest.approx(one, rel=1e-3)
 
 
+class Summed(Trainer):
+    """Its loss is a sum, as that of micro-batches which nobody divides."""
+
+    def compute_loss(self, *args, **kwargs):
+        return 300 * super().compute_loss(*args, **kwargs)
+
+
+def test_a_loss_in_another_unit_has_much_the_same_learning_rates(make_trainer):
+    usual, summed = (train(make_trainer(cls, **AUTO)) for cls in (Trainer, Summed))
+    assert max(summed) == pytest.approx(max(usual), rel=0.5)
+
+
+class Masks(TrainerCallback):
+    """Leaves the embeddings as they are."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        model.get_input_embeddings().weight.grad.zero_()
+
+
+@pytest.mark.parametrize("options", [AUTO, {}], ids=["guided", "linear"])
+def test_the_step_is_measured_behind_callbacks_that_came_after_ours(make_trainer, options):
+    seen = []
+    for callbacks in ([Masks()], []):
+        trainer = make_trainer(**options, trainer_kwargs={"callbacks": callbacks})
+        WarmupCallback.attach(trainer)
+        trainer.add_callback(rates := Rates())
+        if not callbacks:
+            trainer.add_callback(Masks())
+        set_seed(1)
+        trainer.train()
+        seen.append(rates.seen)
+    assert seen[0] == seen[1]
+
+
 @pytest.mark.parametrize("clip", [0.1, 1.0, 10.0])
 def test_clipping_of_gradients_changes_the_learning_rates_by_little(make_trainer, clip):
     clipped, free = (train(make_trainer(max_grad_norm=norm, **AUTO)) for norm in (clip, 0.0))
@@ -170,7 +204,7 @@ class Hidden(torch.nn.Module):
         return self.inner(input_ids=input_ids, labels=labels)
 
 
-@pytest.mark.parametrize(("model", "end"), [(make_model, ("peak", 22)), (Hidden, ("half of the run", 30))])
+@pytest.mark.parametrize(("model", "end"), [(make_model, ("peak", 30)), (Hidden, ("half of the run", 30))])
 def test_a_resumed_run_is_bitwise_the_same_before_and_after_the_overshoot(resumes, model, end):
     report = resumes(STOPS, model, **AUTO | {"ramp_steps": 13.2})
     assert (report.ended_by, report.warmup_steps_taken) == end
@@ -202,10 +236,14 @@ def test_the_way_to_the_valley_grows_with_the_weights_that_are_trained(make_trai
 
 
 class Script(TrainerCallback):
-    """Sets the learning rate of every step, behind warmup."""
+    """Sets the learning rate of every step, behind warmup, which would be the last of those that are known before."""
 
     def __init__(self, rates):
         self.rates = rates
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        callbacks = self.trainer.callback_handler.callbacks
+        callbacks.append(callbacks.pop(callbacks.index(self)))
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         for group in optimizer.param_groups:
@@ -215,7 +253,9 @@ class Script(TrainerCallback):
 def scripted(make_trainer, rates, **options):
     trainer = make_trainer(**options)
     WarmupCallback.attach(trainer)
-    trainer.add_callback(Script(rates))
+    script = Script(rates)
+    script.trainer = trainer
+    trainer.add_callback(script)
     set_seed(1)
     trainer.train()
     return trainer

@@ -96,6 +96,15 @@ def test_training_after_it_is_training_without_it_bit_for_bit(tmp_path, options)
     assert after["names"] == without["names"]
 
 
+def test_a_data_set_is_not_copied(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train_dataset.held = torch.zeros(2**23)
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        suggest_lr(trainer)
+    made = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert max(made) < 2**25
+
+
 def test_it_leaves_no_file(tmp_path):
     suggest_lr(make_trainer(tmp_path / "out", save_steps=5, eval_strategy="no"))
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())

@@ -1,6 +1,8 @@
 """Searches and guided warmup leave no trace in a training, whatever the user's code does; or they are refused."""
 
 import copy
+import gc
+import queue
 import random
 import secrets
 
@@ -12,6 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.modeling_outputs import CausalLMOutput
 
+from hf_warmup import GIAdamW
 from hf_warmup.trainer import WarmupCallback
 
 from tiny import OPTIONS, VOCAB, make_dataset, make_model
@@ -201,11 +204,14 @@ class Discriminates(Trainer):
 
     other = None
 
+    def make_optimizer(self, params):
+        return torch.optim.Adam(params, lr=1e-2)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.other is None:
             torch.manual_seed(7)
             self.other = nn.Linear(VOCAB, 1)
-            self.optimizer_of_other = torch.optim.Adam(self.other.parameters(), lr=1e-2)
+            self.optimizer_of_other = self.make_optimizer(self.other.parameters())
         with torch.enable_grad():
             loss = -self.other(model(inputs["input_ids"]).logits.detach()).mean()
             self.optimizer_of_other.zero_grad()
@@ -216,6 +222,29 @@ class Discriminates(Trainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         outputs = model(**inputs)
         return outputs.loss + 1e-2 * self.other(outputs.logits).mean()
+
+
+class Prepared(Discriminates):
+    """The other's optimizer is in accelerate's wrapper, as a GAN has it."""
+
+    def make_optimizer(self, params):
+        return self.accelerator.prepare(super().make_optimizer(params))
+
+
+class PreparedGIAdam(Discriminates):
+    def make_optimizer(self, params):
+        return self.accelerator.prepare(GIAdamW(params, lr=1e-2))
+
+
+class Queues(Trainer):
+    """Its loss depends on a queue, and on numbers that are drawn one after another without a seed of torch's."""
+
+    def compute_loss(self, *args, **kwargs):
+        if "queue" not in vars(self):
+            self.queue, self.sobol = queue.Queue(), torch.quasirandom.SobolEngine(1)
+        self.queue.put(0)
+        factor = 1 + 1 / self.queue.qsize() + float(self.sobol.draw(1))
+        return super().compute_loss(*args, **kwargs) * factor
 
 
 class Groups(Trainer):
@@ -230,7 +259,7 @@ class Groups(Trainer):
 
 TRAINERS = {cls.__name__: cls for cls in (SAM, SAMOfTheSecondLoss, Noise, Scaled, Penalty, Adversarial, PlainBackward)}
 TRAINERS |= {cls.__name__: cls for cls in (Halves, Teacher, Mixup, Logs, Counts, TwoStreams, Groups)}
-TRAINERS["Discriminates"] = Discriminates
+TRAINERS |= {cls.__name__: cls for cls in (Discriminates, Prepared, PreparedGIAdam, Queues)}
 
 
 class Watch(TrainerCallback):
@@ -317,6 +346,52 @@ def test_the_search_leaves_no_trace_in_a_model_that_keeps_state(tmp_path):
     trainer = assert_no_trace(Trainer, tmp_path, model=Anneals, per_device_train_batch_size=2)
     assert trainer.model.calls == 24  # of 12 steps with two micro-batches each
     assert trainer.model.seen == list(range(1, 25))
+
+
+class OwnOptimizer(Trainer):
+    """The Trainer's own does not know TorchScript."""
+
+    def create_optimizer(self, model=None):
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.args.learning_rate)
+        return self.optimizer
+
+
+class Traced(nn.Module):
+    """A part of it is TorchScript's."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = make_model()
+        self.inner.model.norm = torch.jit.trace(
+            self.inner.model.norm, torch.randn(1, 4, self.inner.config.hidden_size)
+        )
+
+    def forward(self, input_ids, labels=None):
+        return self.inner(input_ids=input_ids, labels=labels)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(r"ignore:`torch.jit.*deprecated:DeprecationWarning")
+def test_the_search_leaves_no_trace_in_a_model_of_which_a_part_is_of_torchscript(tmp_path):
+    assert_no_trace(OwnOptimizer, tmp_path, model=Traced)
+
+
+@pytest.mark.slow
+def test_behind_the_search_no_copy_is_held(tmp_path):
+    class Copies(TrainerCallback):
+        def __init__(self):
+            self.counts = []
+
+        def on_step_end(self, *args, **kwargs):
+            self.counts.append(sum(isinstance(o, torch.Tensor) and o.numel() == 54_321 for o in gc.get_objects()))
+
+    class Holds(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.ema = torch.zeros(54_321)
+
+    run(Holds, tmp_path, callbacks=[copies := Copies()])
+    assert copies.counts[1:] == [1] * 11  # the attribute itself
 
 
 @pytest.mark.slow

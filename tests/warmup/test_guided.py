@@ -195,9 +195,22 @@ def test_the_unit_of_the_learning_rate_does_not_matter():
     assert small.ended_by == large.ended_by == "peak"
 
 
-def test_a_scale_of_the_loss_does_not_matter():
+@pytest.mark.parametrize("scale", [1e-3, 0.5, 2.0])
+def test_a_scale_of_the_loss_and_its_slope_does_not_matter(scale):
     lrs = World(0.05, loss=learning_on).run(GuidedWarmup(400))
-    others = World(0.05, loss=lambda path: 1000 * learning_on(path)).run(GuidedWarmup(400))
+    others = World(0.05, loss=lambda path: scale * learning_on(path)).run(GuidedWarmup(400))
+    assert others == pytest.approx(lrs)
+
+
+@pytest.mark.parametrize("scale", [2.5, 16, 512])
+def test_nor_does_that_of_a_loss_that_begins_above_twelve_and_whose_gradients_are_clipped(scale):
+    """The slope of a clipped gradient has no scale: without a unit of its own the loss would make the way longer."""
+
+    def slope(path):
+        return 0.3 * 2 * learning_on(path) / (0.05 - path)
+
+    lrs = World(0.05, slope, lambda path: 2 * learning_on(path)).run(GuidedWarmup(400))  # begins at 12
+    others = World(0.05, slope, lambda path: scale * learning_on(path)).run(GuidedWarmup(400))
     assert others == pytest.approx(lrs)
 
 

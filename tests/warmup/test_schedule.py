@@ -36,10 +36,10 @@ class Step:
         self.t = t
 
     def loss(self, lr=0.0):
-        return 600 - self.t + 40 * lr * (lr - 0.04 * (self.t + 1))
+        return 6 - 0.01 * self.t + 0.4 * lr * (lr - 0.04 * (self.t + 1))
 
     def slope(self):
-        return 20.0
+        return 0.2
 
     momentum_slope = slope
 
