@@ -236,7 +236,7 @@ def test_the_way_to_the_valley_grows_with_the_weights_that_are_trained(make_trai
 
 
 class Script(TrainerCallback):
-    """Sets the learning rate of every step, behind warmup, which would be the last of those that are known before."""
+    """Sets the learning rate of every step, behind warmup, which puts itself behind all that it knows of before."""
 
     def __init__(self, rates):
         self.rates = rates
