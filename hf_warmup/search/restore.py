@@ -65,7 +65,7 @@ _FIXED: tuple[tuple[Any, tuple[str, ...]], ...] = (
 # Parts of torch and of the standard library whose objects are data. Others hold locks, threads and caches.
 _DATA_MODULES = tuple(
     "torch.nn torch.optim torch.amp torch.quasirandom torch.utils.data".split()
-    + "argparse collections functools queue types".split()
+    + "argparse collections functools types".split()
 )
 # Libraries whose objects have threads, processes or devices behind them.
 _OPAQUE = {"accelerate", "comet_ml", "deepspeed", "hf_warmup", "mlflow", "tensorboard", "torch", "tqdm", "wandb"}
@@ -77,9 +77,10 @@ class Snapshot:
     """The state of all that can be reached from `roots`, but for what is `apart` or reached only through that.
 
     Of tensors and arrays larger than a megabyte `most_bytes` are copied; of the others it is only noticed when they
-    change. In the data sets `data` containers of more than 1,000 elements are kept, but not walked into. `earlier`,
-    a snapshot of before, shares its copies where the values are still the same, and containers of more than 50,000
-    elements in which nothing has changed since then are not walked into again.
+    change. Of those in the data sets `data` no more than `most_data_bytes` are copied, and their containers of more
+    than 1,000 elements are kept, but not walked into. `earlier`, a snapshot of before, shares its copies where the
+    values are still the same, and containers of more than 50,000 elements in which nothing has changed since are not
+    walked into again.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Snapshot:
         apart: Iterable[Any] = (),
         most_bytes: int | None = None,
         data: Iterable[Any] = (),
+        most_data_bytes: int | None = None,
         earlier: "Snapshot | None" = None,
     ) -> None:
         self._numbers = RandomNumbers()
@@ -107,6 +109,7 @@ class Snapshot:
             self._later = {id(value) for value in data}
             self._walk(roots)
             self._later = set()
+            self._left = min(self._left, math.inf if most_data_bytes is None else most_data_bytes)
             self._walk(data, _MANY_DATA)
         self._earlier = {}
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,10 @@ def _read(folder: Path) -> tuple[Report | None, History]:
     for state in (_json(folder / "trainer_state.json"), ours):
         if state is not None and "log_history" in state:
             return report, state["log_history"]
-    older = [state for path in folder.glob("checkpoint-*/trainer_state.json") if (state := _json(path)) is not None]
+    older = []
+    for path in folder.glob("checkpoint-*/trainer_state.json"):
+        with suppress(ValueError):  # of a run that was killed while it saved
+            older.append(json.loads(path.read_text(encoding="utf-8")))
     if not older:
         raise ValueError(
             f"dirs must be folders of runs, got {folder}: it has no log history, in warmup.json, trainer_state.json "

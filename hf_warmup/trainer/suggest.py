@@ -149,14 +149,13 @@ def _put_back(trainer: Trainer) -> Iterator[None]:
     if trainer.lr_scheduler is not None:
         roots.append(vars(trainer.lr_scheduler))
     grads = [(p, p.grad) for p in params]
-    # Weights, the optimizer's two moments, and one more copy, as of a teacher; what is larger, as a data set, is not
-    # copied: it is only noticed if it changes.
-    before = Snapshot(roots, data=data, most_bytes=4 * sum(p.nbytes for p in params))
+    before = Snapshot(roots, data=data, most_data_bytes=0)
     try:
         yield
         if moved := before.moved():
             raise ValueError(
-                f"suggest_lr moves {moved[0]}, an iterator that has no way back: make the trainer anew before training"
+                f"suggest_lr moves {moved[0]}, an iterator that has no way back, or a large tensor of a data set: "
+                "make the trainer anew before training"
             )
     finally:
         before.restore()

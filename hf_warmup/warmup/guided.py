@@ -16,7 +16,7 @@ optimizer step on copies per training step until the valley, and no forward pass
                 signs come long before the valley.)
     peak        p = 0.15 S
     wait        at η_o until the loss has fallen by another tenth of its first descent (`wait`; not of a decoder)
-    climb       then η goes on in a straight line that is at p at half of the run, up to 3 times as steep as before
+    climb       then η goes on in a straight line that is at p at half of the run, at most 3 times as steep
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
 with t* = max(min(3 P^(1/4), N/3), min(N/20, 120)) steps in a run of N that trains P weights (with Muon 0.8 P^(1/4),
@@ -250,7 +250,8 @@ class GuidedWarmup(Rule):
         since, left = self.num_steps - self.climb_step, self.num_training_steps / 2 - 1 - self.climb_step
         line, way = self.overshoot_lr / self.overshoot_step, self.peak - self.overshoot_lr
         risen = since * min(way / max(1.0, left), self.STEEPEST * line)
-        self.lr = self.peak if risen >= way or math.isclose(risen, way) else self.overshoot_lr + risen
+        lr = self.peak if risen >= way or math.isclose(risen, way) else self.overshoot_lr + risen
+        self.lr = max(self.lr, lr)  # of a run that was begun with another climb
 
     def _end(self) -> None:
         bound = math.inf if self.learning_rate is None else self.learning_rate

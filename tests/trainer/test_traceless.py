@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import queue
 import random
 import secrets
 
@@ -236,15 +235,13 @@ class PreparedGIAdam(Discriminates):
         return self.accelerator.prepare(GIAdamW(params, lr=1e-2))
 
 
-class Queues(Trainer):
-    """Its loss depends on a queue, and on numbers that are drawn one after another without a seed of torch's."""
+class Sobol(Trainer):
+    """Its loss depends on numbers that are drawn one after another without a seed of torch's."""
 
     def compute_loss(self, *args, **kwargs):
-        if "queue" not in vars(self):
-            self.queue, self.sobol = queue.Queue(), torch.quasirandom.SobolEngine(1)
-        self.queue.put(0)
-        factor = 1 + 1 / self.queue.qsize() + float(self.sobol.draw(1))
-        return super().compute_loss(*args, **kwargs) * factor
+        if "sobol" not in vars(self):
+            self.sobol = torch.quasirandom.SobolEngine(1)
+        return super().compute_loss(*args, **kwargs) * (1 + float(self.sobol.draw(1)))
 
 
 class Groups(Trainer):
@@ -259,7 +256,7 @@ class Groups(Trainer):
 
 TRAINERS = {cls.__name__: cls for cls in (SAM, SAMOfTheSecondLoss, Noise, Scaled, Penalty, Adversarial, PlainBackward)}
 TRAINERS |= {cls.__name__: cls for cls in (Halves, Teacher, Mixup, Logs, Counts, TwoStreams, Groups)}
-TRAINERS |= {cls.__name__: cls for cls in (Discriminates, Prepared, PreparedGIAdam, Queues)}
+TRAINERS |= {cls.__name__: cls for cls in (Discriminates, Prepared, PreparedGIAdam, Sobol)}
 
 
 class Watch(TrainerCallback):
