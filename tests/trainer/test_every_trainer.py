@@ -408,6 +408,8 @@ class LearningRates(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         for group in optimizer.param_groups if self.given is not None else ():
             group["lr"] = self.given[state.global_step]
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         self.seen.append(optimizer.param_groups[0]["lr"])
 
 
