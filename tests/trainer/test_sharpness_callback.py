@@ -42,6 +42,10 @@ class Seen(TrainerCallback):
     def __init__(self, trainer, step=0):
         self.trainer, self.step = trainer, step
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        callbacks = self.trainer.callback_handler.callbacks  # behind warmup, which sets the learning rate
+        callbacks.append(callbacks.pop(callbacks.index(self)))
+
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if state.global_step != self.step:
             return
