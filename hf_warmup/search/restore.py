@@ -64,8 +64,7 @@ _FIXED: tuple[tuple[Any, tuple[str, ...]], ...] = (
 )
 # Parts of torch and of the standard library whose objects are data. Others hold locks, threads and caches.
 _DATA_MODULES = tuple(
-    "torch.nn torch.optim torch.amp torch.quasirandom torch.utils.data".split()
-    + "argparse collections functools types".split()
+    "torch.nn torch.optim torch.amp torch.quasirandom torch.utils.data argparse collections functools types".split()
 )
 # Libraries whose objects have threads, processes or devices behind them.
 _OPAQUE = {"accelerate", "comet_ml", "deepspeed", "hf_warmup", "mlflow", "tensorboard", "torch", "tqdm", "wandb"}

@@ -141,9 +141,9 @@ def check_names(names: Iterable[str]) -> None:
     for name in names:
         if name in GONE:
             raise ValueError(f"{name} is no option any more: {GONE[name]}")
-        if name in TrainingArguments.__dataclass_fields__:
-            raise ValueError(f"{name} is an option of the Trainer's: set it in TrainingArguments, not in attach")
         if name not in known:
+            if name in {option.name for option in fields(TrainingArguments)}:
+                raise ValueError(f"{name} is an option of the Trainer's: set it in TrainingArguments, not in attach")
             near = difflib.get_close_matches(name, known, 1)
             meant = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"the options are {', '.join(known)}, got {name}{meant}")

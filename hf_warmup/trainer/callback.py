@@ -342,8 +342,9 @@ class WarmupCallback(TrainerCallback):
 def _put_last(trainer: Trainer) -> None:
     """Have warmup measure what the step is made with, behind callbacks that change gradients or learning rates."""
     # The sharpness is behind it, as it is measured at the learning rate of the step.
-    order = (WarmupCallback, SharpnessCallback)
-    trainer.callback_handler.callbacks.sort(key=lambda one: [isinstance(one, kind) for kind in order[::-1]])
+    trainer.callback_handler.callbacks.sort(
+        key=lambda one: (isinstance(one, SharpnessCallback), isinstance(one, WarmupCallback))
+    )
 
 
 def _pretrained(trainer: Trainer) -> str | None:

@@ -98,10 +98,10 @@ def _read(folder: Path) -> tuple[Report | None, History]:
     for state in (_json(folder / "trainer_state.json"), ours):
         if state is not None and "log_history" in state:
             return report, state["log_history"]
-    older = []
+    older: list[Any] = []
     for path in folder.glob("checkpoint-*/trainer_state.json"):
         with suppress(ValueError):  # of a run that was killed while it saved
-            older.append(json.loads(path.read_text(encoding="utf-8")))
+            older.append(_json(path))
     if not older:
         raise ValueError(
             f"dirs must be folders of runs, got {folder}: it has no log history, in warmup.json, trainer_state.json "

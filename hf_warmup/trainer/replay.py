@@ -66,8 +66,9 @@ class StepReplay:
         self._before: Snapshot | None = None  # the step's first micro-batch
         self._now: Snapshot | None = None  # when the first loss is asked for
         self._losses: list[Tensor] = []  # that the step's own micro-batches had so far
-        self._numbers: list[RandomNumbers] = []  # with which each of them began
-        self._syncs: list[bool] = []  # whether it was the last, so that optimizers in accelerate's wrapper step
+        # The random numbers with which each of them began, and whether it was the last: so that optimizers in
+        # accelerate's wrapper step.
+        self._began: list[tuple[RandomNumbers, bool]] = []
         self._checked = self._goes_backward = self._generated = False
         self._get_batch_samples = trainer.get_batch_samples
         self._training_step = innermost_method(trainer.training_step)
@@ -81,7 +82,7 @@ class StepReplay:
     def _keep(self, get_batch_samples: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         batches, num_items = get_batch_samples(*args, **kwargs)
         # Copies: a training step may take things out of its batch, put things in, and write into its tensors.
-        self._batches, self._losses, self._numbers, self._syncs, self._now = [], [], [], [], None
+        self._batches, self._losses, self._began, self._now = [], [], [], None
         if self.keeps():
             self._batches, self._num_items = [_copy_of_batch(batch) for batch in batches], num_items
         else:
@@ -90,10 +91,9 @@ class StepReplay:
 
     def _step_and_add(self, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         if self._batches:
-            if not self._numbers:
+            if not self._began:
                 self._before = self._snapshot(self._before)
-            self._numbers.append(RandomNumbers())
-            self._syncs.append(self.trainer.accelerator.sync_gradients)
+            self._began.append((RandomNumbers(), self.trainer.accelerator.sync_gradients))
         unknown = bool(self._batches) and not self._checked
         watching: AbstractContextManager[list[bool]] = _noticed_generation() if unknown else nullcontext([])
         with watching as noticed:
@@ -115,8 +115,7 @@ class StepReplay:
         """Let go of the batches and of the trainer."""
         for end in self._ends:
             end()
-        self._batches, self._losses, self._numbers, self._syncs = [], [], [], []
-        self._before = self._now = None
+        self._batches, self._losses, self._began, self._before, self._now = [], [], [], None, None
 
     @property
     def is_kept(self) -> bool:
@@ -199,7 +198,7 @@ class StepReplay:
         """The step's loss at the current weights; at unchanged ones, bit for bit, that which the step itself had."""
         with self._as_before(), torch.set_grad_enabled(self._goes_backward):
             losses = []
-            for batch, is_last in zip(self._batches, self._syncs, strict=True):
+            for batch, (_, is_last) in zip(self._batches, self._began, strict=True):
                 self.trainer.accelerator.sync_gradients = is_last
                 loss = self._training_step(self.trainer.model_wrapped, _copy_of_batch(batch), self._num_items)
                 losses.append(loss.detach())
@@ -212,9 +211,11 @@ class StepReplay:
         # of this process alone. To be called in their order, the first of them again as often as one likes.
         model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped, keep_torch_compile=False)
 
-        def loss_of(batch: Any, own: Tensor, numbers: RandomNumbers) -> Tensor:
+        def loss_of(batch: Any, own: Tensor, began: tuple[RandomNumbers, bool]) -> Tensor:
+            numbers, is_last = began
             with self._as_before() as asked, _own_forward(model), torch.enable_grad():
                 numbers.restore()
+                self.trainer.accelerator.sync_gradients = is_last
                 self._training_step(model, _copy_of_batch(batch), self._num_items)
             total = sum(asked, torch.zeros((), device=self.trainer.args.device))
             value = float(total.detach())
@@ -227,7 +228,7 @@ class StepReplay:
                 )
             return total if len(asked) != 1 else asked[0]
 
-        parts = zip(self._batches, self._losses, self._numbers, strict=True)
+        parts = zip(self._batches, self._losses, self._began, strict=True)
         return [functools.partial(loss_of, *part) for part in parts]
 
     @contextmanager

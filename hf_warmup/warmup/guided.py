@@ -24,8 +24,8 @@ from 6 to N/3). L/G is Polyak's step: the learning rate that would bring the los
 present slope; 0.3 of it is about what is left of the first descent. L is the loss in nats: one that begins above 12,
 more than an even guess among 160,000 tokens, is divided by a twelfth of its start, as the slope of a gradient whose
 norm is more than 1 does not grow with it. If the estimate is off by a factor of 2, the overshoot comes after t*/√2
-or √2 t* steps. A training without such a descent, as fine-tuning mostly is, has a small
-G beside its loss: the line is steep, and reaches `learning_rate` within a few steps.
+or √2 t* steps. A training without such a descent, as fine-tuning mostly is, has a small G beside its loss: the line
+is steep, and reaches `learning_rate` within a few steps.
 
 The rule is ours; `hf_warmup/README.md` says why each part is there and where its constant comes from. L/G is of
 Polyak, "Introduction to Optimization" (1987), and the line's reason the sharpness that warmup reduces: Kalra and

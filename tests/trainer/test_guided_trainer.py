@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from hf_warmup import GuidedWarmup, momentum_slope, update_slope
 from hf_warmup.trainer import WarmupCallback, compare_runs, muon_cls_and_kwargs, warmup_report
 
-from tiny import GUIDED, Rates, make_model, start_of
+from tiny import GUIDED, Last, Rates, make_model, start_of
 
 AUTO = {**GUIDED, "auto_lr": True}
 
@@ -235,15 +235,12 @@ def test_the_way_to_the_valley_grows_with_the_weights_that_are_trained(make_trai
     assert callback.rule.ramp_steps == pytest.approx(0.8 * size**0.25 if muon else 3 * size**0.25 if trains else 50)
 
 
-class Script(TrainerCallback):
-    """Sets the learning rate of every step, behind warmup, which puts itself behind all that it knows of before."""
+class Script(Last):
+    """Sets the learning rate of every step, behind warmup."""
 
-    def __init__(self, rates):
+    def __init__(self, trainer, rates):
+        super().__init__(trainer)
         self.rates = rates
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        callbacks = self.trainer.callback_handler.callbacks
-        callbacks.append(callbacks.pop(callbacks.index(self)))
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         for group in optimizer.param_groups:
@@ -253,9 +250,7 @@ class Script(TrainerCallback):
 def scripted(make_trainer, rates, **options):
     trainer = make_trainer(**options)
     WarmupCallback.attach(trainer)
-    script = Script(rates)
-    script.trainer = trainer
-    trainer.add_callback(script)
+    trainer.add_callback(Script(trainer, rates))
     set_seed(1)
     trainer.train()
     return trainer

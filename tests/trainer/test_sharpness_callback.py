@@ -15,7 +15,7 @@ from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.sharpness import adam_preconditioner, sharpness, stability_threshold
 from hf_warmup.trainer import SharpnessCallback, WarmupCallback, measuring
 
-from tiny import CHECKPOINTING, make_dataset, make_model
+from tiny import CHECKPOINTING, Last, make_dataset, make_model
 
 KINDS = ["critical", "hessian", "preconditioned"]
 
@@ -36,15 +36,12 @@ def collated(trainer):
     return batches, sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
 
 
-class Seen(TrainerCallback):
+class Seen(Last):
     """Before a step: the optimizer's preconditioner and threshold, and its loss after a step of any size."""
 
     def __init__(self, trainer, step=0):
-        self.trainer, self.step = trainer, step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        callbacks = self.trainer.callback_handler.callbacks  # behind warmup, which sets the learning rate
-        callbacks.append(callbacks.pop(callbacks.index(self)))
+        super().__init__(trainer)
+        self.step = step
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if state.global_step != self.step:

@@ -36,6 +36,17 @@ GUIDED = {
 }
 
 
+class Last(TrainerCallback):
+    """Acts behind warmup, which puts itself behind all that it knows of when training begins."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        callbacks = self.trainer.callback_handler.callbacks
+        callbacks.append(callbacks.pop(callbacks.index(self)))
+
+
 class Rates(TrainerCallback):
     """The learning rate that each step is really made with."""
 
