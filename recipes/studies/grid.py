@@ -11,7 +11,8 @@
 
 A finished run is a line of `results/<study>.csv`. It has a key (setting, optimizer, rule, options, η_trgt, seed); a
 run whose key is there is never made again: a study that is killed goes on where it was. A line is written at once
-and in whole, by one process that has locked the file; one that a killed process left unfinished is cut off.
+and in whole, by one process that has locked the file; one that a killed process left unfinished is cut off. Guided
+warmup with a bound that it does not reach without one is the same training, and gets its line.
 
 `--shard i/n` makes every n-th run, from the i-th, into a file of its own; all files of a study are read together. In
 a Slurm array from 1 to n that is `--shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT`. Tables are made from the
@@ -244,9 +245,29 @@ def finish(study: Study, folder: Path, processes: int, shard: tuple[int, int] = 
         todo = [job for job in todo if not job.lacks()]
         for setting in {job.setting for job in todo if job.setting.text == "packages"}:
             make_stream(setting)
-        made = results(partial(run, conditions=conditions()), todo, processes)
-        for line in tqdm(made, name, len(mine), initial=len(mine) - len(todo), unit="run", smoothing=0.05):
-            write(line)
+        make = partial(run, conditions=conditions())
+        with tqdm(desc=name, total=len(mine), initial=len(mine) - len(todo), unit="run", smoothing=0.05) as bar:
+            for bounded in (False, True):  # the others first, which tell what a bound changes
+                part = [job for job in todo if is_bounded(job) == bounded]
+                known = [twin(job, done) for job in part]
+                asked = [job for job, line in zip(part, known, strict=True) if line is None]
+                for line in itertools.chain(filter(None, known), results(make, asked, processes)):
+                    write(line)
+                    bar.update()
+                    done[tuple(line[key] for key in KEYS)] = line
+
+
+def is_bounded(job: Job) -> bool:
+    """Whether it is guided warmup to a learning rate."""
+    return job.rule == "guided" and "auto_lr" not in job.options
+
+
+def twin(job: Job, done: dict[tuple[str, ...], Line]) -> Line | None:
+    """The same training, if `auto_lr` did not go as far as the learning rate that bounds this one."""
+    line = done.get(job._replace(options={"auto_lr": True} | job.options, target=1.0).key())
+    if line is None or not is_bounded(job) or not 0 < float(line["peak"]) < job.target:
+        return None
+    return line | dict(zip(KEYS, job.key(), strict=True)) | {"seconds": "0"}
 
 
 def results(make: Callable[[Task], Made], todo: list[Task], processes: int) -> Iterator[Made]:

@@ -127,6 +127,19 @@ def test_a_finished_run_is_not_repeated_and_its_numbers_come_back(tmp_path):
     assert "1 torch thread;" in row["conditions"]
 
 
+def test_guided_warmup_with_a_bound_that_it_does_not_reach_gets_the_line_of_auto_lr(tmp_path):
+    auto = Job(replace(TINY, width=32, context=32, steps=60), "AdamW", "guided", {"auto_lr": True}, 1.0, 0)
+    high, low = auto._replace(options={}, target=10.0), auto._replace(options={}, target=1e-3)
+    finish(Study("small", [high, low, auto]), tmp_path, 1)
+    made = lines(tmp_path, "small")
+    assert len(made) == 3
+    assert 1e-3 < float(made[auto.key()]["peak"]) < 10
+    for job in (high, low):
+        own = grid.run(job)
+        assert {k: own[k] for k in ("loss", "peak")} == {k: made[job.key()][k] for k in ("loss", "peak")}
+    assert [made[job.key()]["seconds"] == "0" for job in (high, low, auto)] == [True, False, False]
+
+
 def test_runs_of_several_commits_on_one_machine_name_it_once():
     made = [{"conditions": f"torch 2; one core; commit {of}; 2026-01-01."} for of in "bab"]
     made += [{"conditions": "torch 2; one core."}, {"conditions": "here."}]

@@ -31,7 +31,7 @@ class World:
         return self.slope_of(self.path)
 
     def momentum_slope(self):
-        return self.slope_of(self.path) if self.path < self.valley else -1.0
+        return self.slope_of(self.path) if self.path < self.valley else -0.05 / self.valley
 
     def run(self, rule, most=10_000):
         lrs = []
