@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 import warmup_study
-from grid import KEYS, appending, is_bounded, lines, rows, run
+from grid import KEYS, appending, lines, rows, run
 from reporting import RESULTS
 from warmup_cases import CNN, Setting, make_model, train, unigram_entropy
 from warmup_rules import RULES, cosine, linear, ramp
@@ -174,7 +174,7 @@ def test_a_committed_run_can_be_made_again():
     assert float(committed["loss"]) == pytest.approx(float(run(job)["loss"]), rel=0.02)  # another CPU rounds otherwise
 
 
-@pytest.mark.parametrize("part", [part for part in TITLES if any(map(is_bounded, study(part).jobs))])
+@pytest.mark.parametrize("part", [part for part in warmup_study.TITLES if rows(RESULTS, f"warmup_{part}")])
 def test_a_part_asks_for_the_best_target_of_tuned_linear_warmup_and_a_multiple_of_it(part):
     best = tuned(methods(rows(RESULTS, f"warmup_{part}"))).chosen
     bounds = {job.target for job in study(part).jobs if job.rule == "guided" and job.options != AUTO}
