@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,10 +147,11 @@ COMPILED = ["--torch_compile", "--torch_compile_backend=eager"]
 )
 def test_what_a_recipe_sets_for_speed_and_memory_leaves_its_losses(options, faster, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    logs = []
+    logs, short = [], tmp_path / "short.txt"
+    short.write_text(Path("recipes/tiny/shakespeare.txt").read_text()[:100_000])
     for name, more in (("plain", []), ("faster", faster)):
-        argv = ["recipes/llama_tiny.yaml", "--smoke", "--max_steps=4", "--streaming=false"]
-        argv += [f"--output_dir={tmp_path / name}"]
+        argv = ["recipes/llama_tiny.yaml", "--smoke", "--max_steps=4", "--streaming=false", "--held_out=100"]
+        argv += [f"--text={short}", f"--output_dir={tmp_path / name}"]
         assert pretrain.run([*argv, *options, *more]) == 0
         logs.append(json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"])
     for ours, theirs in zip(*logs, strict=True):

@@ -89,7 +89,7 @@ def test_a_command_that_needs_no_hub_runs(line, tmp_path):
         env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "validation loss before / after" in done.stdout

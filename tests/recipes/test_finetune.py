@@ -390,7 +390,7 @@ def test_accelerate_launches_a_fine_tuning(folder, gpt, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     command += ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), str(ROOT / "recipes/finetune_sft.py")]
     command += sft_options(folder, gpt, tmp_path / "run", max_steps=12)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert re.search(r"validation loss before / after +│ [\d.]+ / [\d.]+", done.stdout)
     assert_warmed_up(tmp_path / "run", LR)

@@ -196,7 +196,7 @@ def test_a_killed_study_goes_on_and_makes_the_same_runs(tmp_path):
             env=os.environ | {"PYTHONPATH": str(Path(grid.__file__).parent)},
             stderr=log,
         )
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and not (path.exists() and path.read_bytes().count(b"\n") > 3):
         assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.05)

@@ -69,13 +69,13 @@ def unbroken(start, tmp_path_factory):
 
 
 def finish(process, code=0):
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == code, err
     return out
 
 
 def wait_for_step(process, folder, step):
-    path, deadline = Path(f"{folder}.hashes"), time.monotonic() + 120
+    path, deadline = Path(f"{folder}.hashes"), time.monotonic() + 600
     while not (path.exists() and any(line.split()[1] == str(step) for line in path.read_text().splitlines())):
         assert time.monotonic() < deadline, "the run does not come to that step"
         assert process.poll() is None, process.communicate()[1]
@@ -137,7 +137,7 @@ def test_a_signal_stops_all_processes_in_the_same_step(start, tmp_path):
     process = start(broken, processes=2)
     wait_for_step(process, broken, 4)
     process.send_signal(signal.SIGTERM)  # the launcher passes it on
-    process.communicate(timeout=120)
+    process.communicate(timeout=600)
     assert process.returncode != 0
     assert json.loads((broken / "run.json").read_text())["ended"] is False
     finish(start(broken, processes=2))

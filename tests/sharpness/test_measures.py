@@ -238,7 +238,7 @@ def test_a_start_saves_products_and_does_not_hide_a_new_largest():
 
 def test_under_ddp_the_mean_of_the_products_gives_all_the_sharpness_of_the_whole_batch():
     model, loss = tiny_mlp(0)
-    barrier, parts, found, kinds = threading.Barrier(2, timeout=20), [None, None], [None, None], set()
+    barrier, parts, found, kinds = threading.Barrier(2, timeout=300), [None, None], [None, None], set()
 
     def process(rank):  # threads stand in for the processes
         def mean(tensor):

@@ -30,7 +30,7 @@ def launch(folder, num_processes, *runs, fails=False, forks=False, **environment
         [*launcher, str(SCRIPT), str(folder), json.dumps([{**size, **run} for run in runs])],
         capture_output=True,
         text=True,
-        timeout=240 + 20 * len(runs) * forks,
+        timeout=600 + 20 * len(runs) * forks,
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment},
     )
     assert (done.returncode != 0) == fails, done.stderr
