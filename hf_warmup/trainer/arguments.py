@@ -75,7 +75,7 @@ class WarmupArguments:
         default=False,
         metadata={
             "help": "GI-Adam in AdamW's place: the second moment starts at the first squared gradient. Steps are "
-            "√(1-β2^t) times as long: 0.9 after 32 steps at adam_beta2=0.95, but after 1660 at the Trainer's 0.999. "
+            "√(1-β2^t) times as long: 0.9 after 33 steps at adam_beta2=0.95, but after 1660 at the Trainer's 0.999. "
             "Not for runs that are short beside that."
         },
     )
@@ -161,4 +161,4 @@ def _plain(name: str, value: Any, default: Any) -> Any:
 
 @dataclass
 class WarmupTrainingArguments(WarmupArguments, TrainingArguments):
-    """TrainingArguments and WarmupArguments in one."""
+    """TrainingArguments and WarmupArguments in one; the latter do nothing without `WarmupCallback.attach`."""
