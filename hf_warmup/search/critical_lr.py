@@ -41,7 +41,7 @@ Status = Literal["found", "above_target", "never_rises", "not_descent", "nonfini
 
 # Relative to L(0): 16 units in the last place of a loss in single precision, which rounding alone can give.
 _ROUNDING = 16 * 2.0**-23
-_NARROWEST = 2.0**-52  # relative distance of a float to the next one
+_NARROWEST = 1e-12  # of two learning rates that are nearer to each other ln η may be the same float
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def find_critical_lr(
     start = None if start is None else number("start", start)
     rtol, delta, max_evals = positive("rtol", rtol), positive("delta", delta), whole("max_evals", max_evals, 2)
     if rtol < _NARROWEST:
-        raise ValueError(f"rtol must be at least {_NARROWEST:.2g}, the precision of a float, got {rtol}")
+        raise ValueError(f"rtol must be at least {_NARROWEST:g}, which the logarithm of a float can tell, got {rtol}")
     if slope is not None and math.isnan(slope := number("slope", slope)):
         raise ValueError("slope must be a number, got nan")
     if not isinstance(method, str) or method not in ("secant", "paper"):

@@ -208,12 +208,6 @@ def gradient_norm(shards: Shards) -> float:
     return float(nn.utils.get_total_norm(grads)) if grads else 0.0
 
 
-def _moving(optimizer: Optimizer, lr: float, module: nn.Module | None, shards: Shards | None) -> Shards:
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"lr must be positive and finite, got {lr}")
-    return Shards(optimizer, module) if shards is None else shards
-
-
 def _slope(
     optimizer: Optimizer,
     lr: float,
@@ -222,7 +216,9 @@ def _slope(
     shards: Shards | None,
 ) -> float:
     """gᵀu along the step that would be made with `gradient` of every gradient g."""
-    shards = _moving(optimizer, lr, module, shards)
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"lr must be positive and finite, got {lr}")
+    shards = Shards(optimizer, module) if shards is None else shards
     if _is_elementwise(shards.optimizer):
         return _inner(_updates(shards, lr, gradient)) / lr
     params = params_of(shards.optimizer)

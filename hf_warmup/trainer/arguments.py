@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_warmup.numeric import boolean, number, shown
+from hf_warmup.numeric import boolean, number, positive, shown
 
 WARMUPS = ("auto", "linear", "guided", "persistent", "none")
 # Options that are no more, and what to use now.
@@ -100,17 +100,26 @@ class WarmupArguments:
             self.init_lr = fixed
         if not isinstance(self.warmup, str) or self.warmup not in WARMUPS:
             raise ValueError(f"warmup must be {', '.join(WARMUPS[:-1])} or {WARMUPS[-1]}, got {shown(self.warmup)}")
-        if self.auto_lr and self.warmup not in ("auto", "guided"):
-            raise ValueError(f"auto_lr must be off with warmup={self.warmup}, got True: only guided finds one")
-        if self.init_lr != "auto" and self.warmup in ("guided", "none"):
-            raise ValueError(f"init_lr must be left out with warmup={self.warmup}, got {self.init_lr!r}")
-        if self.warmup == "persistent" and self.init_lr == "catapult":
-            raise ValueError("init_lr must be auto or a number with warmup=persistent, got 'catapult'")
         if self.ramp_steps is not None:
-            if not 0 < self.ramp_steps < math.inf:
-                raise ValueError(f"ramp_steps must be positive and finite, got {self.ramp_steps}")
-            if self.warmup not in ("auto", "guided"):
-                raise ValueError(f"ramp_steps must be left out with warmup={self.warmup}, got {self.ramp_steps}")
+            positive("ramp_steps", self.ramp_steps)
+        if self.warmup != "auto":
+            self.check_kind(self.warmup, f"warmup={self.warmup}")
+
+    def check_kind(self, kind: str, asked: str) -> None:
+        """Refuse options that contradict the warmup that is meant, which `asked` has asked for."""
+        if self.auto_lr and kind != "guided":
+            raise ValueError(f"auto_lr must be off with {asked}, got True: only guided warmup finds a learning rate")
+        if self.ramp_steps is not None and kind != "guided":
+            raise ValueError(
+                f"ramp_steps must be left out with {asked}, got {self.ramp_steps}: it is of guided warmup"
+            )
+        if self.init_lr != "auto" and kind in ("guided", "none"):
+            raise ValueError(
+                f"init_lr must be left out with {asked}, got {self.init_lr!r}: for linear warmup from there set "
+                "warmup_steps"
+            )
+        if self.init_lr == "catapult" and kind == "persistent":
+            raise ValueError(f"init_lr must be auto or a number with {asked}, got 'catapult'")
 
     def kind(self, warmup_steps: float) -> str:
         """The warmup that is meant, by the warmup_steps of the TrainingArguments: what `auto` stands for."""

@@ -175,8 +175,8 @@ class WarmupCallback(TrainerCallback):
             schedule.skip(schedule.num_training_steps - left)
         elif schedule.began is None and schedule.scheduler.last_epoch > 0:
             logger.warning(
-                "the checkpoint was made without this warmup, and the run goes on without it: with the Trainer's "
-                f"schedule for warmup_steps={args.warmup_steps:g}"
+                "the schedule has been used without this warmup (by a checkpoint that is resumed, or an earlier "
+                "train()), and the run goes on with it as it is"
             )
             return
         if schedule.began is None:

@@ -72,17 +72,7 @@ def check_kind(arguments: WarmupArguments, kind: str, warmup_steps: float) -> No
         raise ValueError(
             f"warmup_steps must be 0 with warmup={kind}, got {warmup_steps}: how long it takes is not set but found"
         )
-    if kind == "linear" and arguments.auto_lr:
-        raise ValueError(
-            f"auto_lr needs guided warmup, and warmup_steps={warmup_steps:g} asks for a linear one: set it to 0"
-        )
-    if kind == "linear" and arguments.ramp_steps is not None:
-        raise ValueError(f"ramp_steps must be left out with warmup_steps={warmup_steps:g}, got {arguments.ramp_steps}")
-    if kind == "guided" and arguments.init_lr != "auto":
-        raise ValueError(
-            f"init_lr must be left out with warmup=guided, got {arguments.init_lr!r}: it finds its start; for linear "
-            "warmup from there set warmup_steps"
-        )
+    arguments.check_kind(kind, f"warmup_steps={warmup_steps:g}" if arguments.warmup == "auto" else f"warmup={kind}")
 
 
 def _check_init_lr(trainer: Trainer, arguments: WarmupArguments) -> None:
@@ -137,7 +127,7 @@ def _check_schedule_free(args: Any) -> None:
         )
 
 
-def check_optimizer(optimizer: Any, kind: str, auto_lr: bool = False) -> None:
+def check_optimizer(optimizer: Any, kind: str, auto_lr: bool) -> None:
     """Refuse an optimizer whose steps no schedule reaches, or that this warmup cannot measure."""
     made = unwrap_optimizer(optimizer)
     name = type(made).__name__

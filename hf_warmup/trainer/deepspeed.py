@@ -130,9 +130,6 @@ class ZeroShards(Shards):
         """The largest magnitude in this process's gradients, not unscaled."""
         return largest_magnitude([g for group in self._partitions() for _, grads in group for g in grads])
 
-    def evaluated(self) -> None:
-        """Nothing to let go of."""
-
 
 class Zero12Shards(ZeroShards):
     """ZeRO-1 and 2: the model holds all weights; each process updates a part and the parts are gathered."""

@@ -148,16 +148,7 @@ def use_gi_adam(trainer: Trainer) -> None:
             )
         return
     if trainer.optimizer_cls_and_kwargs is None:
-        ours = trainer.optimizer_cls_and_kwargs = gi_adam_cls_and_kwargs(trainer.args)
-
-        def created(create_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-            # With the options of now: a hyperparameter search changes them from trial to trial.
-            nonlocal ours
-            if trainer.optimizer_cls_and_kwargs is ours:
-                ours = trainer.optimizer_cls_and_kwargs = gi_adam_cls_and_kwargs(trainer.args)
-            return create_optimizer(*args, **kwargs)
-
-        wrap(trainer, "create_optimizer", created)
+        wrap(trainer, "create_optimizer", _OptionsOfNow(trainer).created)
         return
     chosen = trainer.optimizer_cls_and_kwargs[0]
     if not (isinstance(chosen, type) and issubclass(chosen, GIAdamW | GIAdamWFactory)):
@@ -165,3 +156,17 @@ def use_gi_adam(trainer: Trainer) -> None:
             f"gi_adam=True, but optimizer_cls_and_kwargs asks for {getattr(chosen, '__name__', chosen)}: leave "
             "one of them out"
         )
+
+
+class _OptionsOfNow:
+    """GIAdamW with the trainer's options of now: a hyperparameter search changes them from trial to trial."""
+
+    # An object and no closure: a deep copy of the trainer then has its own.
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.ours = trainer.optimizer_cls_and_kwargs = gi_adam_cls_and_kwargs(trainer.args)
+
+    def created(self, create_optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.trainer.optimizer_cls_and_kwargs is self.ours:
+            self.ours = self.trainer.optimizer_cls_and_kwargs = gi_adam_cls_and_kwargs(self.trainer.args)
+        return create_optimizer(*args, **kwargs)

@@ -7,11 +7,14 @@ reports its first part too.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any, Literal, get_args
 
+import accelerate
+import torch
+import transformers
 from transformers import Trainer
 
+import hf_warmup
 from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.sharpness.diagnosis import regime_of
@@ -154,18 +157,16 @@ def warmup_report(trainer: Trainer) -> Report:
     start: dict[str, Any] = entries[0] if entries else {}
     last: dict[str, Any] = {k: v for entry in entries for k, v in entry.items()}
     mode = start.get("warmup/mode", "linear")
-    init_lr, target, warmup_steps = _of_schedule(trainer)
-    init_lr, target = start.get("warmup/init_lr", init_lr), start.get("warmup/target_lr", target)
     steps_taken: int | None
-    if mode == "linear":
-        warmup_steps = start.get("warmup/warmup_steps", warmup_steps)
-        saved_fraction = min(1.0, start["warmup/init_lr"] / start["warmup/target_lr"]) if start else 0.0
-        steps_taken = None if warmup_steps is None else math.ceil(warmup_steps * (1 - saved_fraction) - 1e-9)
-        if steps_taken is not None and steps_taken > state.global_step:
-            steps_taken = None  # what it would have been
-        peak_lr = None if steps_taken is None else target
+    if start:
+        init_lr, target, warmup_steps = (start.get(f"warmup/{k}") for k in ("init_lr", "target_lr", "warmup_steps"))
+        steps_taken, peak_lr = last.get("warmup/steps_taken"), last.get("warmup/peak_lr")
+        if steps_taken is not None and warmup_steps is not None:  # of linear warmup, those below the target
+            steps_taken -= 1
     else:
-        warmup_steps, steps_taken, peak_lr = None, last.get("warmup/steps_taken"), last.get("warmup/peak_lr")
+        init_lr, target, warmup_steps = _of_schedule(trainer)
+        reached = warmup_steps is not None and warmup_steps <= state.global_step
+        steps_taken, peak_lr = (warmup_steps, target) if reached else (None, None)
     evaluated, evaluation_step = _evaluation(trainer)
     optimizer = unwrap_optimizer(trainer.optimizer)
     betas, v0 = _betas(optimizer), optimizer.v0 if isinstance(optimizer, GIAdamW) else None
@@ -209,7 +210,7 @@ def warmup_report(trainer: Trainer) -> Report:
         "evaluation_step": evaluation_step,
         "processes": args.world_size,
         "seed": args.seed,
-        "versions": {name: version(name) for name in ("hf-warmup", "torch", "transformers", "accelerate")},
+        "versions": {lib.__name__: lib.__version__ for lib in (hf_warmup, torch, transformers, accelerate)},
     }
     for name, value in numbers.items():
         if isinstance(value, float) and not math.isfinite(value):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_warmup.numeric import positive, whole
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.trainer.checks import unsupported_reason
 from hf_warmup.trainer.console import log
@@ -55,15 +56,10 @@ class SharpnessCallback(TrainerCallback):
     def __init__(
         self, *, every: int = 100, kind: SharpnessKind = "critical", tol: float = 1e-2, max_hvps: int = 100
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
         if kind not in get_args(SharpnessKind):
             raise ValueError(f"kind must be one of {', '.join(get_args(SharpnessKind))}, got {kind!r}")
-        if not tol > 0:
-            raise ValueError(f"tol must be positive, got {tol}")
-        if max_hvps < 2:
-            raise ValueError(f"max_hvps must be at least 2, got {max_hvps}")
-        self.every, self.kind, self.tol, self.max_hvps = every, kind, tol, max_hvps
+        self.every, self.kind = whole("every", every, 1), kind
+        self.tol, self.max_hvps = positive("tol", tol), whole("max_hvps", max_hvps, 2)
         self.trainer: Trainer | None = None
         self._step: TrainerStep | None = None
         self._vector: Tensor | None = None

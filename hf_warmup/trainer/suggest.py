@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_warmup.search.restore import Snapshot, is_library
 from hf_warmup.search.shards import params_of, unwrap_optimizer
@@ -89,7 +89,7 @@ def suggest_lr(trainer: Trainer) -> LearningRate:
     with _put_back(trainer), tempfile.TemporaryDirectory() as folder:
         # None of its callbacks, not even the one that logs, evaluates and saves.
         trainer.callback_handler.callbacks = [finder]
-        trainer.args = _quiet(trainer.args, folder)
+        trainer.args, trainer.lr_scheduler = _quiet(trainer.args, folder), None
         # With the optimizer that the trainer's arguments ask for, whatever the warmup.
         finder.warmup = WarmupCallback.attach(
             trainer, warmup="guided", auto_lr=True, init_lr="auto", warmup_card=False
@@ -110,6 +110,7 @@ def _quiet(args: TrainingArguments, folder: str) -> TrainingArguments:
     made.output_dir = folder  # of the card
     made.push_to_hub = made.load_best_model_at_end = made.eval_on_start = False
     made.disable_tqdm, made.warmup_steps, made.log_level = True, 0, "error"  # a run that says nothing
+    made.lr_scheduler_type, made.lr_scheduler_kwargs = SchedulerType.CONSTANT, {}  # it ends before any decay
     return made
 
 

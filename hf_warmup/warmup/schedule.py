@@ -242,7 +242,8 @@ class _Factor:
         if decay == 0:
             return self.fraction
         stretched = (step - self.ramp_end) * (decay / left if left > 0 else 1.0)
-        return self.fraction * self.inner(self.warmup_steps + stretched)
+        # Rounding would ask for a step behind N, of which a factor of the user's may know nothing.
+        return self.fraction * self.inner(self.warmup_steps + min(stretched, decay))
 
     def check_state(self, now: int) -> None:
         for name, least in {"first_step": 0, "decided": -1, "began": 0}.items():

@@ -274,6 +274,11 @@ def test_bad_arguments_are_named(bad):
         find_critical_lr(lambda lr: 1.0, **bad)
 
 
+def test_a_bracket_narrower_than_logarithms_of_floats_tell_is_refused():
+    with pytest.raises(ValueError, match="rtol must be at least 1e-12, .*, got 1.2e-15"):
+        find_critical_lr(lambda lr: (1 - lr / 1e-7) ** 2, guess=2.04e-9, rtol=1.2e-15)
+
+
 def test_bad_method_and_budget_are_named():
     with pytest.raises(ValueError, match="method must be .* got 'newton'"):
         find_critical_lr(lambda lr: 1.0, method="newton")

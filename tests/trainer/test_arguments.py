@@ -65,7 +65,7 @@ BAD = [
     ({"ramp_steps": 0}, "ramp_steps must be positive and finite, got 0.0"),
     ({"ramp_steps": float("inf")}, "ramp_steps must be positive and finite, got inf"),
     ({"auto_lr": "yes"}, "auto_lr must be .* got 'yes'"),
-    ({"auto_lr": True, "warmup": "linear"}, "auto_lr must be off with warmup=linear, got True: only guided finds one"),
+    ({"auto_lr": True, "warmup": "linear"}, "auto_lr must be off with warmup=linear, got True: only guided warmup"),
     ({"auto_lr": True, "warmup": "persistent"}, "auto_lr must be off with warmup=persistent"),
     ({"auto_lr": True, "warmup": "none"}, "auto_lr must be off with warmup=none"),
     ({"ramp_steps": 9, "warmup": "linear"}, "ramp_steps must be left out with warmup=linear, got 9.0"),
@@ -155,5 +155,5 @@ def test_options_beside_arguments_take_the_place_of_those_alone(make_trainer):
     callback = WarmupCallback.attach(make_trainer(args_cls=TrainingArguments), given, init_lr=2e-5)
     assert (callback.arguments.init_lr, callback.arguments.warmup_card) == (2e-5, False)
     assert given.init_lr == "1e-5"
-    with pytest.raises(ValueError, match="auto_lr needs guided warmup, and warmup_steps=6"):
+    with pytest.raises(ValueError, match="auto_lr must be off with warmup_steps=6"):
         WarmupCallback.attach(make_trainer(), WarmupArguments(), auto_lr=True)

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -210,7 +211,7 @@ def test_a_resumed_run_does_not_search_again_and_is_bitwise_the_same(make_traine
 
     resumed = train(make_trainer(**options), resume_from_checkpoint=checkpoint)
     assert start_of(resumed) == start_of(unbroken)  # one search, from the checkpoint's history
-    assert "goes on without it" not in caplog.text
+    assert "without this warmup" not in caplog.text
     assert learning_rates(resumed) == learning_rates(unbroken)
     assert same(weights(resumed), weights(unbroken))
 
@@ -221,7 +222,7 @@ def test_a_checkpoint_made_without_us_keeps_its_schedule(make_trainer, tmp_path,
     plain.train()
     trainer = make_trainer(learning_rate=1e-2, init_lr="5e-3")  # neither counts
     train(trainer, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
-    assert "the run goes on without it: with the Trainer's schedule for warmup_steps=6" in caplog.text
+    assert "used without this warmup (by a checkpoint that is resumed, or an earlier train())" in caplog.text
     assert learning_rates(trainer) == learning_rates(plain)
 
 
@@ -536,3 +537,13 @@ def test_attaching_twice_is_refused(make_trainer):
     WarmupCallback.attach(trainer)
     with pytest.raises(ValueError, match="attached to this trainer already"):
         WarmupCallback.attach(trainer)
+
+
+def test_a_copy_of_a_trainer_makes_gi_adam_with_its_own_options(make_trainer):
+    trainer = make_trainer(gi_adam=True, warmup="none")
+    WarmupCallback.attach(trainer)
+    copied = copy.deepcopy(trainer)
+    for one, lr, beta2 in ((copied, 1e-3, 0.95), (trainer, 2e-3, 0.9)):
+        one.args.learning_rate, one.args.adam_beta2 = lr, beta2
+        group = one.create_optimizer().param_groups[0]
+        assert (group["lr"], group["betas"][1]) == (lr, beta2)

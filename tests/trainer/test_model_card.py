@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import resource
 import shutil
@@ -740,3 +741,29 @@ def test_the_card_says_what_decided_the_peak(ended_by, overshoot_lr, auto_lr, wo
     assert peak_words(report) == f"0.06 ({words})"
     assert verdict(report) == told
     assert target_words(report) == ("found by the run (auto_lr)" if auto_lr else "0.1")
+
+
+@pytest.mark.parametrize(("max_steps", "warmup_steps"), [(1, 1), (5, 5)])
+def test_linear_warmup_that_did_not_come_to_its_target_says_so(make_trainer, max_steps, warmup_steps):
+    trainer = train(make_trainer(max_steps=max_steps, warmup_steps=warmup_steps, init_lr="3e-4"))
+    report = warmup_report(trainer)
+    assert max(e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e) < 3e-3
+    assert (report.warmup_steps_taken, report.peak_lr, report.ended_by) == (None, None, None)
+
+
+# The second cannot be asked for a step before the first, the third not for one behind the last.
+FACTORS = {
+    "linear": lambda step: 1 - step / 12,
+    "inverse root": lambda step: 1 / math.sqrt(1 + 2 * step),
+    "root": lambda step: math.sqrt(1 - step / 12),
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_a_run_with_a_schedule_of_its_own_is_described(make_trainer, folder, name, caplog):
+    trainer = make_trainer(warmup="guided", warmup_steps=0, gi_adam=False)
+    optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=3e-3)
+    trainer.optimizer, trainer.lr_scheduler = optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, FACTORS[name])
+    train(trainer)
+    assert "could not say" not in caplog.text
+    assert json.loads((folder / "warmup.json").read_text())["target_lr"] == 3e-3

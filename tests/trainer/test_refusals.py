@@ -292,10 +292,14 @@ def test_a_trainer_that_has_trained_is_refused(make_trainer, mode):
 
 
 CONTRADICTIONS = [
-    ({"auto_lr": True}, 6, "auto_lr needs guided warmup, and warmup_steps=6 asks for a linear one: set it to 0"),
+    (
+        {"auto_lr": True},
+        6,
+        "auto_lr must be off with warmup_steps=6, got True: only guided warmup finds a learning rate",
+    ),
     ({"ramp_steps": 9}, 6, "ramp_steps must be left out with warmup_steps=6, got 9.0"),
-    ({"init_lr": "1e-4"}, 0, "init_lr must be left out with warmup=guided, got '1e-4': .* set warmup_steps"),
-    ({"init_lr": "catapult"}, 0, "init_lr must be left out with warmup=guided, got 'catapult'"),
+    ({"init_lr": "1e-4"}, 0, "init_lr must be left out with warmup_steps=0, got '1e-4': .* set warmup_steps"),
+    ({"init_lr": "catapult"}, 0, "init_lr must be left out with warmup_steps=0, got 'catapult'"),
     ({"warmup": "linear"}, 0, "warmup_steps must be positive with warmup=linear, got 0: set it, or warmup=guided"),
     ({"warmup": "guided"}, 6, "warmup_steps must be 0 with warmup=guided, got 6"),
     ({"warmup": "persistent"}, 0.5, "warmup_steps must be 0 with warmup=persistent, got 0.5"),

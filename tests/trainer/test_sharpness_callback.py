@@ -386,7 +386,11 @@ def test_the_optimizer_of_a_subclass_and_its_loss_are_measured(make_trainer):
     [
         ({"every": 0}, "every must be at least 1, got 0"),
         ({"kind": "trace"}, "kind must be one of critical, hessian, preconditioned, got 'trace'"),
-        ({"tol": 0.0}, "tol must be positive, got 0.0"),
+        ({"every": 2.5}, "every must be a whole number, got 2.5"),
+        ({"every": "5"}, "every must be a whole number, got '5'"),
+        ({"tol": 0.0}, "tol must be positive and finite, got 0.0"),
+        ({"tol": math.inf}, "tol must be positive and finite, got inf"),
+        ({"max_hvps": 10.5}, "max_hvps must be a whole number, got 10.5"),
         ({"max_hvps": 1}, "max_hvps must be at least 2, got 1"),
     ],
 )

@@ -63,7 +63,10 @@ def make_trainer(tmp_path, *, dropout=0.1, optimizer=None, args_cls=TrainingArgu
     } | options
     args = args_cls(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, **options)
     optimizers = (None, None) if optimizer is None else (optimizer(model.parameters()), None)
-    return Trainer(model, args, train_dataset=Numbers(), callbacks=[Loud()], optimizers=optimizers)
+    evaluated = Numbers() if "eval_strategy" in options else None
+    return Trainer(
+        model, args, train_dataset=Numbers(), eval_dataset=evaluated, callbacks=[Loud()], optimizers=optimizers
+    )
 
 
 def everything(trainer):
@@ -171,3 +174,30 @@ def test_an_optimizer_without_momentum_is_refused_and_nothing_is_left(tmp_path):
         suggest_lr(trainer)
     assert [type(c) for c in trainer.callback_handler.callbacks].count(Loud) == 1
     assert trainer.train_dataset.asked == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr_scheduler_type": "polynomial"},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+    ],
+    ids=lambda options: options["lr_scheduler_type"],
+)
+def test_it_does_not_depend_on_a_decay_that_it_never_comes_to(tmp_path, options):
+    trainer = make_trainer(tmp_path, **options)
+    assert suggest_lr(trainer).value == suggest_lr(make_trainer(tmp_path)).value
+    assert {name: getattr(trainer.args, name) for name in options} == {
+        name: getattr(make_trainer(tmp_path, **options).args, name) for name in options
+    }
+
+
+def test_a_schedule_of_ones_own_is_not_used(tmp_path):
+    trainer = make_trainer(tmp_path, optimizer=lambda p: torch.optim.AdamW(p, 1e-3))
+    own = trainer.lr_scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 3)
+    before = own.state_dict()
+    assert suggest_lr(trainer).value > 0
+    assert trainer.lr_scheduler is own
+    assert own.state_dict() == before
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-3

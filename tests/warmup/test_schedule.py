@@ -341,3 +341,29 @@ def test_numbers_of_a_checkpoint_that_no_run_has_left_are_refused_by_name(name, 
     after.scheduler.load_state_dict(state)
     with pytest.raises(ValueError, match=f"{name} must be"):
         after.check_state()
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 7])
+def test_no_factor_is_asked_for_a_step_behind_the_last(warmup_steps):
+    asked = []
+
+    def factor(step):
+        asked.append(step)
+        return 1.0 if step <= warmup_steps else math.sqrt((num_steps - step) / (num_steps - warmup_steps))
+
+    for num_steps in range(20, 120, 7):
+        for end in range(1, num_steps):
+            optimizer = sgd()
+            scheduler = LambdaLR(optimizer, factor)
+            schedule = WarmupSchedule(scheduler, num_steps, warmup_steps)
+            if warmup_steps:
+                rule = LinearWarmup(num_steps, TARGET, warmup_steps, init_lr=TARGET * (1 - end / num_steps))
+            else:
+                rule = GuidedWarmup(num_steps, TARGET * end / num_steps, ramp_steps=3 * end)
+            for t in range(num_steps):
+                schedule.warm_up(rule, Step(t))
+                optimizer.step(), scheduler.step()
+            assert schedule.ended
+            assert scheduler.get_last_lr()[0] == pytest.approx(0.0, abs=1e-6)
+            assert max(asked) <= num_steps
+            asked.clear()
