@@ -272,8 +272,8 @@ RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-FIVE = (10, 11, 12, 13, 14)
-PLACES = {"gpt": FIVE, "long": FIVE, "llama": FIVE, "llama_long": FIVE[:3]}  # the settings of the rivals, their seeds
+PLACES = ("gpt", "long", "llama", "llama_long")  # the settings of the rivals,
+RIVAL_SEEDS = (10, 11, 12, 13, 14)  # and their seeds
 RIVAL_PARTS = (*PLACES, "muon", "muon_llama", "rivals")  # where their runs are
 
 
@@ -282,7 +282,10 @@ def rivals(runs: list[Row]) -> dict[str, dict[str, tuple[Method, float]]]:
     made = {part: methods(evidence.select(runs, setting=study(part).jobs[0].key()[0])) for part in PLACES}
     of: dict[str, dict[str, tuple[Method, float]]] = {TUNED: {}} | {label: {} for label in RIVALS}
     for part, there in made.items():
-        best = tuned([method for method in there if method.optimizer == "AdamW"])
+        ours = [method for method in there if method.optimizer == "AdamW" and is_linear(method) and method.tuning]
+        if not ours:  # its part has not been made
+            continue
+        best = tuned(ours)
         of[TUNED][part] = best, best.chosen
         for label, (optimizer, wanted) in RIVALS.items():
             own = [m for m in there if m.optimizer == optimizer and all(getattr(m, k) == v for k, v in wanted.items())]
@@ -299,7 +302,7 @@ def rivals_reported(runs: list[Row]) -> list[Job]:
     jobs, settings = {}, {part: study(part).jobs[0].setting for part in PLACES}
     for parts in rivals(runs).values():
         for part, (method, target) in parts.items():
-            for seed in set(PLACES[part]) - method.reported.get(target, {}).keys():
+            for seed in set(RIVAL_SEEDS) - method.reported.get(target, {}).keys():
                 job = Job(settings[part], method.optimizer, method.rule, method.options, target, seed)
                 jobs[job.key()] = job
     return list(jobs.values())
@@ -315,10 +318,10 @@ def rivals_table(runs: list[Row]) -> str:
             line[TITLES[part]] = ""
             if part in parts:
                 method, target = parts[part]
-                losses, (best, at) = method.reported[target], of[TUNED][part]
-                reported = {seed: loss for seed, loss in losses.items() if seed in PLACES[part]}
-                absolute = evidence.spread(reported.values()) if label == TUNED else ""
-                line[TITLES[part]] = absolute or _difference(reported, best.reported[at])
+                losses, (best, at) = method.reported.get(target, {}), of[TUNED][part]
+                reported = {seed: loss for seed, loss in losses.items() if seed in RIVAL_SEEDS}
+                absolute = evidence.spread(reported.values()) if label == TUNED and reported else ""
+                line[TITLES[part]] = absolute or _difference(reported, best.reported.get(at, {}))
         lines.append(line)
     return table(lines)
 
@@ -471,7 +474,7 @@ def report(folder: Path) -> str:
 RIVALS_NOTE = (
     "Minus AdamW with linear warmup whose length and target are chosen. Nothing is chosen for those with auto_lr, the "
     "formulas, Prodigy and ScheduleFree+; for the others the target, and for Muon whether it has a warmup. "
-    "Seeds 10 to 14; of the Llama for 5 times the steps 10 to 12, where seed 0 alone chooses but for linear warmup."
+    "Seeds 10 to 14; on the Llama for 5 times the steps seed 0 alone chooses, but for linear warmup of AdamW."
 )
 NOTES = (
     "Losses of tuned linear warmup and differences from it, seed by seed, over seeds 10, 11, 12 (BERT also 20, 21, "

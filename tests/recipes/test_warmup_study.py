@@ -209,3 +209,9 @@ def line(job, loss):
 
 def test_the_committed_page_is_that_of_the_committed_runs():
     assert (RESULTS / "warmup_study.md").read_text() == warmup_study.report(RESULTS)
+
+
+def test_rivals_on_settings_that_were_not_made_have_no_numbers():
+    table = warmup_study.rivals_table([])
+    assert table.count("\n") == 1 + len(warmup_study.RIVALS) + 1
+    assert "±" not in table
