@@ -7,14 +7,11 @@ reports its first part too.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Literal, get_args
 
-import accelerate
-import torch
-import transformers
 from transformers import Trainer
 
-import hf_warmup
 from hf_warmup.optim.gi_adam import GIAdamW
 from hf_warmup.search.shards import unwrap_optimizer
 from hf_warmup.sharpness.diagnosis import regime_of
@@ -210,7 +207,10 @@ def warmup_report(trainer: Trainer) -> Report:
         "evaluation_step": evaluation_step,
         "processes": args.world_size,
         "seed": args.seed,
-        "versions": {lib.__name__: lib.__version__ for lib in (hf_warmup, torch, transformers, accelerate)},
+        # Of what runs; metadata are only of what is installed.
+        "versions": {
+            name: import_module(name).__version__ for name in ("hf_warmup", "torch", "transformers", "accelerate")
+        },
     }
     for name, value in numbers.items():
         if isinstance(value, float) and not math.isfinite(value):
