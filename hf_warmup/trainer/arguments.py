@@ -108,7 +108,10 @@ class WarmupArguments:
     def check_kind(self, kind: str, asked: str) -> None:
         """Refuse options that contradict the warmup that is meant, which `asked` has asked for."""
         if self.auto_lr and kind != "guided":
-            raise ValueError(f"auto_lr must be off with {asked}, got True: only guided warmup finds a learning rate")
+            raise ValueError(
+                f"auto_lr must be off with {asked}, got True: only guided warmup finds a learning rate, and it has "
+                "warmup_steps=0"
+            )
         if self.ramp_steps is not None and kind != "guided":
             raise ValueError(
                 f"ramp_steps must be left out with {asked}, got {self.ramp_steps}: it is of guided warmup"

@@ -209,7 +209,8 @@ def warmup_report(trainer: Trainer) -> Report:
         "seed": args.seed,
         # Of what runs; metadata are only of what is installed.
         "versions": {
-            name: import_module(name).__version__ for name in ("hf_warmup", "torch", "transformers", "accelerate")
+            name: import_module(name.replace("-", "_")).__version__
+            for name in ("hf-warmup", "torch", "transformers", "accelerate")
         },
     }
     for name, value in numbers.items():

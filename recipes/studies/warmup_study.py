@@ -145,9 +145,14 @@ def is_linear(method: Method) -> bool:
     return method.rule == "linear" and method.optimizer != "RAdam"
 
 
+def tunable(made: list[Method]) -> list[Method]:
+    """The linear warmups that have runs on the seeds that choose."""
+    return [method for method in made if is_linear(method) and method.tuning]
+
+
 def tuned(made: list[Method]) -> Method:
     """The linear warmup with the best of all fractions and targets on the seeds that choose."""
-    return min((m for m in made if is_linear(m) and m.tuning), key=lambda m: m.at_chosen)
+    return min(tunable(made), key=lambda method: method.at_chosen)
 
 
 class Line(NamedTuple):
@@ -224,7 +229,7 @@ def part_table(made: list[Method]) -> str:
             for line in lines
         ]
     )
-    linear = sorted((m for m in made if is_linear(m) and m.tuning), key=lambda m: m.options.get("fraction", 0.0))
+    linear = sorted(tunable(made), key=lambda method: method.options.get("fraction", 0.0))
     tried = ", ".join(f"{method.name} {method.at_chosen:.3f} at {method.chosen:g}" for method in linear)
     return f"{text}\n\nOn the seeds that choose: {tried}."
 
@@ -282,10 +287,10 @@ def rivals(runs: list[Row]) -> dict[str, dict[str, tuple[Method, float]]]:
     made = {part: methods(evidence.select(runs, setting=study(part).jobs[0].key()[0])) for part in PLACES}
     of: dict[str, dict[str, tuple[Method, float]]] = {TUNED: {}} | {label: {} for label in RIVALS}
     for part, there in made.items():
-        ours = [method for method in there if method.optimizer == "AdamW" and is_linear(method) and method.tuning]
-        if not ours:  # its part has not been made
+        adamw = [method for method in there if method.optimizer == "AdamW"]
+        if not tunable(adamw):  # its part has not been made
             continue
-        best = tuned(ours)
+        best = tuned(adamw)
         of[TUNED][part] = best, best.chosen
         for label, (optimizer, wanted) in RIVALS.items():
             own = [m for m in there if m.optimizer == optimizer and all(getattr(m, k) == v for k, v in wanted.items())]
@@ -454,7 +459,7 @@ def report(folder: Path) -> str:
     """Everything, as a page."""
     runs = {part: made for part in PARTS if (made := rows(folder, f"warmup_{part}"))}
     made = {part: methods(runs[part]) for part in TITLES if part in runs}
-    made = {part: of for part, of in made.items() if any(is_linear(method) and method.tuning for method in of)}
+    made = {part: of for part, of in made.items() if tunable(of)}
     texts = [f"## All settings\n\n{summary_table(made)}\n\n{NOTES}"]
     if formulas := formulas_table(made):
         texts.append(f"## Beside formulas of the learning rate\n\nMinus tuned linear warmup.\n\n{formulas}")

@@ -295,7 +295,8 @@ CONTRADICTIONS = [
     (
         {"auto_lr": True},
         6,
-        "auto_lr must be off with warmup_steps=6, got True: only guided warmup finds a learning rate",
+        "auto_lr must be off with warmup_steps=6, got True: only guided warmup finds a learning rate, and it has "
+        "warmup_steps=0",
     ),
     ({"ramp_steps": 9}, 6, "ramp_steps must be left out with warmup_steps=6, got 9.0"),
     ({"init_lr": "1e-4"}, 0, "init_lr must be left out with warmup_steps=0, got '1e-4': .* set warmup_steps"),
