@@ -436,8 +436,9 @@ def _is_complete(part: str, folder: Path) -> bool:
 def plot(folder: Path) -> Figure:
     """Loss against the target: guided, tuned linear, the ramp alone, RAdam; and guided without one."""
     runs = {part: made for part in ("gpt", "gi", "bert", "modernbert") if (made := rows(folder, f"warmup_{part}"))}
-    figure = figures.new(3.2 * math.ceil(len(runs) / 2))
-    panels = figure.subplots(math.ceil(len(runs) / 2), 2, squeeze=False).flat
+    lines = max(1, math.ceil(len(runs) / 2))  # other parts have no panel
+    figure = figures.new(3.2 * lines)
+    panels = figure.subplots(lines, 2, squeeze=False).flat
     for axes, (part, made) in zip(panels, runs.items(), strict=False):
         of = methods(made)
         by_name = {method.name: method for method in of}

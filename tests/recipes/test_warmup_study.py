@@ -215,3 +215,7 @@ def test_rivals_on_settings_that_were_not_made_have_no_numbers():
     table = warmup_study.rivals_table([])
     assert table.count("\n") == 1 + len(warmup_study.RIVALS) + 1
     assert "±" not in table
+
+
+def test_parts_without_a_panel_have_a_plot_of_none(tmp_path):
+    assert not any(axes.lines for axes in warmup_study.plot(tmp_path).axes)
