@@ -26,7 +26,7 @@ class LearningRate:
     Attributes:
         value: The peak that guided warmup would go to: 0.15 of the sum of the learning rates up to the overshoot.
             Tuned linear warmup was best at half to twice of it in 14 settings of 18, at .3 to .4 of it in two long
-            runs of decoders (2,000 and 6,000 steps) and on a Llama with untied embeddings.
+            runs of decoders (2,000 and 6,000 steps) and on a Llama of .3M weights.
         overshoot_lr: Where the momentum overshot.
         steps: Training steps that were made to find it.
         history: Of every step its learning rate and its loss.
