@@ -490,11 +490,11 @@ NOTES = (
     "Losses of tuned linear warmup and differences from it, seed by seed, over seeds 10, 11, 12 (BERT also 20, 21, "
     "22, 30, 31, 32; GPT, 5 and 20 times the steps, also 30, 31, 32). The length and target of linear warmup are "
     "those of the smallest mean over seeds 0, 1, 2 (of the masked models of 2400 steps, the GPT of 6000, Qwen3, "
-    "the longer Llama, Muon, the CNN and the ViT over 0 and 1, on the GPU over 0). Nothing is chosen for guided "
-    f"warmup: it has that target, or {TIMES} times that, or auto_lr. Linear warmup to {TIMES} times its target has "
-    "the best of its lengths there. A run that diverges, or ends above the loss it began with, counts as one that "
-    "ended where it began; so does guided warmup that ends with an error, as auto_lr does on the CNN: "
-    "nothing bounds it there."
+    "the longer Llama, Muon, the CNN and the ViT over 0 and 1, on another text and on the GPU over 0). Nothing is "
+    f"chosen for guided warmup: it has that target, or {TIMES} times that, or auto_lr. Linear warmup to {TIMES} times "
+    "its target has the best of its lengths there. A run that diverges, or ends above the loss it began with, "
+    "counts as one that ended where it began; so does guided warmup that ends with an error, as auto_lr does on "
+    "the CNN: nothing bounds it there."
 )
 
 
