@@ -38,7 +38,7 @@ def search_cost(args: WarmupTrainingArguments) -> str:
 
     kind = args.kind(args.warmup_steps)
     if kind == "guided":
-        return "no forward pass; an optimizer step more in each step until the momentum overshoots"
+        return "no forward pass; an optimizer step more in each step to the valley"
     if kind == "persistent":
         return "about 8 forward passes a search; how many searches depends on the run"
     if kind == "none" or args.fixed_init_lr is not None:
@@ -53,7 +53,7 @@ def warmup_words(args: WarmupTrainingArguments, optimizer: str, num_weights: int
         if steps is None and args.max_steps > 0:
             steps = GuidedWarmup.usual_ramp_steps(args.max_steps, num_weights, optimizer)
         about = "some steps" if steps is None else f"about {steps:.0f} steps"
-        return f"guided: {about} to the overshoot, and at most half of the run"
+        return f"guided: {about} to the valley, and at most half of the run"
     if kind == "persistent":
         return "persistent: as long as it takes"
     steps = args.get_warmup_steps(args.max_steps) if args.max_steps > 0 else args.warmup_steps

@@ -57,8 +57,8 @@ def ends(report: Report, card: Path | None) -> Block:
         rows.append(("critical lr", _plainly(critical_words(report))))
     if report.init_lr is not None:
         rows.append(("started at", number(report.init_lr)))
-    if report.overshoot_lr is not None:
-        rows.append(("overshoot", f"at {number(report.overshoot_lr)}, where the first descent was over"))
+    if report.valley_lr is not None:
+        rows.append(("valley", f"at {number(report.valley_lr)}, where the first descent was over"))
     taken, steps = report.warmup_steps_taken, report.max_steps
     if taken is None:
         ended = f"not before the run, which stopped after {report.train_steps} of {steps} steps"
@@ -66,7 +66,7 @@ def ends(report: Report, card: Path | None) -> Block:
         ended = f"after {taken} of {steps} steps, at {_plainly(peak_words(report))}"
     cost = passes_words(report)
     if report.warmup == "guided":
-        until = "warmup" if report.overshoot_lr is None else "the way to the overshoot"
+        until = "warmup" if report.valley_lr is None else "the way to the valley"
         cost += f"; one more optimizer step, on copies, in each step of {until}"
     rows += [("warmup ended", ended), ("cost", cost), ("next time", _next_time(report))]
     return f"what {report.warmup} warmup did", rows + [("written to", str(card))] * (card is not None)

@@ -70,7 +70,7 @@ def _draw_lrs(axes: Any, history: History, **options: Any) -> None:
 
 
 def _mark(axes: Any, history: History) -> None:
-    """What warmup found: where it started, η_c, the overshoot, its end."""
+    """What warmup found: where it started, η_c, the valley, its end."""
     starts = [e for e in history if "warmup/init_lr" in e]
     if not starts:
         return
@@ -84,8 +84,8 @@ def _mark(axes: Any, history: History) -> None:
         axes.plot(*zip(*critical, strict=True), "k.", label="critical learning rate (η_c)")
     elif critical and critical[0][1] <= 2 * max(rates):
         axes.axhline(critical[0][1], color="black", linestyle=":", label="critical learning rate (η_c) of step 1")
-    # The overshoot may be the end.
-    for key, style, size, label in (("overshoot_lr", "C3v", 10, "overshoot"), ("peak_lr", "C1s", 5, "end of warmup")):
+    # The valley may be the end.
+    for key, style, size, label in (("valley_lr", "C3v", 10, "valley"), ("peak_lr", "C1s", 5, "end of warmup")):
         at = [(e["step"], e[f"warmup/{key}"]) for e in later if f"warmup/{key}" in e]
         if at:
             axes.plot(*zip(*at[-1:], strict=True), style, markersize=size, label=label)

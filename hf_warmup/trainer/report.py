@@ -63,7 +63,7 @@ class Report:
         asked_init_lr: `init_lr` of the options; `none` where the schedule is the trainer's own.
         critical_lr: η_c of the first step, or the end of the search that is known to lie below it.
         smallest_critical_lr: The least η_c of all searches.
-        overshoot_lr: Where the momentum overshot.
+        valley_lr: Where the first descent was over.
         ended_by: Why warmup ended.
         search_status: How the search of the first step ended.
         search_evals: The learning rates that it tried, with the losses after the step.
@@ -102,7 +102,7 @@ class Report:
     asked_init_lr: str = "none"
     critical_lr: float | None = None
     smallest_critical_lr: float | None = None
-    overshoot_lr: float | None = None
+    valley_lr: float | None = None
     ended_by: str | None = None
     search_status: str | None = None
     search_evals: list[tuple[float, float | None]] | None = None
@@ -179,7 +179,7 @@ def warmup_report(trainer: Trainer) -> Report:
         "asked_init_lr": start.get("warmup/asked", "none"),
         "critical_lr": start.get("warmup/critical_lr"),
         "smallest_critical_lr": min((lr for e in entries if (lr := e.get("warmup/critical_lr"))), default=None),
-        "overshoot_lr": last.get("warmup/overshoot_lr"),
+        "valley_lr": last.get("warmup/valley_lr"),
         "ended_by": last.get("warmup/ended_by"),
         "search_status": start.get("warmup/status"),
         "search_evals": start.get("warmup/evals"),

@@ -1,4 +1,4 @@
-"""The learning-rate finder that the Trainer lacks: guided warmup up to its overshoot, and everything as it was."""
+"""The learning-rate finder that the Trainer lacks: guided warmup as far as the valley, and everything as it was."""
 
 import copy
 import tempfile
@@ -27,20 +27,20 @@ class LearningRate:
         value: The peak that guided warmup would go to: 0.15 of the sum of the learning rates up to the overshoot.
             Tuned linear warmup was best at half to twice of it in 14 settings of 18, at .3 to .4 of it in two long
             runs of decoders (2,000 and 6,000 steps) and on a Llama of .3M weights.
-        overshoot_lr: Where the momentum overshot.
+        valley_lr: Where the first descent was over.
         steps: Training steps that were made to find it.
         history: Of every step its learning rate and its loss.
     """
 
     value: float
-    overshoot_lr: float
+    valley_lr: float
     steps: int
     history: list[tuple[float, float]] = field(repr=False)
 
     def __str__(self) -> str:
         return (
-            f"Train with a learning rate of about {self.value:.2g}: the momentum overshot at {self.overshoot_lr:.2g}, "
-            f"after {self.steps} steps in which the loss fell from {self.history[0][1]:.3g} to "
+            f"Train with a learning rate of about {self.value:.2g}: the first descent was over at "
+            f"{self.valley_lr:.2g}, after {self.steps} steps in which the loss fell from {self.history[0][1]:.3g} to "
             f"{self.history[-1][1]:.3g}."
         )
 
@@ -53,7 +53,7 @@ class LearningRate:
         figure = new_figure(3.5, width=6.0)
         axes = figure.subplots()
         axes.plot(*zip(*self.history, strict=True), ".-", label="training loss of the step")
-        axes.axvline(self.overshoot_lr, color="gray", linestyle=":", label="overshoot of the momentum")
+        axes.axvline(self.valley_lr, color="gray", linestyle=":", label="valley")
         axes.axvline(self.value, color="C1", label="suggested")
         axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
         axes.legend()
@@ -63,7 +63,7 @@ class LearningRate:
 def suggest_lr(trainer: Trainer) -> LearningRate:
     """Find a learning rate for training from scratch, on the trainer's own data and with its own optimizer.
 
-    It trains with guided warmup until the momentum overshoots, about as many steps as `ramp_steps` has, and puts
+    It trains with guided warmup until the first descent is over, about as many steps as `ramp_steps` has, and puts
     everything back: weights, optimizer, random numbers, data order, logs. Nothing is logged, saved or reported.
     In a run that is to be made with guided warmup there is no need for it: `auto_lr` finds the same on its way.
 
@@ -81,7 +81,7 @@ def suggest_lr(trainer: Trainer) -> LearningRate:
     Raises:
         ValueError: If the trainer has a warmup of this package, several processes, or something that moves and
             cannot be put back; or as guided warmup does.
-        RuntimeError: If the momentum did not overshoot in half of the run.
+        RuntimeError: If the first descent was not over in half of the run.
     """
     if trainer.args.world_size > 1 or trainer.is_deepspeed_enabled:
         raise ValueError(f"suggest_lr needs one process without DeepSpeed, got {trainer.args.world_size} processes")
@@ -100,8 +100,8 @@ def suggest_lr(trainer: Trainer) -> LearningRate:
         trainer.train()
     if finder.found is None:
         raise RuntimeError(
-            f"the momentum did not overshoot in {len(finder.history)} steps, which is half of the run: give the "
-            "trainer more steps; a model that is trained already may have no overshoot"
+            f"the first descent was not over in {len(finder.history)} steps, which is half of the run: give the "
+            "trainer more steps; a model that is trained already may have none"
         )
     return finder.found
 
@@ -117,7 +117,7 @@ def _quiet(args: TrainingArguments, folder: str) -> TrainingArguments:
 
 
 class _Finder(TrainerCallback):
-    """Notes what guided warmup does, and ends the run at the overshoot."""
+    """Notes what guided warmup does, and ends the run in the valley."""
 
     def __init__(self) -> None:
         self.warmup: WarmupCallback | None = None
@@ -132,9 +132,9 @@ class _Finder(TrainerCallback):
             return
         if rule.num_steps > len(self.history):
             self.history.append((rule.lr, rule.last_loss))
-        if rule.overshoot_lr is not None:
-            self.found = LearningRate(rule.peak, rule.overshoot_lr, rule.num_steps, self.history)
-        control.should_training_stop = rule.overshoot_lr is not None or rule.ended_by is not None
+        if rule.valley_lr is not None:
+            self.found = LearningRate(rule.peak, rule.valley_lr, rule.num_steps, self.history)
+        control.should_training_stop = rule.valley_lr is not None or rule.ended_by is not None
 
 
 @contextmanager

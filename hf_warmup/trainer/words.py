@@ -98,7 +98,7 @@ def peak_words(report: Report) -> str:
     if report.peak_lr is None:
         return "not reached: the run ended before its warmup"
     decided = {
-        "peak": f"from the overshoot of the momentum at {number(report.overshoot_lr)}",
+        "peak": f"from the length of the first descent, which was over at {number(report.valley_lr)}",
         "half of the run": "at half of the run",
     }
     return f"{report.peak_lr:.3g} ({decided.get(str(report.ended_by), 'η_trgt')})"
@@ -124,17 +124,17 @@ def verdict(report: Report) -> str:
 def _verdict_of_a_ramp(report: Report) -> str:
     if report.peak_lr is None:
         return "The run ended before its warmup had found where to stop."
-    peak, overshoot = number(report.peak_lr), report.overshoot_lr
-    over = f"From {number(overshoot)} on the momentum overshot: it pointed uphill on new batches."
+    peak, valley = number(report.peak_lr), report.valley_lr
+    over = f"At {number(valley)} the first descent was over: the loss hardly fell along the momentum any more."
     if report.ended_by == "half of the run":
         came = f"Warmup had come to {peak} at half of the run, and gave way to the decay."
-        return came if overshoot is None else f"{over} {came}"
+        return came if valley is None else f"{over} {came}"
     if report.ended_by == "peak":
         return f"{over} Warmup went on to {peak}." + " η_trgt was more than that." * (not report.auto_lr)
     if report.warmup != "guided":
         return ""
-    if overshoot is None:
-        return "η_trgt was reached before the momentum overshot: this run would have borne a larger one."
+    if valley is None:
+        return "η_trgt was reached before the first descent was over: this run would have borne a larger one."
     return f"{over} Warmup went on to η_trgt."
 
 

@@ -11,11 +11,11 @@ optimizer step on copies per training step until the valley, and no forward pass
                 had no part; G_t is the mean of the last 6
     distance    Ŝ_t = s_t + 0.3 L_t / G_t
     line        η_t = 2 √(Ŝ_t (s_t + η_{t-1}/2)) / t*,  between η_{t-1} and (1 + 2/t) η_{t-1}
-    overshoot   where at least half of the last 6 slopes are not positive: S = s_t, η_o = η_t. (Not before half of
-                the distance 0.3 L_t / Ḡ_t, with Ḡ the mean of all slopes: where batches say little, slopes of both
-                signs come long before the valley.)
-    peak        p = 0.15 S
-    wait        at η_o until the loss has fallen by another tenth of its first descent (`wait`; not of a decoder)
+    valley      of a decoder where G_t <= 0.3 Ḡ_t, with Ḡ the mean of all slopes; of others where half of the last 6
+                slopes are not positive. There S = s_t, η_v = η_t. (Not before half of the distance 0.3 L_t / Ḡ_t:
+                where batches say little, slopes of both signs come long before the valley.)
+    peak        p = 0.25 S of a decoder, 0.15 S of others, whose way goes on for longer
+    wait        at η_v until the loss has fallen by another tenth of its first descent (not of a decoder)
     climb       then η goes on in a straight line that is at p at half of the run, at most 3 times as steep
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
@@ -23,8 +23,8 @@ with t* = max(min(3 P^(1/4), N/3), min(N/20, 120)) steps in a run of N that trai
 from 6 to N/3). L/G is Polyak's step: the learning rate that would bring the loss to zero if it fell on at its
 present slope; 0.3 of it is about what is left of the first descent. L is the loss in nats: one that begins above 12,
 more than an even guess among 160,000 tokens, is divided by a twelfth of its start, as the slope of a gradient whose
-norm is more than 1 does not grow with it. If the estimate is off by a factor of 2, the overshoot comes after t*/√2
-or √2 t* steps. A training without such a descent, as fine-tuning mostly is, has a small G beside its loss: the line
+norm is more than 1 does not grow with it. If the estimate is off by a factor of 2, the valley comes after t*/√2 or
+√2 t* steps. A training without such a descent, as fine-tuning mostly is, has a small G beside its loss: the line
 is steep, and reaches `learning_rate` within a few steps.
 
 The rule is ours; `hf_warmup/README.md` says why each part is there and where its constant comes from. L/G is of
@@ -59,13 +59,14 @@ class GuidedWarmup(Rule):
         ramp_steps: t*, the steps that the way to the valley is to take. More is safer and slower. If None,
             min(120, N/3), which is right for no more than 2.6 million weights; `usual_ramp_steps` has it for a
             model's size, and for Muon, where it is shorter.
-        wait: Whether the climb waits for the loss to fall again. No for a decoder, which does not need it.
+        decoder: Whether the model is one (a causal language model): its way ends earlier, and its climb does not
+            wait for the loss to fall again.
 
     Attributes:
         path: s, the sum of η so far.
-        overshoot_step: t_o, counted from 0; None before.
-        overshoot_lr: η_o; None before.
-        news: Of the last step decided: `overshoot_lr` where it overshot, `expected_peak_lr` where `learning_rate`
+        valley_step: Where the way ended, counted from 0; None before.
+        valley_lr: η_v; None before.
+        news: Of the last step decided: `valley_lr` where the way ended, `expected_peak_lr` where `learning_rate`
             ended warmup.
         will_probe: False: it asks for no loss at a learning rate.
 
@@ -77,19 +78,20 @@ class GuidedWarmup(Rule):
     ROOTS, MOST_SHARE = 3, 1 / 3  # t* in fourth roots of the number of weights, as far as that part of the run
     SHARE, FLOOR = 0.05, 120.0  # t* is at least that part of the run, up to so many steps
     MUON_ROOTS = 0.8  # with Muon
-    SLOPES = 6  # in the mean, and of which half tell the overshoot
+    SLOPES = 6  # in the mean, which tell the valley
     POWER = 2  # η rises no faster than t to this power
-    PEAK = 0.15  # of the path to the valley
+    BEND = 0.3  # of the mean of all slopes: what is left of it in a decoder's valley
+    PEAK, DECODER_PEAK = 0.15, 0.25  # of the path to the valley
     MOST_NATS = 12.0  # with which a training begins; more is another unit
     FALL = 0.1  # of the first descent: how far the loss falls again before the climb
     STEEPEST = 3  # of the climb, in slopes of the line before it
 
     kind, ends, will_probe = "guided", ("learning_rate", "peak", "half of the run"), False
-    options = ("num_training_steps", "learning_rate", "ramp_steps", "wait")
+    options = ("num_training_steps", "learning_rate", "ramp_steps", "decoder")
     saved = (
         *options,
-        *("num_steps", "lr", "path", "slopes", "mean_slope", "first_loss", "last_loss", "overshoot_step"),
-        *("overshoot_lr", "overshoot_path", "valley_loss", "climb_step", "ended_by"),
+        *("num_steps", "lr", "path", "slopes", "mean_slope", "first_loss", "last_loss", "valley_step"),
+        *("valley_lr", "valley_path", "valley_loss", "climb_step", "ended_by"),
     )
 
     def __init__(
@@ -98,27 +100,27 @@ class GuidedWarmup(Rule):
         learning_rate: float | None = None,
         *,
         ramp_steps: float | None = None,
-        wait: bool = True,
+        decoder: bool = False,
     ) -> None:
         super().__init__(num_training_steps)
         usual = self.usual_ramp_steps(self.num_training_steps, 40**4)  # as of a model of 2.6 million weights
         self.ramp_steps = usual if ramp_steps is None else positive("ramp_steps", ramp_steps)
         self.learning_rate = None if learning_rate is None else positive("learning_rate", learning_rate)
-        self.wait = boolean("wait", wait)
-        self.lr = self.path = self.overshoot_path = 0.0
+        self.decoder = boolean("decoder", decoder)
+        self.lr = self.path = self.valley_path = 0.0
         self.slopes: list[float] = []
         self.mean_slope = self.first_loss = self.last_loss = self.valley_loss = 0.0
-        self.overshoot_step: int | None = None
-        self.overshoot_lr: float | None = None
+        self.valley_step: int | None = None
+        self.valley_lr: float | None = None
         self.climb_step: int | None = None
 
     @property
     def asks(self) -> tuple[str, ...]:
-        """The loss and a slope until the overshoot, the loss while it waits, nothing in the climb."""
+        """The loss and a slope until the valley, the loss while it waits, nothing in the climb."""
         if self.climb_step is not None or self.ended_by is not None:
             return ()
         slope = "slope" if self.num_steps == 0 else "momentum_slope"
-        return ("loss", slope) if self.overshoot_step is None else ("loss",)
+        return ("loss", slope) if self.valley_step is None else ("loss",)
 
     def _decide(self, step: Step) -> None:
         if self.climb_step is None:
@@ -150,30 +152,31 @@ class GuidedWarmup(Rule):
         steps, root = whole("num_training_steps", num_training_steps, 1), whole("num_weights", num_weights, 0) ** 0.25
         most = max(1.0, cls.MOST_SHARE * steps)
         if "muon" in optimizer.lower():
-            return min(most, max(cls.MUON_ROOTS * root, cls.SLOPES))  # which tell the overshoot
+            return min(most, max(cls.MUON_ROOTS * root, cls.SLOPES))  # which tell the valley
         least = max(1.0, min(cls.SHARE * steps, cls.FLOOR))
         return max(least, min(cls.ROOTS * root, most))
 
     @property
     def peak(self) -> float:
-        """p, 0.15 S; infinite before the overshoot."""
-        return math.inf if self.overshoot_lr is None else max(self.overshoot_lr, self.expected_peak)
+        """p, 0.15 or 0.25 S; infinite before the valley."""
+        return math.inf if self.valley_lr is None else max(self.valley_lr, self.expected_peak)
 
     @property
     def expected_peak(self) -> float:
-        """0.15 of S, or of its present estimate; NaN if there is none."""
-        if self.overshoot_lr is not None:
-            return self.PEAK * self.overshoot_path
+        """That part of S, or of its present estimate; NaN if there is none."""
+        part = self.DECODER_PEAK if self.decoder else self.PEAK
+        if self.valley_lr is not None:
+            return part * self.valley_path
         slope = fmean(self.slopes) if self.slopes else math.nan
-        return self.PEAK * (self.path + self._left(slope)) if slope > 0 else math.nan
+        return part * (self.path + self._left(slope)) if slope > 0 else math.nan
 
     def _before_the_climb(self, step: Step) -> None:
         loss = step.loss()
         if self.num_steps == 0:
             self._start(loss, step.slope())
-        elif self.overshoot_step is None:
+        elif self.valley_step is None:
             self._descend(loss, step.momentum_slope())
-        if self.overshoot_step is not None:
+        if self.valley_step is not None:
             self._wait_for_a_fall(loss)
 
     def _start(self, loss: float, slope: float) -> None:
@@ -193,15 +196,15 @@ class GuidedWarmup(Rule):
 
     def _descend(self, loss: float, slope: float | None) -> None:
         if slope is None:
-            raise ValueError("the optimizer must have a momentum, got one without: nothing would tell the overshoot")
+            raise ValueError("the optimizer must have a momentum, got one without: nothing would tell the valley")
         if not math.isfinite(loss + slope):
             return
         self.last_loss = loss
         self.slopes = [*self.slopes, slope][-self.SLOPES :]
         self.mean_slope += (slope - self.mean_slope) / self.num_steps
-        if self._overshoots():
-            self.overshoot_step, self.overshoot_lr, self.overshoot_path = self.num_steps, self.lr, self.path
-            self.news["overshoot_lr"] = self.lr
+        if self._is_in_the_valley():
+            self.valley_step, self.valley_lr, self.valley_path = self.num_steps, self.lr, self.path
+            self.news["valley_lr"] = self.lr
         else:
             self.lr = self._on_the_line()
 
@@ -217,21 +220,22 @@ class GuidedWarmup(Rule):
         unit = max(1.0, self.first_loss / self.MOST_NATS)
         return self.DISTANCE * max(0.0, self.last_loss) / unit / slope
 
-    def _overshoots(self) -> bool:
-        turned = sum(slope <= 0 for slope in self.slopes)
-        if len(self.slopes) < self.SLOPES or turned < self.SLOPES / 2 or self.mean_slope <= 0:
+    def _is_in_the_valley(self) -> bool:
+        if len(self.slopes) < self.SLOPES or self.mean_slope <= 0 or self.path < self._left(self.mean_slope) / 2:
             return False
-        return self.path >= self._left(self.mean_slope) / 2
+        if self.decoder:
+            return fmean(self.slopes) <= self.BEND * self.mean_slope
+        return sum(slope <= 0 for slope in self.slopes) >= self.SLOPES / 2
 
     def _wait_for_a_fall(self, loss: float) -> None:
-        """Begin the climb once the loss has fallen on from where it was behind the overshoot."""
-        assert self.overshoot_step is not None
-        if not self.wait:
+        """Begin the climb once the loss has fallen on from where it was in the valley."""
+        assert self.valley_step is not None
+        if self.decoder:
             self.climb_step = self.num_steps
-        if not (self.wait and math.isfinite(loss)):
+        if self.decoder or not math.isfinite(loss):
             return
-        count = self.num_steps - self.overshoot_step + 1
-        first = max(self.SLOPES, self.overshoot_step // 2)  # steps whose mean is the loss in the valley
+        count = self.num_steps - self.valley_step + 1
+        first = max(self.SLOPES, self.valley_step // 2)  # steps whose mean is the loss in the valley
         if count <= first:
             self.valley_loss += (loss - self.valley_loss) / count
             return
@@ -244,13 +248,13 @@ class GuidedWarmup(Rule):
 
     def _climb(self) -> None:
         """In a straight line that is at the peak at half of the run, if that is not too steep."""
-        assert self.overshoot_step is not None
-        assert self.overshoot_lr is not None
+        assert self.valley_step is not None
+        assert self.valley_lr is not None
         assert self.climb_step is not None
         since, left = self.num_steps - self.climb_step, self.num_training_steps / 2 - 1 - self.climb_step
-        line, way = self.overshoot_lr / self.overshoot_step, self.peak - self.overshoot_lr
+        line, way = self.valley_lr / self.valley_step, self.peak - self.valley_lr
         risen = since * min(way / max(1.0, left), self.STEEPEST * line)
-        lr = self.peak if risen >= way or math.isclose(risen, way) else self.overshoot_lr + risen
+        lr = self.peak if risen >= way or math.isclose(risen, way) else self.valley_lr + risen
         self.lr = max(self.lr, lr)  # of a run that was begun with another climb
 
     def _end(self) -> None:
@@ -265,7 +269,7 @@ class GuidedWarmup(Rule):
             self.ended_by = "half of the run"
             # Of fewer slopes nothing is said.
             flat = len(self.slopes) == self.SLOPES and not self.mean_slope > 0
-            if self.learning_rate is None and self.overshoot_step is None and flat:
+            if self.learning_rate is None and self.valley_step is None and flat:
                 raise RuntimeError(
                     f"nothing bounds the learning rate: in {self.num_steps + 1} steps, up to {self.lr:.3g}, the loss "
                     "did not fall along the momentum; give a learning_rate without auto_lr, or check that the model "
@@ -275,10 +279,10 @@ class GuidedWarmup(Rule):
     @classmethod
     def _check_values(cls, state: dict[str, Any]) -> None:
         num_steps = state["num_steps"]
-        boolean("wait", state["wait"])
+        boolean("decoder", state["decoder"])
         for name in ("learning_rate",) * (state["learning_rate"] is not None) + ("ramp_steps",):
             positive(name, state[name])
-        for name in ("lr", "path", "overshoot_path"):
+        for name in ("lr", "path", "valley_path"):
             not_negative(name, state[name])
         for name in ("mean_slope", "first_loss", "last_loss", "valley_loss"):
             number(name, state[name])
@@ -286,11 +290,11 @@ class GuidedWarmup(Rule):
             raise ValueError(f"slopes must be a list of at most {cls.SLOPES} numbers, got {shown(state['slopes'])}")
         for slope in state["slopes"]:
             number("slopes", slope)
-        if (state["overshoot_step"] is None) != (state["overshoot_lr"] is None):
-            raise ValueError("overshoot_step and overshoot_lr must both be None or numbers, got one of each")
-        if state["overshoot_step"] is not None:
-            positive("overshoot_lr", state["overshoot_lr"])
-            if not 1 <= whole("overshoot_step", state["overshoot_step"], 0) < max(2, num_steps):
-                raise ValueError(f"overshoot_step must be from 1 to {num_steps - 1}, got {state['overshoot_step']}")
+        if (state["valley_step"] is None) != (state["valley_lr"] is None):
+            raise ValueError("valley_step and valley_lr must both be None or numbers, got one of each")
+        if state["valley_step"] is not None:
+            positive("valley_lr", state["valley_lr"])
+            if not 1 <= whole("valley_step", state["valley_step"], 0) < max(2, num_steps):
+                raise ValueError(f"valley_step must be from 1 to {num_steps - 1}, got {state['valley_step']}")
         if state["climb_step"] is not None:
-            whole("climb_step", state["climb_step"], state["overshoot_step"] or 0)
+            whole("climb_step", state["climb_step"], state["valley_step"] or 0)

@@ -31,7 +31,7 @@ class Observed(Ruled):
     def __call__(self, step: int, loss_at: LossAt) -> float:
         """η of the step."""
         lr, guided = super().__call__(step, loss_at), self.guided
-        expected = guided.expected_peak / guided.PEAK if guided.ended_by is None else guided.overshoot_path
+        expected = guided.expected_peak / guided.DECODER_PEAK if guided.ended_by is None else guided.valley_path
         self.rows.append({"lr": lr, "path": guided.path, "expected": expected, "loss": loss_at(0.0)})
         return lr
 
@@ -51,7 +51,7 @@ def plot(observed: Observed) -> Figure:
     lower.plot(steps, [row["loss"] for row in rows], color="black", linewidth=0.8)
     lower.set(xlabel="optimizer step", ylabel="training loss")
     for axes in (upper, middle, lower):
-        axes.axvline(guided.overshoot_step, color="C3", linestyle=":", label="overshoot")
+        axes.axvline(guided.valley_step, color="C3", linestyle=":", label="valley")
         axes.axvline(end - 1, color="C2", linestyle="--", label="peak")
     middle.legend(loc="lower right")
     return figure
@@ -62,7 +62,7 @@ def main() -> None:
     observed = Observed()
     made: dict[str, Any] = train(GPT, "AdamW", observed, 10)
     plot(observed).savefig(reporting.RESULTS / "guided_run.png", dpi=120)
-    print(f"overshoot in step {observed.guided.overshoot_step}, S = {observed.guided.overshoot_path:.3g}, {made}")
+    print(f"valley in step {observed.guided.valley_step}, S = {observed.guided.valley_path:.3g}, {made}")
 
 
 if __name__ == "__main__":

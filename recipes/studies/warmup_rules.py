@@ -107,10 +107,10 @@ def guided(
     **constants: float,
 ) -> Ruled:
     """Ours; with other constants than it has."""
-    wait = setting.family not in ("gpt", "llama", "llama-gqa", "qwen3")  # as the Trainer has it
+    decoder = setting.family in ("gpt", "llama", "llama-gqa", "qwen3")  # as the Trainer has it
     kind: type[GuidedWarmup] = type("GuidedWarmup", (GuidedWarmup,), constants)
     ramp_steps = ramp_steps or kind.usual_ramp_steps(setting.steps, num_weights(setting), optimizer)
-    return Ruled(setting, kind(setting.steps, None if auto_lr else target, ramp_steps=ramp_steps, wait=wait))
+    return Ruled(setting, kind(setting.steps, None if auto_lr else target, ramp_steps=ramp_steps, decoder=decoder))
 
 
 def persistent(setting: Setting, optimizer: str, target: float, delta: float = 0.01) -> Rule:

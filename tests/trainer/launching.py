@@ -12,7 +12,7 @@ from forking import free_ports
 
 SCRIPT = Path(__file__).parent / "processes.py"
 LINEAR = {"max_steps": 20, "warmup_steps": 8, "learning_rate": 3e-3, "save_strategy": "steps", "save_steps": 4}
-# Few tokens: there is a first descent, and an overshoot at its end.
+# Few tokens: there is a first descent, and a valley at its end.
 GUIDED = {
     **{"max_steps": 40, "warmup": "guided", "auto_lr": True, "warmup_steps": 0, "gi_adam": False, "tokens": 5},
     **{"save_strategy": "steps", "save_steps": 12, "ramp_steps": 8.8},
@@ -63,11 +63,11 @@ def assert_equal(a, b):
 def assert_same_rule(seen, reference):
     """What guided warmup has come to, on every process."""
     alone = reference.processes[0]["rule"]
-    assert alone["overshoot_lr"] is not None
-    assert alone["wait"] is False
+    assert alone["valley_lr"] is not None
+    assert alone["decoder"] is True
     for process in seen.processes:
-        assert process["rule"]["wait"] is False
-        for name in ("overshoot_step", "overshoot_lr", "path", "mean_slope", "slopes"):
+        assert process["rule"]["decoder"] is True
+        for name in ("valley_step", "valley_lr", "path", "mean_slope", "slopes"):
             assert process["rule"][name] == pytest.approx(alone[name], rel=1e-2, abs=1e-2), name
 
 

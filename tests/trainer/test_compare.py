@@ -44,9 +44,9 @@ def test_the_plot_has_every_learning_rate_of_warmup_however_seldom_is_logged(mak
     assert curve == list(rates.items())
     assert marks["start (η_init)"] == curve[:1]
     assert marks["end of warmup"] == curve[-1:]
-    ((overshoot, lr),) = marks["overshoot"]
-    assert 0 < overshoot <= max(rates)
-    assert lr == rates[overshoot - 1]  # it goes no further in that step
+    ((valley, lr),) = marks["valley"]
+    assert 0 < valley <= max(rates)
+    assert lr == rates[valley - 1]  # it goes no further in that step
 
 
 def test_behind_warmup_the_plot_has_the_learning_rates_as_they_were_logged(make_trainer):

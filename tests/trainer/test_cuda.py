@@ -53,7 +53,7 @@ def test_a_gpu_finds_what_a_cpu_finds(make_trainer, options):
     assert logged(gpu, "warmup/critical_lr") == pytest.approx(logged(cpu, "warmup/critical_lr"), rel=1e-3)
     assert logged(gpu, "learning_rate") == pytest.approx(logged(cpu, "learning_rate"), rel=1e-2)
     if options is GUIDED:
-        assert logged(gpu, "warmup/overshoot_lr") == pytest.approx(logged(cpu, "warmup/overshoot_lr"), rel=1e-2)
+        assert logged(gpu, "warmup/valley_lr") == pytest.approx(logged(cpu, "warmup/valley_lr"), rel=1e-2)
         assert logged(gpu, "loss") == pytest.approx(logged(cpu, "loss"), rel=1e-2)
 
 

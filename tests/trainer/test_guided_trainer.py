@@ -71,7 +71,7 @@ class Measures(TrainerCallback):
         self.trainer, self.rates, self.rule = trainer, [], None
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        self.rule = self.rule or GuidedWarmup(args.max_steps, args.learning_rate, ramp_steps=8.8, wait=False)
+        self.rule = self.rule or GuidedWarmup(args.max_steps, args.learning_rate, ramp_steps=8.8, decoder=True)
         self.optimizer = optimizer
         self.rates.append(self.rule(self))
 
@@ -96,10 +96,10 @@ def test_guided_warmup_is_the_rule_in_the_trainer_and_the_whole_of_every_decay(m
     trainer.add_callback(measures := Measures(trainer))
     rates, decay, rule = train(trainer), own_factor(trainer), measures.rule
     end = rule.num_steps - 1
-    assert (rule.ended_by, end) == ("peak", 16)
+    assert (rule.ended_by, end) == ("peak", 19)
     expected = [decay((t - end) * 40 / (40 - end)) * rule.peak for t in range(end, 40)]
     assert rates == pytest.approx(measures.rates[:end] + expected, rel=1e-5, abs=1e-9)
-    assert logged(trainer, "warmup/overshoot_lr") == [(rule.overshoot_step, pytest.approx(rule.overshoot_lr))]
+    assert logged(trainer, "warmup/valley_lr") == [(rule.valley_step, pytest.approx(rule.valley_lr))]
 
 
 def test_micro_batches_and_one_batch_give_the_same(make_trainer):
@@ -168,10 +168,10 @@ def test_with_auto_lr_no_learning_rate_depends_on_the_one_that_is_set(make_train
     low, high = map(train, trainers)
     assert low == pytest.approx(high, rel=1e-3)
     assert 1e-3 < max(low) < 10
-    assert warmup_report(trainers[0]).overshoot_lr is not None
+    assert warmup_report(trainers[0]).valley_lr is not None
 
 
-STOPS = [10, 20, 30]  # before the overshoot, behind it, and behind warmup
+STOPS = [10, 20, 30]  # before the valley, behind it, and behind warmup
 
 
 @pytest.fixture
@@ -205,12 +205,12 @@ class Hidden(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("model", "end"), [(make_model, ("peak", 30)), (Hidden, ("half of the run", 30))])
-def test_a_resumed_run_is_bitwise_the_same_before_and_after_the_overshoot(resumes, model, end):
+def test_a_resumed_run_is_bitwise_the_same_before_and_after_the_valley(resumes, model, end):
     report = resumes(STOPS, model, **AUTO | {"ramp_steps": 13.2})
     assert (report.ended_by, report.warmup_steps_taken) == end
-    assert report.overshoot_lr is not None
+    assert report.valley_lr is not None
     # What is no decoder waits for a second fall of the loss, which there is none.
-    assert (report.peak_lr > report.overshoot_lr) == (model is make_model)
+    assert (report.peak_lr > report.valley_lr) == (model is make_model)
 
 
 def test_a_resumed_run_of_persistent_warmup_is_bitwise_the_same(resumes):
@@ -332,19 +332,19 @@ def test_what_guided_warmup_did_is_on_the_card_and_in_the_logs(make_trainer, tmp
     rates = train(trainer)
     folder = tmp_path / "run"
     report = json.loads((folder / "warmup.json").read_text())
-    ((step, overshoot_lr),) = logged(trainer, "warmup/overshoot_lr")
+    ((step, valley_lr),) = logged(trainer, "warmup/valley_lr")
     ((end, peak_lr),) = logged(trainer, "warmup/peak_lr")
     assert (report["warmup"], report["ended_by"], report["auto_lr"]) == ("guided", "peak", auto_lr)
     assert report["init_lr"] == start_of(trainer)["warmup/init_lr"] == pytest.approx(rates[0])
-    assert report["overshoot_lr"] == overshoot_lr == pytest.approx(rates[step - 1])
+    assert report["valley_lr"] == valley_lr == pytest.approx(rates[step - 1])
     assert report["peak_lr"] == peak_lr == pytest.approx(max(rates))
     assert report["warmup_steps_taken"] == end + 1
     assert report["forward_passes"] == 0
     trainer.create_model_card()
     text = (folder / "README.md").read_text()
     assert f"{rates[0]:.3g} (from the loss and its slope along the first step)" in text
-    assert f"{max(rates):.3g} (from the overshoot of the momentum at {overshoot_lr:.3g})" in text
-    assert f"From {overshoot_lr:.3g} on the momentum overshot" in text
+    assert f"{max(rates):.3g} (from the length of the first descent, which was over at {valley_lr:.3g})" in text
+    assert f"At {valley_lr:.3g} the first descent was over" in text
     assert ("η_trgt was more than that" in text) != auto_lr
     assert ("found by the run (auto_lr)" in text) == auto_lr
     trainer.save_state()
@@ -496,7 +496,7 @@ class PerStep(TrainerCallback):
         self.seen.append(self.waits.count - self.before)
 
 
-def test_behind_the_overshoot_no_step_waits_for_the_device_more_often_than_the_trainers_own(make_trainer):
+def test_behind_the_valley_no_step_waits_for_the_device_more_often_than_the_trainers_own(make_trainer):
     seen = []
     for attached in (True, False):
         trainer = make_trainer(**AUTO, logging_steps=1000)
@@ -506,7 +506,7 @@ def test_behind_the_overshoot_no_step_waits_for_the_device_more_often_than_the_t
             trainer.add_callback(per_step := PerStep(waits))
             trainer.train()
         seen.append(per_step.seen)
-    (guided, plain), asked = seen, callback.rule.overshoot_step + 1
+    (guided, plain), asked = seen, callback.rule.valley_step + 1
     assert guided[asked:] == plain[asked:]
     assert min(guided[:asked]) > max(plain[:asked])
 

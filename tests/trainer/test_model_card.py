@@ -711,20 +711,26 @@ def test_a_schedule_that_is_not_ours_is_described_by_itself(make_trainer, folder
     assert not warnings_of(caplog)
 
 
-OVER = "From 0.02 on the momentum overshot: it pointed uphill on new batches."
-BORNE = "η_trgt was reached before the momentum overshot: this run would have borne a larger one."
+OVER = "At 0.02 the first descent was over: the loss hardly fell along the momentum any more."
+BORNE = "η_trgt was reached before the first descent was over: this run would have borne a larger one."
 
 
 @pytest.mark.parametrize(
-    ("ended_by", "overshoot_lr", "auto_lr", "words", "told"),
+    ("ended_by", "valley_lr", "auto_lr", "words", "told"),
     [
         ("learning_rate", None, False, "η_trgt", BORNE),
         ("learning_rate", 0.02, False, "η_trgt", f"{OVER} Warmup went on to η_trgt."),
         (
-            *("peak", 0.02, False, "from the overshoot of the momentum at 0.02"),
+            *("peak", 0.02, False, "from the length of the first descent, which was over at 0.02"),
             f"{OVER} Warmup went on to 0.06. η_trgt was more than that.",
         ),
-        ("peak", 0.02, True, "from the overshoot of the momentum at 0.02", f"{OVER} Warmup went on to 0.06."),
+        (
+            "peak",
+            0.02,
+            True,
+            "from the length of the first descent, which was over at 0.02",
+            f"{OVER} Warmup went on to 0.06.",
+        ),
         (
             *("half of the run", None, True, "at half of the run"),
             "Warmup had come to 0.06 at half of the run, and gave way to the decay.",
@@ -735,8 +741,8 @@ BORNE = "η_trgt was reached before the momentum overshot: this run would have b
         ),
     ],
 )
-def test_the_card_says_what_decided_the_peak(ended_by, overshoot_lr, auto_lr, words, told):
-    found = {"target_lr": 0.1, "peak_lr": 0.06, "overshoot_lr": overshoot_lr}
+def test_the_card_says_what_decided_the_peak(ended_by, valley_lr, auto_lr, words, told):
+    found = {"target_lr": 0.1, "peak_lr": 0.06, "valley_lr": valley_lr}
     report = Report(warmup="guided", ended_by=ended_by, auto_lr=auto_lr, **found)
     assert peak_words(report) == f"0.06 ({words})"
     assert verdict(report) == told

@@ -174,7 +174,7 @@ def test_warmup_on_muon_resumes_bitwise_in_its_middle(warmup, options, tmp_path)
     if "warmup_steps" in options:
         assert report.search_status == "found"
     else:
-        assert report.overshoot_lr is not None
+        assert report.valley_lr is not None
     resumed, rates = make_trainer(tmp_path / "b", warmup, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
     assert rates.seen == all_rates.seen[6:]

@@ -114,9 +114,9 @@ def test_guided_warmup_measures_what_one_process_measures(two, one):
     assert_same_rule(Seen(two, "guided"), Seen(one, "guided"))
 
 
-def test_guided_warmup_takes_one_collective_per_step_to_the_overshoot_and_none_after_it(two):
+def test_guided_warmup_takes_one_collective_per_step_to_the_valley_and_none_after_it(two):
     for process in Seen(two, "guided").processes:
-        asked = process["rule"]["overshoot_step"] + 1
+        asked = process["rule"]["valley_step"] + 1
         assert process["collectives"] == [1] * asked + [0] * (GUIDED["max_steps"] - asked)
 
 
@@ -125,7 +125,7 @@ def test_guided_warmup_on_muon_is_that_of_one_process_to_the_precision_of_its_st
     # The matrices are made orthogonal in bfloat16.
     assert seen.numbers("loss") == pytest.approx(reference.numbers("loss"), rel=1e-2)
     assert seen.numbers("learning_rate") == pytest.approx(reference.numbers("learning_rate"), rel=1e-2)
-    assert seen.processes[0]["rule"]["overshoot_step"] == reference.processes[0]["rule"]["overshoot_step"]
+    assert seen.processes[0]["rule"]["valley_step"] == reference.processes[0]["rule"]["valley_step"]
 
 
 def test_accumulation_changes_nothing(one):

@@ -119,10 +119,12 @@ def test_it_finds_what_guided_warmup_finds_on_its_way(tmp_path):
     WarmupCallback.attach(trainer, WarmupArguments(warmup="guided", auto_lr=True))
     trainer.train()
     logged = {k: v for e in trainer.state.log_history for k, v in e.items()}
-    assert found.overshoot_lr == logged["warmup/overshoot_lr"]
-    assert found.value >= found.overshoot_lr
+    assert found.valley_lr == logged["warmup/valley_lr"]
+    assert found.value >= found.valley_lr
     assert found.steps == len(found.history)
-    assert str(found).startswith(f"Train with a learning rate of about {found.value:.2g}: the momentum overshot at ")
+    assert f"learning rate of about {found.value:.2g}: the first descent was over at {found.valley_lr:.2g}" in str(
+        found
+    )
 
 
 def test_it_does_not_depend_on_the_learning_rate_that_the_trainer_has(tmp_path):
@@ -160,9 +162,9 @@ def test_a_trainer_that_has_a_warmup_is_refused(tmp_path):
         suggest_lr(trainer)
 
 
-def test_a_run_without_overshoot_is_an_error_and_no_number(tmp_path):
+def test_a_run_without_a_valley_is_an_error_and_no_number(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=6)
-    with pytest.raises(RuntimeError, match="did not overshoot|nothing bounds"):
+    with pytest.raises(RuntimeError, match="was not over in|nothing bounds"):
         suggest_lr(trainer)
     assert not isinstance(trainer.model, nn.parallel.DistributedDataParallel)
     assert trainer.optimizer is None

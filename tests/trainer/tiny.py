@@ -25,7 +25,7 @@ OPTIONS = {
 RENAMED = hasattr(TrainingArguments, "activation_checkpointing")
 CHECKPOINTING = "activation_checkpointing" if RENAMED else "gradient_checkpointing"
 
-# A first descent, an overshoot after some 15 steps, and a bound that is out of reach.
+# A first descent, a valley after some 15 steps, and a bound that is out of reach.
 GUIDED = {
     "warmup": "guided",
     "warmup_steps": 0,

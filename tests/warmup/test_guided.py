@@ -50,10 +50,10 @@ class Asked(World):
         return super().__getattribute__(name)
 
 
-@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize("decoder", [False, True])
 @pytest.mark.parametrize("learning_rate", [None, 1e-4])
-def test_it_asks_what_it_says_before(wait, learning_rate):
-    world, rule = Asked(loss=learning_on), GuidedWarmup(400, learning_rate, wait=wait)
+def test_it_asks_what_it_says_before(decoder, learning_rate):
+    world, rule = Asked(loss=learning_on), GuidedWarmup(400, learning_rate, decoder=decoder)
     said = []
     for _ in range(400):
         world.asked = []
@@ -61,7 +61,7 @@ def test_it_asks_what_it_says_before(wait, learning_rate):
         world.path += rule(world)
         assert tuple(world.asked) == said[-1]
     expected = {("loss", "slope"), ("loss", "momentum_slope"), ()}
-    assert set(said) == expected | ({("loss",)} if wait and learning_rate is None else set())
+    assert set(said) == expected | ({("loss",)} if not decoder and learning_rate is None else set())
 
 
 def learning_on(path):
@@ -97,7 +97,7 @@ def test_it_takes_5_percent_of_the_run_up_to_120_steps_and_one_at_least(num_step
     ("num_steps", "num_weights", "line"),
     [(2, 30**4, 1), (12, 30**4, 4), (10**4, 5**4, 6), (10**4, 30**4, 24), (10**6, 16 * 10**8, 160)],
 )
-def test_with_muon_it_takes_fewer_and_at_least_the_slopes_that_tell_the_overshoot(name, num_steps, num_weights, line):
+def test_with_muon_it_takes_fewer_and_at_least_the_slopes_that_tell_the_valley(name, num_steps, num_weights, line):
     assert GuidedWarmup.usual_ramp_steps(num_steps, num_weights, name) == pytest.approx(line)
 
 
@@ -109,8 +109,8 @@ def test_for_a_model_of_a_size_that_it_is_not_told_it_takes_120_steps_and_a_thir
 @pytest.mark.parametrize("valley", [1e-4, 0.05, 30.0])
 def test_where_the_estimate_is_right_the_way_is_a_straight_line_of_t_star_steps_to_the_valley(valley):
     rule = GuidedWarmup(1000)
-    lrs = World(valley, loss=lambda path: 6.0).run(rule)[: rule.overshoot_step]
-    assert rule.overshoot_step == pytest.approx(120, abs=6)  # six slopes tell it
+    lrs = World(valley, loss=lambda path: 6.0).run(rule)[: rule.valley_step]
+    assert rule.valley_step == pytest.approx(120, abs=6)  # six slopes tell it
     slope = 2 * valley / 120**2
     for t in range(20, 110):
         assert lrs[t] == pytest.approx(slope * t, rel=0.1)
@@ -121,13 +121,14 @@ def test_an_estimate_that_is_off_by_a_factor_changes_the_steps_to_the_valley_by_
     rule = GuidedWarmup(1000)
     # The remaining distance is told too long by the factor, up to the last tenth.
     World(0.05, slope=lambda path: 0.3 * 6 / factor / max(0.05 - path, 0.005)).run(rule)
-    assert rule.overshoot_step == pytest.approx(120 / math.sqrt(factor), rel=0.2)
+    assert rule.valley_step == pytest.approx(120 / math.sqrt(factor), rel=0.2)
 
 
-def test_the_learning_rates_are_those_of_the_equations_written_out():
+@pytest.mark.parametrize("decoder", [False, True])
+def test_the_learning_rates_are_those_of_the_equations_written_out(decoder):
     slopes = [60 + 30 * math.sin(t * t) - t for t in range(400)]
     losses = [6 - 0.01 * t + 0.1 * math.cos(3 * t * t) for t in range(400)]
-    rule, lrs, eta, path, kept = GuidedWarmup(400, ramp_steps=88), [], 0.0, 0.0, []
+    rule, lrs, eta, path, kept = GuidedWarmup(400, ramp_steps=88, decoder=decoder), [], 0.0, 0.0, []
     valley = climb = None
 
     class Step:
@@ -149,15 +150,19 @@ def test_the_learning_rates_are_those_of_the_equations_written_out():
         elif valley is None:
             kept.append(slopes[t])
             near = path >= 0.3 * losses[t] / fmean(kept) / 2
-            if len(kept) >= 6 and sum(slope <= 0 for slope in kept[-6:]) >= 3 and near:
-                valley, t_o, eta_o = path, t, eta
+            turned = sum(slope <= 0 for slope in kept[-6:]) >= 3
+            bent = fmean(kept[-6:]) <= 0.3 * fmean(kept)
+            if len(kept) >= 6 and (bent if decoder else turned) and near:
+                valley, t_v, eta_v = path, t, eta
             else:
                 mean = fmean(kept[-6:])
                 line = 2 * math.sqrt((path + 0.3 * losses[t] / mean) * (path + eta / 2)) / 88 if mean > 0 else math.inf
                 eta = max(eta, min(line, eta * (1 + 2 / t)))
         if valley is not None and climb is None:
-            first, after = max(6, t_o // 2), losses[t_o : t + 1]
-            if len(after) <= first:
+            first, after = max(6, t_v // 2), losses[t_v : t + 1]
+            if decoder:
+                climb = t
+            elif len(after) <= first:
                 settled, recent = fmean(after), None
             else:
                 seen = len(after) - first
@@ -166,13 +171,13 @@ def test_the_learning_rates_are_those_of_the_equations_written_out():
                 if seen >= 6 and settled - recent >= 0.1 * (losses[0] - settled):
                     climb = t
         if climb is not None:
-            peak = max(eta_o, 0.15 * valley)
-            rise = min((peak - eta_o) / (199 - climb), 3 * eta_o / t_o)
-            eta = min(peak, eta_o + rise * (t - climb))
+            peak = max(eta_v, (0.25 if decoder else 0.15) * valley)
+            rise = min((peak - eta_v) / (199 - climb), 3 * eta_v / t_v)
+            eta = min(peak, eta_v + rise * (t - climb))
         path += eta
         assert lrs[t] == pytest.approx(eta, rel=1e-12)
     assert valley is not None
-    assert rule.overshoot_lr == eta_o
+    assert rule.valley_lr == eta_v
     assert rule.climb_step == climb is not None
 
 
@@ -182,7 +187,7 @@ def test_the_learning_rate_never_falls_and_rises_no_faster_than_the_square_of_th
     rule = GuidedWarmup(400)
     lrs = World(0.05, slope=lambda path: noise.uniform(-50, 100) if path else 25.0, loss=learning_on).run(rule)
     assert all(new >= old for old, new in zip(lrs, lrs[1:], strict=False))
-    way = lrs[: rule.overshoot_step]
+    way = lrs[: rule.valley_step]
     assert len(way) > 10
     assert all(way[t] <= way[t - 1] * (1 + 2 / t) * (1 + 1e-12) for t in range(1, len(way)))
 
@@ -221,6 +226,23 @@ def test_the_peak_is_a_part_of_the_way_to_the_valley():
     assert lrs[-1] == rule.peak == pytest.approx(0.15 * 0.05, rel=0.15)  # six slopes tell it, some steps late
 
 
+def test_of_a_decoder_it_is_a_larger_part_of_a_shorter_way():
+    rule = GuidedWarmup(4000, decoder=True)
+    lrs = World(0.05, slope=lambda path: 100 * (1 - path / 0.05), loss=learning_on).run(rule)
+    # On a path that grows as t² the mean of all slopes is 1 - s/3 of the first, so the slope is .3 of it at s = 7/9;
+    # the six slopes of the mean are some steps late.
+    assert 7 / 9 * 0.05 < rule.valley_path < 0.85 * 0.05
+    assert lrs[-1] == rule.peak == 0.25 * rule.valley_path
+
+
+def test_a_decoder_is_in_the_valley_though_no_slope_turns_and_others_are_not():
+    ways = {decoder: GuidedWarmup(1200, decoder=decoder) for decoder in (True, False)}
+    for rule in ways.values():
+        World(1e9, slope=lambda path: 40.0 if path < 0.05 else 2.0, loss=learning_on).run(rule)
+    assert ways[False].valley_step is None
+    assert ways[True].valley_step is not None
+
+
 def test_it_waits_in_the_valley_until_the_loss_falls_again_by_a_tenth_of_its_first_descent():
     rule = GuidedWarmup(2000)
     world = World(0.05)
@@ -233,8 +255,8 @@ def test_it_waits_in_the_valley_until_the_loss_falls_again_by_a_tenth_of_its_fir
 
     world.loss_of = loss
     lrs = world.run(rule)
-    waited = lrs[rule.overshoot_step : rule.climb_step + 1]
-    assert set(waited) == {rule.overshoot_lr}
+    waited = lrs[rule.valley_step : rule.climb_step + 1]
+    assert set(waited) == {rule.valley_lr}
     assert 290 < len(waited) < 400
     assert rule.ended_by == "peak"
 
@@ -251,15 +273,15 @@ def test_a_long_wait_looks_at_the_last_quarter_of_its_losses():
     world.loss_of = loss
     world.run(rule)
     # A mean over some n steps has taken a third of the fall after ln(3/2) n/2.
-    assert rule.climb_step - rule.overshoot_step - 800 == pytest.approx(math.log(1.5) * 200 / 2, rel=0.15)
+    assert rule.climb_step - rule.valley_step - 800 == pytest.approx(math.log(1.5) * 200 / 2, rel=0.15)
 
 
 def test_a_decoder_climbs_at_once():
-    rule = GuidedWarmup(4000, wait=False)
+    rule = GuidedWarmup(4000, decoder=True)
     lrs = World(0.05, loss=lambda path: max(5.0, learning_on(path))).run(rule)
-    assert rule.climb_step == rule.overshoot_step
-    rise = (rule.peak - rule.overshoot_lr) / (1999 - rule.overshoot_step)
-    assert lrs[rule.overshoot_step + 10] == pytest.approx(rule.overshoot_lr + 10 * rise)
+    assert rule.climb_step == rule.valley_step
+    rise = (rule.peak - rule.valley_lr) / (1999 - rule.valley_step)
+    assert lrs[rule.valley_step + 10] == pytest.approx(rule.valley_lr + 10 * rise)
 
 
 def test_a_loss_that_stays_in_the_valley_holds_the_learning_rate_there():
@@ -267,7 +289,7 @@ def test_a_loss_that_stays_in_the_valley_holds_the_learning_rate_there():
     lrs = World(0.05, loss=lambda path: max(5.0, learning_on(path))).run(rule)
     assert rule.ended_by == "half of the run"
     assert len(lrs) == 200
-    assert set(lrs[rule.overshoot_step :]) == {rule.overshoot_lr}
+    assert set(lrs[rule.valley_step :]) == {rule.valley_lr}
 
 
 @pytest.mark.parametrize("num_steps", [*range(1300, 1500, 2), 4000])
@@ -278,14 +300,14 @@ def test_it_climbs_in_a_straight_line_that_is_at_the_peak_at_half_of_the_run(num
     assert lrs[-1] == rule.peak
     assert rule.ended_by == "peak"
     climb = lrs[rule.climb_step :]
-    rise = (rule.peak - rule.overshoot_lr) / (len(climb) - 1)
+    rise = (rule.peak - rule.valley_lr) / (len(climb) - 1)
     assert [b - a for a, b in zip(climb, climb[1:], strict=False)] == pytest.approx([rise] * (len(climb) - 1))
 
 
 def test_a_climb_just_before_half_of_the_run_is_no_jump():
     rule = GuidedWarmup(300, ramp_steps=66)
     lrs = World(0.05, loss=learning_on).run(rule)
-    line = rule.overshoot_lr / rule.overshoot_step
+    line = rule.valley_lr / rule.valley_step
     rises = [b - a for a, b in zip(lrs[rule.climb_step :], lrs[rule.climb_step + 1 :], strict=False)]
     assert max(rises) == pytest.approx(3 * line)
 
@@ -300,12 +322,12 @@ def test_a_bound_is_reached_and_never_passed(bound):
     assert lrs[:-1] == free[: len(lrs) - 1]
 
 
-def test_the_overshoot_and_the_peak_that_a_bound_was_before_are_news():
+def test_the_valley_and_the_peak_that_a_bound_was_before_are_news():
     world, rule, news = World(0.05, loss=learning_on), GuidedWarmup(1200), {}
     while rule.ended_by is None:
         world.path += rule(world)
         news |= {rule.num_steps - 1: rule.news} if rule.news else {}
-    assert news == {rule.overshoot_step: {"overshoot_lr": rule.overshoot_lr}}
+    assert news == {rule.valley_step: {"valley_lr": rule.valley_lr}}
     bounded = GuidedWarmup(1200, learning_rate=1e-4)
     World(0.05).run(bounded)
     assert bounded.news == {"expected_peak_lr": pytest.approx(0.15 * 0.05, rel=0.01)}
@@ -316,11 +338,12 @@ def test_a_bound_above_the_peak_changes_nothing():
     assert lrs == World(0.05, loss=learning_on).run(GuidedWarmup(400))
 
 
-def test_slopes_of_both_signs_far_from_the_valley_are_no_overshoot():
-    signs = iter([1, -0.5] * 1000)
-    rule = GuidedWarmup(400)
+@pytest.mark.parametrize("decoder", [False, True])
+def test_slopes_of_both_signs_far_from_the_valley_do_not_tell_it(decoder):
+    signs = iter([1, 1, 1, -0.8, -0.8, -0.8] * 1000)
+    rule = GuidedWarmup(400, decoder=decoder)
     World(1e9, slope=lambda path: 40.0 * next(signs) if path else 10.0).run(rule, most=30)
-    assert rule.overshoot_step is None
+    assert rule.valley_step is None
 
 
 def test_a_run_too_short_for_its_line_decays_from_its_half_on():
@@ -397,7 +420,7 @@ def test_a_rule_that_is_loaded_goes_on_to_the_digit(at):
         (GuidedWarmup(400, 1e-3), "learning_rate must be None"),
         (GuidedWarmup(500), "num_training_steps must be 400"),
         (GuidedWarmup(400, ramp_steps=5), "ramp_steps must be 120.0"),
-        (GuidedWarmup(400, wait=False), "wait must be True"),
+        (GuidedWarmup(400, decoder=True), "decoder must be False"),
     ],
 )
 def test_other_options_than_those_of_the_checkpoint_are_refused_by_name(other, message):
@@ -419,8 +442,8 @@ def test_other_options_than_those_of_the_checkpoint_are_refused_by_name(other, m
         ("slopes", ["x"]),
         ("slopes", 3.0),
         ("mean_slope", None),
-        ("overshoot_step", 0),
-        ("overshoot_lr", None),
+        ("valley_step", 0),
+        ("valley_lr", None),
         ("ramp_steps", 0.0),
         ("learning_rate", 0.0),
         ("num_training_steps", 0),
@@ -430,7 +453,7 @@ def test_other_options_than_those_of_the_checkpoint_are_refused_by_name(other, m
 def test_a_state_that_no_run_leaves_is_refused_by_name(name, value):
     rule = GuidedWarmup(400)
     World(0.05, loss=learning_on).run(rule, most=150)
-    assert rule.overshoot_step is not None
+    assert rule.valley_step is not None
     with pytest.raises(ValueError, match=name):
         GuidedWarmup(400).load_state_dict(rule.state_dict() | {name: value})
     with pytest.raises(ValueError, match="the state must be of a GuidedWarmup"):
