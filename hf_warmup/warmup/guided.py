@@ -11,10 +11,10 @@ optimizer step on copies per training step until the valley, and no forward pass
                 had no part; G_t is the mean of the last 6
     distance    Ŝ_t = s_t + 0.3 L_t / G_t
     line        η_t = 2 √(Ŝ_t (s_t + η_{t-1}/2)) / t*,  between η_{t-1} and (1 + 2/t) η_{t-1}
-    valley      of a decoder where G_t <= 0.3 Ḡ_t, with Ḡ the mean of all slopes; of others where half of the last 6
-                slopes are not positive. There S = s_t, η_v = η_t. (Not before half of the distance 0.3 L_t / Ḡ_t:
-                where batches say little, slopes of both signs come long before the valley.)
-    peak        p = 0.25 S of a decoder, 0.15 S of others, whose way goes on for longer
+    valley      where at least half of the last 6 slopes are not positive; of a decoder, but with Muon, where
+                G_t <= 0.3 Ḡ_t, with Ḡ the mean of all slopes. There S = s_t, η_v = η_t. (Not before half of the
+                distance 0.3 L_t / Ḡ_t: where batches say little, slopes of both signs come long before the valley.)
+    peak        p = 0.15 S, or 0.25 S of the shorter way of such a decoder
     wait        at η_v until the loss has fallen by another tenth of its first descent (not of a decoder)
     climb       then η goes on in a straight line that is at p at half of the run, at most 3 times as steep
     end         at p, at `learning_rate` if that is a bound, or at half of the run
@@ -61,6 +61,7 @@ class GuidedWarmup(Rule):
             model's size, and for Muon, where it is shorter.
         decoder: Whether the model is one (a causal language model): its way ends earlier, and its climb does not
             wait for the loss to fall again.
+        muon: Whether the optimizer is Muon: the way, of fewer steps, does not end earlier.
 
     Attributes:
         path: s, the sum of η so far.
@@ -81,13 +82,13 @@ class GuidedWarmup(Rule):
     SLOPES = 6  # in the mean, which tell the valley
     POWER = 2  # η rises no faster than t to this power
     BEND = 0.3  # of the mean of all slopes: what is left of it in a decoder's valley
-    PEAK, DECODER_PEAK = 0.15, 0.25  # of the path to the valley
+    PEAK, BEND_PEAK = 0.15, 0.25  # of the path to the valley
     MOST_NATS = 12.0  # with which a training begins; more is another unit
     FALL = 0.1  # of the first descent: how far the loss falls again before the climb
     STEEPEST = 3  # of the climb, in slopes of the line before it
 
     kind, ends, will_probe = "guided", ("learning_rate", "peak", "half of the run"), False
-    options = ("num_training_steps", "learning_rate", "ramp_steps", "decoder")
+    options = ("num_training_steps", "learning_rate", "ramp_steps", "decoder", "muon")
     saved = (
         *options,
         *("num_steps", "lr", "path", "slopes", "mean_slope", "first_loss", "last_loss", "valley_step"),
@@ -101,12 +102,13 @@ class GuidedWarmup(Rule):
         *,
         ramp_steps: float | None = None,
         decoder: bool = False,
+        muon: bool = False,
     ) -> None:
         super().__init__(num_training_steps)
         usual = self.usual_ramp_steps(self.num_training_steps, 40**4)  # as of a model of 2.6 million weights
         self.ramp_steps = usual if ramp_steps is None else positive("ramp_steps", ramp_steps)
         self.learning_rate = None if learning_rate is None else positive("learning_rate", learning_rate)
-        self.decoder = boolean("decoder", decoder)
+        self.decoder, self.muon = boolean("decoder", decoder), boolean("muon", muon)
         self.lr = self.path = self.valley_path = 0.0
         self.slopes: list[float] = []
         self.mean_slope = self.first_loss = self.last_loss = self.valley_loss = 0.0
@@ -151,20 +153,25 @@ class GuidedWarmup(Rule):
         """
         steps, root = whole("num_training_steps", num_training_steps, 1), whole("num_weights", num_weights, 0) ** 0.25
         most = max(1.0, cls.MOST_SHARE * steps)
-        if "muon" in optimizer.lower():
+        if cls.is_muon(optimizer):
             return min(most, max(cls.MUON_ROOTS * root, cls.SLOPES))  # which tell the valley
         least = max(1.0, min(cls.SHARE * steps, cls.FLOOR))
         return max(least, min(cls.ROOTS * root, most))
 
+    @staticmethod
+    def is_muon(optimizer: str) -> bool:
+        """Whether an optimizer's class of that name is Muon, of any library."""
+        return "muon" in optimizer.lower()
+
     @property
     def peak(self) -> float:
-        """p, 0.15 or 0.25 S; infinite before the valley."""
+        """p, that part of S; infinite before the valley."""
         return math.inf if self.valley_lr is None else max(self.valley_lr, self.expected_peak)
 
     @property
     def expected_peak(self) -> float:
-        """That part of S, or of its present estimate; NaN if there is none."""
-        part = self.DECODER_PEAK if self.decoder else self.PEAK
+        """0.15 or 0.25 of S, or of its present estimate; NaN if there is none."""
+        part = self.BEND_PEAK if self._bends else self.PEAK
         if self.valley_lr is not None:
             return part * self.valley_path
         slope = fmean(self.slopes) if self.slopes else math.nan
@@ -220,10 +227,15 @@ class GuidedWarmup(Rule):
         unit = max(1.0, self.first_loss / self.MOST_NATS)
         return self.DISTANCE * max(0.0, self.last_loss) / unit / slope
 
+    @property
+    def _bends(self) -> bool:
+        """Whether the way ends where the slopes have fallen, before they turn."""
+        return self.decoder and not self.muon
+
     def _is_in_the_valley(self) -> bool:
         if len(self.slopes) < self.SLOPES or self.mean_slope <= 0 or self.path < self._left(self.mean_slope) / 2:
             return False
-        if self.decoder:
+        if self._bends:
             return fmean(self.slopes) <= self.BEND * self.mean_slope
         return sum(slope <= 0 for slope in self.slopes) >= self.SLOPES / 2
 
@@ -279,7 +291,8 @@ class GuidedWarmup(Rule):
     @classmethod
     def _check_values(cls, state: dict[str, Any]) -> None:
         num_steps = state["num_steps"]
-        boolean("decoder", state["decoder"])
+        for name in ("decoder", "muon"):
+            boolean(name, state[name])
         for name in ("learning_rate",) * (state["learning_rate"] is not None) + ("ramp_steps",):
             positive(name, state[name])
         for name in ("lr", "path", "valley_path"):

@@ -118,7 +118,7 @@ def test_auto_lr_says_that_nothing_bounds_it_and_which_learning_rate_it_found(ma
     assert did["next time"] == f"the same; or learning_rate={report.peak_lr:.2g}, which is what this run found"
 
 
-@pytest.mark.parametrize("learning_rate", [5e-3, 1e-3])
+@pytest.mark.parametrize("learning_rate", [8e-3, 1e-3])
 def test_a_learning_rate_less_than_a_third_of_what_training_bears_is_said_to_be_one(
     make_trainer, capsys, learning_rate
 ):

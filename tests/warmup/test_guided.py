@@ -124,11 +124,11 @@ def test_an_estimate_that_is_off_by_a_factor_changes_the_steps_to_the_valley_by_
     assert rule.valley_step == pytest.approx(120 / math.sqrt(factor), rel=0.2)
 
 
-@pytest.mark.parametrize("decoder", [False, True])
-def test_the_learning_rates_are_those_of_the_equations_written_out(decoder):
+@pytest.mark.parametrize(("decoder", "muon"), [(False, False), (True, False), (True, True)])
+def test_the_learning_rates_are_those_of_the_equations_written_out(decoder, muon):
     slopes = [60 + 30 * math.sin(t * t) - t for t in range(400)]
     losses = [6 - 0.01 * t + 0.1 * math.cos(3 * t * t) for t in range(400)]
-    rule, lrs, eta, path, kept = GuidedWarmup(400, ramp_steps=88, decoder=decoder), [], 0.0, 0.0, []
+    rule, lrs, eta, path, kept = GuidedWarmup(400, ramp_steps=88, decoder=decoder, muon=muon), [], 0.0, 0.0, []
     valley = climb = None
 
     class Step:
@@ -152,7 +152,7 @@ def test_the_learning_rates_are_those_of_the_equations_written_out(decoder):
             near = path >= 0.3 * losses[t] / fmean(kept) / 2
             turned = sum(slope <= 0 for slope in kept[-6:]) >= 3
             bent = fmean(kept[-6:]) <= 0.3 * fmean(kept)
-            if len(kept) >= 6 and (bent if decoder else turned) and near:
+            if len(kept) >= 6 and (bent if decoder and not muon else turned) and near:
                 valley, t_v, eta_v = path, t, eta
             else:
                 mean = fmean(kept[-6:])
@@ -171,7 +171,7 @@ def test_the_learning_rates_are_those_of_the_equations_written_out(decoder):
                 if seen >= 6 and settled - recent >= 0.1 * (losses[0] - settled):
                     climb = t
         if climb is not None:
-            peak = max(eta_v, (0.25 if decoder else 0.15) * valley)
+            peak = max(eta_v, (0.25 if decoder and not muon else 0.15) * valley)
             rise = min((peak - eta_v) / (199 - climb), 3 * eta_v / t_v)
             eta = min(peak, eta_v + rise * (t - climb))
         path += eta
@@ -235,12 +235,12 @@ def test_of_a_decoder_it_is_a_larger_part_of_a_shorter_way():
     assert lrs[-1] == rule.peak == 0.25 * rule.valley_path
 
 
-def test_a_decoder_is_in_the_valley_though_no_slope_turns_and_others_are_not():
-    ways = {decoder: GuidedWarmup(1200, decoder=decoder) for decoder in (True, False)}
+def test_a_decoder_is_in_the_valley_though_no_slope_turns_but_not_with_muon_nor_are_others():
+    kinds = {"decoder": {"decoder": True}, "other": {}, "with Muon": {"decoder": True, "muon": True}}
+    ways = {name: GuidedWarmup(1200, **kind) for name, kind in kinds.items()}
     for rule in ways.values():
         World(1e9, slope=lambda path: 40.0 if path < 0.05 else 2.0, loss=learning_on).run(rule)
-    assert ways[False].valley_step is None
-    assert ways[True].valley_step is not None
+    assert [name for name, rule in ways.items() if rule.valley_step is not None] == ["decoder"]
 
 
 def test_it_waits_in_the_valley_until_the_loss_falls_again_by_a_tenth_of_its_first_descent():
@@ -421,6 +421,7 @@ def test_a_rule_that_is_loaded_goes_on_to_the_digit(at):
         (GuidedWarmup(500), "num_training_steps must be 400"),
         (GuidedWarmup(400, ramp_steps=5), "ramp_steps must be 120.0"),
         (GuidedWarmup(400, decoder=True), "decoder must be False"),
+        (GuidedWarmup(400, muon=True), "muon must be False"),
     ],
 )
 def test_other_options_than_those_of_the_checkpoint_are_refused_by_name(other, message):
