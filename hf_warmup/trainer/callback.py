@@ -208,8 +208,7 @@ class WarmupCallback(TrainerCallback):
             model: Any = self.trainer.model
             size = num_elements(p for p in model.parameters() if p.requires_grad)
             ramp_steps = arguments.ramp_steps or GuidedWarmup.usual_ramp_steps(steps, size, name)
-            decoder, muon = _is_decoder(self.trainer), GuidedWarmup.is_muon(name)
-            return GuidedWarmup(steps, bound, ramp_steps=ramp_steps, decoder=decoder, muon=muon)
+            return GuidedWarmup(steps, bound, ramp_steps=ramp_steps, decoder=_is_decoder(self.trainer))
         return PersistentCatapult(steps, target, init_lr=arguments.fixed_init_lr or min(1e-4, target))
 
     def _check_target(self, schedule: WarmupSchedule) -> None:

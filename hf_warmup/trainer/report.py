@@ -63,7 +63,7 @@ class Report:
         asked_init_lr: `init_lr` of the options; `none` where the schedule is the trainer's own.
         critical_lr: η_c of the first step, or the end of the search that is known to lie below it.
         smallest_critical_lr: The least η_c of all searches.
-        valley_lr: Where the first descent was over.
+        valley_lr: The learning rate at which the first descent was over.
         ended_by: Why warmup ended.
         search_status: How the search of the first step ended.
         search_evals: The learning rates that it tried, with the losses after the step.

@@ -27,7 +27,7 @@ class LearningRate:
         value: The peak that guided warmup would go to: 0.15 of the sum of the learning rates up to the overshoot.
             Tuned linear warmup was best at half to twice of it in 14 settings of 18, at .3 to .4 of it in two long
             runs of decoders (2,000 and 6,000 steps) and on a Llama of .3M weights.
-        valley_lr: Where the first descent was over.
+        valley_lr: The learning rate at which the first descent was over.
         steps: Training steps that were made to find it.
         history: Of every step its learning rate and its loss.
     """
@@ -53,7 +53,7 @@ class LearningRate:
         figure = new_figure(3.5, width=6.0)
         axes = figure.subplots()
         axes.plot(*zip(*self.history, strict=True), ".-", label="training loss of the step")
-        axes.axvline(self.valley_lr, color="gray", linestyle=":", label="valley")
+        axes.axvline(self.valley_lr, color="gray", linestyle=":", label="end of the first descent")
         axes.axvline(self.value, color="C1", label="suggested")
         axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
         axes.legend()
@@ -101,7 +101,7 @@ def suggest_lr(trainer: Trainer) -> LearningRate:
     if finder.found is None:
         raise RuntimeError(
             f"the first descent was not over in {len(finder.history)} steps, which is half of the run: give the "
-            "trainer more steps; a model that is trained already may have none"
+            "trainer more steps; a model that is trained already may have no first descent"
         )
     return finder.found
 

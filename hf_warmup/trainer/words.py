@@ -98,7 +98,7 @@ def peak_words(report: Report) -> str:
     if report.peak_lr is None:
         return "not reached: the run ended before its warmup"
     decided = {
-        "peak": f"from the length of the first descent, which was over at {number(report.valley_lr)}",
+        "peak": f"told by the first descent, which was over at {number(report.valley_lr)}",
         "half of the run": "at half of the run",
     }
     return f"{report.peak_lr:.3g} ({decided.get(str(report.ended_by), 'η_trgt')})"
@@ -125,12 +125,13 @@ def _verdict_of_a_ramp(report: Report) -> str:
     if report.peak_lr is None:
         return "The run ended before its warmup had found where to stop."
     peak, valley = number(report.peak_lr), report.valley_lr
-    over = f"At {number(valley)} the first descent was over: the loss hardly fell along the momentum any more."
+    over = f"At {number(valley)} the first descent was over: the loss fell less and less along the momentum."
     if report.ended_by == "half of the run":
         came = f"Warmup had come to {peak} at half of the run, and gave way to the decay."
         return came if valley is None else f"{over} {came}"
     if report.ended_by == "peak":
-        return f"{over} Warmup went on to {peak}." + " η_trgt was more than that." * (not report.auto_lr)
+        on = f"Warmup went on to {peak}." if report.peak_lr > (valley or 0) else "So was warmup."
+        return f"{over} {on}" + " η_trgt was more than that." * (not report.auto_lr)
     if report.warmup != "guided":
         return ""
     if valley is None:

@@ -11,9 +11,9 @@ optimizer step on copies per training step until the valley, and no forward pass
                 had no part; G_t is the mean of the last 6
     distance    Ŝ_t = s_t + 0.3 L_t / G_t
     line        η_t = 2 √(Ŝ_t (s_t + η_{t-1}/2)) / t*,  between η_{t-1} and (1 + 2/t) η_{t-1}
-    valley      where at least half of the last 6 slopes are not positive; of a decoder, but with Muon, where
-                G_t <= 0.3 Ḡ_t, with Ḡ the mean of all slopes. There S = s_t, η_v = η_t. (Not before half of the
-                distance 0.3 L_t / Ḡ_t: where batches say little, slopes of both signs come long before the valley.)
+    valley      where at least half of the last 6 slopes are not positive; or, of a decoder with t* >= 24, already
+                where G_t <= 0.3 Ḡ_t, with Ḡ the mean of all slopes. There S = s_t, η_v = η_t. (Not before half of
+                the distance 0.3 L_t / Ḡ_t: where batches say little, slopes of both signs come long before.)
     peak        p = 0.15 S, or 0.25 S of the shorter way of such a decoder
     wait        at η_v until the loss has fallen by another tenth of its first descent (not of a decoder)
     climb       then η goes on in a straight line that is at p at half of the run, at most 3 times as steep
@@ -59,9 +59,8 @@ class GuidedWarmup(Rule):
         ramp_steps: t*, the steps that the way to the valley is to take. More is safer and slower. If None,
             min(120, N/3), which is right for no more than 2.6 million weights; `usual_ramp_steps` has it for a
             model's size, and for Muon, where it is shorter.
-        decoder: Whether the model is one (a causal language model): its way ends earlier, and its climb does not
-            wait for the loss to fall again.
-        muon: Whether the optimizer is Muon: the way, of fewer steps, does not end earlier.
+        decoder: Whether the model is a causal language model: its way ends earlier, and its climb does not wait for
+            the loss to fall again.
 
     Attributes:
         path: s, the sum of η so far.
@@ -88,11 +87,11 @@ class GuidedWarmup(Rule):
     STEEPEST = 3  # of the climb, in slopes of the line before it
 
     kind, ends, will_probe = "guided", ("learning_rate", "peak", "half of the run"), False
-    options = ("num_training_steps", "learning_rate", "ramp_steps", "decoder", "muon")
+    options = ("num_training_steps", "learning_rate", "ramp_steps", "decoder")
     saved = (
         *options,
-        *("num_steps", "lr", "path", "slopes", "mean_slope", "first_loss", "last_loss", "valley_step"),
-        *("valley_lr", "valley_path", "valley_loss", "climb_step", "ended_by"),
+        *("num_steps", "lr", "path", "slopes", "num_slopes", "mean_slope", "first_loss", "last_loss"),
+        *("valley_step", "valley_lr", "valley_path", "valley_loss", "climb_step", "ended_by"),
     )
 
     def __init__(
@@ -102,15 +101,15 @@ class GuidedWarmup(Rule):
         *,
         ramp_steps: float | None = None,
         decoder: bool = False,
-        muon: bool = False,
     ) -> None:
         super().__init__(num_training_steps)
         usual = self.usual_ramp_steps(self.num_training_steps, 40**4)  # as of a model of 2.6 million weights
         self.ramp_steps = usual if ramp_steps is None else positive("ramp_steps", ramp_steps)
         self.learning_rate = None if learning_rate is None else positive("learning_rate", learning_rate)
-        self.decoder, self.muon = boolean("decoder", decoder), boolean("muon", muon)
+        self.decoder = boolean("decoder", decoder)
         self.lr = self.path = self.valley_path = 0.0
         self.slopes: list[float] = []
+        self.num_slopes = 0
         self.mean_slope = self.first_loss = self.last_loss = self.valley_loss = 0.0
         self.valley_step: int | None = None
         self.valley_lr: float | None = None
@@ -153,29 +152,23 @@ class GuidedWarmup(Rule):
         """
         steps, root = whole("num_training_steps", num_training_steps, 1), whole("num_weights", num_weights, 0) ** 0.25
         most = max(1.0, cls.MOST_SHARE * steps)
-        if cls.is_muon(optimizer):
+        if "muon" in optimizer.lower():
             return min(most, max(cls.MUON_ROOTS * root, cls.SLOPES))  # which tell the valley
         least = max(1.0, min(cls.SHARE * steps, cls.FLOOR))
         return max(least, min(cls.ROOTS * root, most))
 
-    @staticmethod
-    def is_muon(optimizer: str) -> bool:
-        """Whether an optimizer's class of that name is Muon, of any library."""
-        return "muon" in optimizer.lower()
-
     @property
     def peak(self) -> float:
-        """p, that part of S; infinite before the valley."""
+        """p, 0.15 or 0.25 S; infinite before the valley."""
         return math.inf if self.valley_lr is None else max(self.valley_lr, self.expected_peak)
 
     @property
     def expected_peak(self) -> float:
-        """0.15 or 0.25 of S, or of its present estimate; NaN if there is none."""
-        part = self.BEND_PEAK if self._bends else self.PEAK
+        """p, or before the valley 0.15 Ŝ: Ŝ is the way to where the momentum turns. NaN if there is no estimate."""
         if self.valley_lr is not None:
-            return part * self.valley_path
+            return (self.BEND_PEAK if self._bends else self.PEAK) * self.valley_path
         slope = fmean(self.slopes) if self.slopes else math.nan
-        return part * (self.path + self._left(slope)) if slope > 0 else math.nan
+        return self.PEAK * (self.path + self._left(slope)) if slope > 0 else math.nan
 
     def _before_the_climb(self, step: Step) -> None:
         loss = step.loss()
@@ -208,7 +201,8 @@ class GuidedWarmup(Rule):
             return
         self.last_loss = loss
         self.slopes = [*self.slopes, slope][-self.SLOPES :]
-        self.mean_slope += (slope - self.mean_slope) / self.num_steps
+        self.num_slopes += 1
+        self.mean_slope += (slope - self.mean_slope) / self.num_slopes
         if self._is_in_the_valley():
             self.valley_step, self.valley_lr, self.valley_path = self.num_steps, self.lr, self.path
             self.news["valley_lr"] = self.lr
@@ -229,8 +223,8 @@ class GuidedWarmup(Rule):
 
     @property
     def _bends(self) -> bool:
-        """Whether the way ends where the slopes have fallen, before they turn."""
-        return self.decoder and not self.muon
+        """Whether the way ends where the slopes have fallen, before they turn; of few, six are too many to tell."""
+        return self.decoder and self.ramp_steps >= 4 * self.SLOPES
 
     def _is_in_the_valley(self) -> bool:
         if len(self.slopes) < self.SLOPES or self.mean_slope <= 0 or self.path < self._left(self.mean_slope) / 2:
@@ -291,8 +285,8 @@ class GuidedWarmup(Rule):
     @classmethod
     def _check_values(cls, state: dict[str, Any]) -> None:
         num_steps = state["num_steps"]
-        for name in ("decoder", "muon"):
-            boolean(name, state[name])
+        boolean("decoder", state["decoder"])
+        whole("num_slopes", state["num_slopes"], 0)
         for name in ("learning_rate",) * (state["learning_rate"] is not None) + ("ramp_steps",):
             positive(name, state[name])
         for name in ("lr", "path", "valley_path"):

@@ -110,8 +110,7 @@ def guided(
     decoder = setting.family in ("gpt", "llama", "llama-gqa", "qwen3")  # as the Trainer has it
     kind: type[GuidedWarmup] = type("GuidedWarmup", (GuidedWarmup,), constants)
     ramp_steps = ramp_steps or kind.usual_ramp_steps(setting.steps, num_weights(setting), optimizer)
-    bound, muon = None if auto_lr else target, kind.is_muon(optimizer)
-    return Ruled(setting, kind(setting.steps, bound, ramp_steps=ramp_steps, decoder=decoder, muon=muon))
+    return Ruled(setting, kind(setting.steps, None if auto_lr else target, ramp_steps=ramp_steps, decoder=decoder))
 
 
 def persistent(setting: Setting, optimizer: str, target: float, delta: float = 0.01) -> Rule:

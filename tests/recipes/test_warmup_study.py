@@ -3,6 +3,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import warmup_study
 from grid import KEYS, appending, lines, rows, run
@@ -35,6 +36,13 @@ def test_rules_are_what_they_are_called():
     assert at["sqrt(1-b2^t)"] == pytest.approx(math.sqrt(1 - 0.95**10))
     assert at["untuned linear"] == pytest.approx(10 / 40)
     assert at["untuned exponential"] == pytest.approx(1 - math.exp(-0.5))
+
+
+@pytest.mark.parametrize("family", ["gpt", "bert", "modernbert", "llama", "llama-gqa", "qwen3", "cnn", "vit"])
+def test_guided_warmup_is_told_what_is_a_decoder_as_the_trainer_tells_it(family):
+    setting = replace(TINY, family=family)
+    causal = type(make_model(setting)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    assert RULES["guided"](setting, "AdamW", 1.0).rule.decoder == causal
 
 
 @pytest.mark.parametrize("rule", ["guided", "persistent"])

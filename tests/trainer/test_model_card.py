@@ -711,7 +711,8 @@ def test_a_schedule_that_is_not_ours_is_described_by_itself(make_trainer, folder
     assert not warnings_of(caplog)
 
 
-OVER = "At 0.02 the first descent was over: the loss hardly fell along the momentum any more."
+OVER = "At 0.02 the first descent was over: the loss fell less and less along the momentum."
+ENDED = OVER.replace("0.02", "0.06")
 BORNE = "η_trgt was reached before the first descent was over: this run would have borne a larger one."
 
 
@@ -721,16 +722,17 @@ BORNE = "η_trgt was reached before the first descent was over: this run would h
         ("learning_rate", None, False, "η_trgt", BORNE),
         ("learning_rate", 0.02, False, "η_trgt", f"{OVER} Warmup went on to η_trgt."),
         (
-            *("peak", 0.02, False, "from the length of the first descent, which was over at 0.02"),
+            *("peak", 0.02, False, "told by the first descent, which was over at 0.02"),
             f"{OVER} Warmup went on to 0.06. η_trgt was more than that.",
         ),
         (
             "peak",
             0.02,
             True,
-            "from the length of the first descent, which was over at 0.02",
+            "told by the first descent, which was over at 0.02",
             f"{OVER} Warmup went on to 0.06.",
         ),
+        ("peak", 0.06, True, "told by the first descent, which was over at 0.06", f"{ENDED} So was warmup."),
         (
             *("half of the run", None, True, "at half of the run"),
             "Warmup had come to 0.06 at half of the run, and gave way to the decay.",

@@ -181,16 +181,6 @@ def test_warmup_on_muon_resumes_bitwise_in_its_middle(warmup, options, tmp_path)
     assert all(map(torch.equal, weights(resumed), weights(unbroken)))
 
 
-@pytest.mark.parametrize("muon", [True, False])
-def test_guided_warmup_is_told_whether_the_optimizer_is_muon(tmp_path, muon):
-    trainer, _ = make_trainer(tmp_path, None, max_steps=2)
-    if not muon:
-        trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {})
-    callback = WarmupCallback.attach(trainer, auto_lr=True)
-    trainer.train()
-    assert (callback.rule.muon, callback.rule.decoder) == (muon, True)
-
-
 def test_a_measured_start_on_muon_leaves_no_trace(tmp_path):
     options = {"max_steps": 6, "learning_rate": 3.0, "warmup_steps": 4}
     searched, _ = make_trainer(tmp_path / "a", {"init_lr": "catapult"}, **options)

@@ -116,11 +116,11 @@ def test_it_leaves_no_file(tmp_path):
 def test_it_finds_what_guided_warmup_finds_on_its_way(tmp_path):
     found = suggest_lr(make_trainer(tmp_path))
     trainer = make_trainer(tmp_path)
-    WarmupCallback.attach(trainer, WarmupArguments(warmup="guided", auto_lr=True))
+    callback = WarmupCallback.attach(trainer, WarmupArguments(warmup="guided", auto_lr=True))
     trainer.train()
     logged = {k: v for e in trainer.state.log_history for k, v in e.items()}
     assert found.valley_lr == logged["warmup/valley_lr"]
-    assert found.value >= found.valley_lr
+    assert found.value == callback.rule.peak
     assert found.steps == len(found.history)
     assert f"learning rate of about {found.value:.2g}: the first descent was over at {found.valley_lr:.2g}" in str(
         found
