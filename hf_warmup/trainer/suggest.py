@@ -24,9 +24,8 @@ class LearningRate:
     """A learning rate to train with from scratch, and how it was found.
 
     Attributes:
-        value: The peak that guided warmup would go to: 0.15 of the sum of the learning rates up to the overshoot.
-            Tuned linear warmup was best at half to twice of it in 14 settings of 18, at .3 to .4 of it in two long
-            runs of decoders (2,000 and 6,000 steps) and on a Llama of .3M weights.
+        value: The peak that guided warmup would go to. Tuned linear warmup was best at half to twice of it in 15
+            settings of 18, and at .4 to .5 of it in three of decoders (2,000 to 6,000 steps).
         valley_lr: The learning rate at which the first descent was over.
         steps: Training steps that were made to find it.
         history: Of every step its learning rate and its loss.

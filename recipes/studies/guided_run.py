@@ -31,7 +31,7 @@ class Observed(Ruled):
     def __call__(self, step: int, loss_at: LossAt) -> float:
         """η of the step."""
         lr, guided = super().__call__(step, loss_at), self.guided
-        expected = guided.expected_peak / guided.PEAK if guided.ended_by is None else guided.valley_path
+        expected = guided.expected_peak / guided.PEAK if guided.valley_step is None else guided.valley_path
         self.rows.append({"lr": lr, "path": guided.path, "expected": expected, "loss": loss_at(0.0)})
         return lr
 
