@@ -1,6 +1,7 @@
 import pytest
 import torch
 from transformers import Trainer
+from transformers.utils import logging
 
 from hf_warmup.trainer import WarmupTrainingArguments
 
@@ -9,6 +10,14 @@ from tiny import DEVICE, OPTIONS, VOCAB, make_dataset, make_model
 if DEVICE != "cpu":
     # Equal bits in two runs are what most of these tests ask for; make test-gpu sets CUBLAS_WORKSPACE_CONFIG.
     torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(autouse=True)
+def verbosity():
+    """A Trainer with `log_level` sets it for the whole process, and the next test's console would say nothing."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
 
 
 @pytest.fixture
