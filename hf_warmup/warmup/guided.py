@@ -238,7 +238,8 @@ class GuidedWarmup(Rule):
         assert self.valley_step is not None
         if self.decoder:
             self.climb_step = self.num_steps
-        if self.decoder or not math.isfinite(loss):
+            return
+        if not math.isfinite(loss):
             return
         count = self.num_steps - self.valley_step + 1
         first = max(self.SLOPES, self.valley_step // 2)  # steps whose mean is the loss in the valley
