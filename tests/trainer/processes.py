@@ -229,6 +229,9 @@ def run(
     if batch_norm:
         model.model.norm = FeatureNorm(model.config.hidden_size)
     kwargs = {"optimizer_cls_and_kwargs": muon_cls_and_kwargs(args)} if muon else {}
+    if fails:
+        # torchrun ends the others as soon as one has failed, on a busy machine before they could say what they saw.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if fails == "step":
         kwargs = {"optimizer_cls_and_kwargs": (Unable, {"lr": args.learning_rate})}
     cls = Failing if fails else Little if args.auto_find_batch_size else Trainer
