@@ -191,7 +191,8 @@ def check_checkpoint(trainer: Trainer, arguments: WarmupArguments, schedule: War
             _RULES[kind].check_state(schedule.state)
     except ValueError as error:
         raise ValueError(
-            f"scheduler.pt of the checkpoint holds what no run left, {error}: resume from an earlier checkpoint"
+            f"scheduler.pt of the checkpoint holds what no run of this version left, {error}: resume from an earlier "
+            "checkpoint, or with the version of hf_warmup that wrote it"
         ) from error
     goes_on = schedule.started and not schedule.ended
     # The rule itself would speak of a learning rate that is None.
