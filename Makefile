@@ -28,7 +28,8 @@ test: $(READY)
 # Many processes, trainings of more than a few steps; recipes, all of them for three steps on one process and on two;
 # launches that fail, kills and signals; studies. DeepSpeed's are those of `make test-deepspeed`.
 test-slow: $(READY)
-	$(BIN)/python -m pytest $(TWO) -m slow -k 'not deepspeed'
+	@# In the order of tests/conftest.py, and not by the number of tests in a file.
+	$(BIN)/python -m pytest $(TWO) --no-loadscope-reorder -m slow -k 'not deepspeed'
 
 test-all: test test-slow studies-smoke test-deepspeed test-floor
 

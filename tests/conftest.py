@@ -14,6 +14,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
+# Minutes each: the last of them would keep one of two workers busy alone.
+LONGEST = ("processes", "commands", "smoke", "random_trainings", "stopping", "pretrain")
+
+
+def pytest_collection_modifyitems(items):
+    """These files first."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
+
 
 def pytest_collection_finish():
     """Keep what is imported out of garbage collections: each training ends with one, which took half of its time."""
