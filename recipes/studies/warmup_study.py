@@ -48,6 +48,8 @@ TITLES = {
     "other_gpt_long": "GPT, another text, 3000 steps",
     "other_llama": "Llama, another text, 600 steps",
     "other_llama_long": "Llama, another text, 3000 steps",
+    "held_llama": "Llama 128 wide, another text, 1000 steps",
+    "held_qwen3": "Qwen3 on bytes, another text, 1200 steps",
     "qwen3": "Qwen3 on word pieces, AdamW (β2 = .95)",
     "cnn": "CNN, AdamW (β2 = .999)",
     "vit": "ViT, AdamW (β2 = .999)",
