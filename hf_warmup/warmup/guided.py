@@ -12,8 +12,9 @@ optimizer step on copies per training step until the valley, and no forward pass
     distance    Ŝ_t = s_t + 0.3 L_t / G_t
     line        η_t = 2 √(Ŝ_t (s_t + η_{t-1}/2)) / t*,  between η_{t-1} and (1 + 2/t) η_{t-1}
     valley      where at least half of the last 6 slopes are not positive; or, of a decoder with t* >= 24, already
-                where G_t <= 0.3 Ḡ_t, with Ḡ the mean of all slopes. There S = s_t, η_v = η_t. (Not before half of
-                the distance 0.3 L_t / Ḡ_t: where batches say little, slopes of both signs come long before.)
+                where G_t <= 0.4 F_t / s_t, with the fall F_t = Σ η_{i-1} γ_i, so that F/s is the mean slope of the
+                path. There S = s_t, η_v = η_t. (Not before half of the distance 0.3 L_t / Ḡ_t with Ḡ the mean of
+                all slopes, or F/s: where batches say little, slopes of both signs come long before.)
     peak        p = 0.15 S, or 0.25 S of the shorter way of such a decoder
     wait        at η_v until the loss has fallen by another tenth of its first descent (not of a decoder)
     climb       then η goes on in a straight line that is at p at half of the run, at most 3 times as steep
@@ -80,7 +81,7 @@ class GuidedWarmup(Rule):
     MUON_ROOTS = 0.8  # with Muon
     SLOPES = 6  # in the mean, which tell the valley
     POWER = 2  # η rises no faster than t to this power
-    BEND = 0.3  # of the mean of all slopes: what is left of it in a decoder's valley
+    BEND = 0.4  # of the mean slope of the path: what is left of it in a decoder's valley
     PEAK, BEND_PEAK = 0.15, 0.25  # of the path to the valley
     MOST_NATS = 12.0  # with which a training begins; more is another unit
     FALL = 0.1  # of the first descent: how far the loss falls again before the climb
@@ -90,7 +91,7 @@ class GuidedWarmup(Rule):
     options = ("num_training_steps", "learning_rate", "ramp_steps", "decoder")
     saved = (
         *options,
-        *("num_steps", "lr", "path", "slopes", "num_slopes", "mean_slope", "first_loss", "last_loss"),
+        *("num_steps", "lr", "path", "fall", "slopes", "num_slopes", "mean_slope", "first_loss", "last_loss"),
         *("valley_step", "valley_lr", "valley_path", "valley_loss", "climb_step", "ended_by"),
     )
 
@@ -107,7 +108,7 @@ class GuidedWarmup(Rule):
         self.ramp_steps = usual if ramp_steps is None else positive("ramp_steps", ramp_steps)
         self.learning_rate = None if learning_rate is None else positive("learning_rate", learning_rate)
         self.decoder = boolean("decoder", decoder)
-        self.lr = self.path = self.valley_path = 0.0
+        self.lr = self.path = self.fall = self.valley_path = 0.0
         self.slopes: list[float] = []
         self.num_slopes = 0
         self.mean_slope = self.first_loss = self.last_loss = self.valley_loss = 0.0
@@ -203,6 +204,7 @@ class GuidedWarmup(Rule):
         self.slopes = [*self.slopes, slope][-self.SLOPES :]
         self.num_slopes += 1
         self.mean_slope += (slope - self.mean_slope) / self.num_slopes
+        self.fall += self.lr * slope
         if self._is_in_the_valley():
             self.valley_step, self.valley_lr, self.valley_path = self.num_steps, self.lr, self.path
             self.news["valley_lr"] = self.lr
@@ -227,11 +229,16 @@ class GuidedWarmup(Rule):
         return self.decoder and self.ramp_steps >= 4 * self.SLOPES
 
     def _is_in_the_valley(self) -> bool:
-        if len(self.slopes) < self.SLOPES or self.mean_slope <= 0 or self.path < self._left(self.mean_slope) / 2:
+        if len(self.slopes) < self.SLOPES:
             return False
-        if self._bends:
-            return fmean(self.slopes) <= self.BEND * self.mean_slope
-        return sum(slope <= 0 for slope in self.slopes) >= self.SLOPES / 2
+        of_path = self.fall / self.path
+        if self._bends and self._has_come_far(of_path) and fmean(self.slopes) <= self.BEND * of_path:
+            return True
+        return self._has_come_far(self.mean_slope) and sum(slope <= 0 for slope in self.slopes) >= self.SLOPES / 2
+
+    def _has_come_far(self, slope: float) -> bool:
+        """Whether the path is half of the distance that a mean slope tells."""
+        return slope > 0 and self.path >= self._left(slope) / 2
 
     def _wait_for_a_fall(self, loss: float) -> None:
         """Begin the climb once the loss has fallen on from where it was in the valley."""
@@ -292,7 +299,7 @@ class GuidedWarmup(Rule):
             positive(name, state[name])
         for name in ("lr", "path", "valley_path"):
             not_negative(name, state[name])
-        for name in ("mean_slope", "first_loss", "last_loss", "valley_loss"):
+        for name in ("fall", "mean_slope", "first_loss", "last_loss", "valley_loss"):
             number(name, state[name])
         if not isinstance(state["slopes"], list) or len(state["slopes"]) > cls.SLOPES:
             raise ValueError(f"slopes must be a list of at most {cls.SLOPES} numbers, got {shown(state['slopes'])}")

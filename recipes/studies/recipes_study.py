@@ -38,6 +38,7 @@ WAYS = {
     "auto_lr": [*GUIDED, "--auto_lr"],
     "Trainer's own, 10%, to 3e-2": [*OWN, *HIGH],
     "guided, to at most 3e-2": [*GUIDED, *HIGH],
+    "Trainer's own, 20%, to 4e-3": ["--warmup", "none", "--warmup_steps", "0.2", "--learning_rate", "4e-3"],
 }
 CHARACTERS = "char_gpt.yaml"
 # The first is what the others are compared with.
@@ -53,7 +54,7 @@ RUNS = {
     "tiny/gpt_muon.yaml": ("as it is",),
     "llama_tiny.yaml": ("Trainer's own, 10%", "as it is", "auto_lr"),
     "tiny/bert.yaml": ("Trainer's own, 10%", "as it is", "auto_lr"),
-    CHARACTERS: ("as it is", "guided", "auto_lr"),
+    CHARACTERS: ("as it is", "guided", "auto_lr", "Trainer's own, 20%, to 4e-3"),
 }
 
 
