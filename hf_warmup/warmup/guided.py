@@ -17,7 +17,7 @@ optimizer step on copies per training step until the valley, and no forward pass
                 all slopes, or F/s: where batches say little, slopes of both signs come long before.)
     peak        p = 0.15 S, or 0.25 S of the shorter way of such a decoder
     wait        at η_v until the loss has fallen by another tenth of its first descent (not of a decoder)
-    climb       then η goes on in a straight line that is at p at half of the run, at most 3 times as steep
+    climb       then η goes on in a straight line that is at p at half of the run, but takes no fewer steps than the way
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
 with t* = max(min(3 P^(1/4), N/3), min(N/20, 120)) steps in a run of N that trains P weights (with Muon 0.8 P^(1/4),
@@ -85,7 +85,6 @@ class GuidedWarmup(Rule):
     PEAK, BEND_PEAK = 0.15, 0.25  # of the path to the valley
     MOST_NATS = 12.0  # with which a training begins; more is another unit
     FALL = 0.1  # of the first descent: how far the loss falls again before the climb
-    STEEPEST = 3  # of the climb, in slopes of the line before it
 
     kind, ends, will_probe = "guided", ("learning_rate", "peak", "half of the run"), False
     options = ("num_training_steps", "learning_rate", "ramp_steps", "decoder")
@@ -261,13 +260,13 @@ class GuidedWarmup(Rule):
             self.climb_step = self.num_steps
 
     def _climb(self) -> None:
-        """In a straight line that is at the peak at half of the run, if that is not too steep."""
+        """In a straight line that is at the peak at half of the run, or after as many steps as the way took."""
         assert self.valley_step is not None
         assert self.valley_lr is not None
         assert self.climb_step is not None
         since, left = self.num_steps - self.climb_step, self.num_training_steps / 2 - 1 - self.climb_step
-        line, way = self.valley_lr / self.valley_step, self.peak - self.valley_lr
-        risen = since * min(way / max(1.0, left), self.STEEPEST * line)
+        way = self.peak - self.valley_lr
+        risen = since * way / max(left, self.valley_step)
         lr = self.peak if risen >= way or math.isclose(risen, way) else self.valley_lr + risen
         self.lr = max(self.lr, lr)  # of a run that was begun with another climb
 
