@@ -17,7 +17,7 @@ optimizer step on copies per training step until the valley, and no forward pass
                 all slopes, or F/s: where batches say little, slopes of both signs come long before.)
     peak        p = 0.15 S, or 0.25 S of the shorter way of such a decoder
     wait        at η_v until the loss has fallen by another tenth of its first descent (not of a decoder)
-    climb       then η goes on in a straight line that is at p at half of the run, but takes no fewer steps than the way
+    climb       then η goes on in a straight line to p at half of the run, or in as many steps as the way took
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
 with t* = max(min(3 P^(1/4), N/3), min(N/20, 120)) steps in a run of N that trains P weights (with Muon 0.8 P^(1/4),
