@@ -13,11 +13,13 @@ optimizer step on copies per training step until the valley, and no forward pass
     line        η_t = 2 √(Ŝ_t (s_t + η_{t-1}/2)) / t*,  between η_{t-1} and (1 + 2/t) η_{t-1}
     valley      where at least half of the last 6 slopes are not positive; or, of a decoder with t* >= 24, already
                 where G_t <= 0.4 F_t / s_t, with the fall F_t = Σ η_{i-1} γ_i, so that F/s is the mean slope of the
-                path. There S = s_t, η_v = η_t. (Not before half of the distance 0.3 L_t / Ḡ_t with Ḡ the mean of
-                all slopes, or F/s: where batches say little, slopes of both signs come long before.)
+                path. There S = s_t, η_v = η_t. (Not before half of the distance 0.3 L_t / Ḡ_t, with Ḡ the mean of
+                all slopes for the former, F/s for the latter: where batches say little, slopes of both signs come
+                long before.)
     peak        p = 0.15 S, or 0.25 S of the shorter way of such a decoder
     wait        at η_v until the loss has fallen by another tenth of its first descent (not of a decoder)
-    climb       then η goes on in a straight line to p at half of the run, or in as many steps as the way took
+    climb       then η goes on in a straight line to p, in the steps until half of the run, or as many as the way
+                took if they are more: then it ends below p
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
 with t* = max(min(3 P^(1/4), N/3), min(N/20, 120)) steps in a run of N that trains P weights (with Muon 0.8 P^(1/4),
@@ -260,15 +262,14 @@ class GuidedWarmup(Rule):
             self.climb_step = self.num_steps
 
     def _climb(self) -> None:
-        """In a straight line that is at the peak at half of the run, or after as many steps as the way took."""
+        """In a straight line to the peak, in the steps until half of the run or as many as the way took, if more."""
         assert self.valley_step is not None
         assert self.valley_lr is not None
         assert self.climb_step is not None
         since, left = self.num_steps - self.climb_step, self.num_training_steps / 2 - 1 - self.climb_step
         way = self.peak - self.valley_lr
         risen = since * way / max(left, self.valley_step)
-        lr = self.peak if risen >= way or math.isclose(risen, way) else self.valley_lr + risen
-        self.lr = max(self.lr, lr)  # of a run that was begun with another climb
+        self.lr = self.peak if risen >= way or math.isclose(risen, way) else self.valley_lr + risen
 
     def _end(self) -> None:
         bound = math.inf if self.learning_rate is None else self.learning_rate
