@@ -382,7 +382,7 @@ def test_a_first_step_that_goes_uphill_is_refused(slope):
         GuidedWarmup(100)(World(slope=lambda path: slope))
 
 
-def test_steps_of_which_nothing_is_known_are_not_in_the_mean_of_the_slopes():
+def test_steps_of_which_nothing_is_known_are_not_in_the_mean_of_all_slopes():
     class Overflows(World):
         def momentum_slope(self):
             return math.inf if self.path < 1e-5 else super().momentum_slope()
