@@ -21,15 +21,17 @@ demo: $(READY)
 # Two at a time, of different files: those of one share what they have launched.
 TWO := -n 2 --dist loadfile
 
-# The science, and the Trainer on one process: three minutes on two cores.
+# The science, and the Trainer on one process: five minutes on two cores.
 test: $(READY)
 	$(BIN)/python -m pytest $(TWO) -m 'not slow' --ignore tests/recipes
 
 # Many processes, trainings of more than a few steps; recipes, all of them for three steps on one process and on two;
-# launches that fail, kills and signals; studies. DeepSpeed's are those of `make test-deepspeed`.
+# launches that fail, kills and signals; studies: twenty minutes. DeepSpeed's are those of `make test-deepspeed`.
+SLOW := slow
+
 test-slow: $(READY)
 	@# In the order of tests/conftest.py, and not by the number of tests in a file.
-	$(BIN)/python -m pytest $(TWO) --no-loadscope-reorder -m slow -k 'not deepspeed'
+	$(BIN)/python -m pytest $(TWO) --no-loadscope-reorder -m '$(SLOW)' -k 'not deepspeed'
 
 test-all: test test-slow studies-smoke test-deepspeed test-floor
 
@@ -49,7 +51,7 @@ test-gpu: $(READY)
 	HF_WARMUP_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -n 4 -W default $(GPU_TESTS)
 
 test-deepspeed: $(DEEPSPEED)
-	$(BIN)/python -m pytest $(TWO) -k deepspeed tests/trainer/test_deepspeed.py tests/recipes/test_pretrain.py
+	$(BIN)/python -m pytest $(TWO) -m '$(SLOW)' -k deepspeed tests/trainer/test_deepspeed.py tests/recipes/test_pretrain.py
 
 # The extra, from source and without compiling its kernels: none is needed on a CPU, and on a GPU they compile when used.
 deepspeed: $(DEEPSPEED)

@@ -137,11 +137,16 @@ COMPILED = ["--torch_compile", "--torch_compile_backend=eager"]
     ("options", "faster"),
     [
         (HESSIAN, ["--loss_chunks=4"]),
-        ([], ["--loss_chunks=4"]),
-        (["--bf16"], ["--loss_chunks=4"]),
         ([], [*COMPILED, "--loss_chunks=4"]),
-        ([], [*COMPILED, "--logging_nan_inf_filter=false"]),
-        ([], ["--per_device_train_batch_size=1", "--gradient_accumulation_steps=2"]),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                ([], ["--loss_chunks=4"]),
+                (["--bf16"], ["--loss_chunks=4"]),
+                ([], [*COMPILED, "--logging_nan_inf_filter=false"]),
+                ([], ["--per_device_train_batch_size=1", "--gradient_accumulation_steps=2"]),
+            )
+        ),
     ],
     ids=str,
 )

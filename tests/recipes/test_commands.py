@@ -71,7 +71,7 @@ def test_a_command_names_files_that_are_there_and_options_that_are_known(line, t
         finetuning.parse([*argv, "--use_cpu", "--bf16", "false"], config)
 
 
-@pytest.mark.parametrize("line", LOCAL)
+@pytest.mark.parametrize("line", [LOCAL[0], *(pytest.param(line, marks=pytest.mark.long) for line in LOCAL[1:])])
 def test_a_command_that_needs_no_hub_runs(line, tmp_path):
     if "deepspeed" in line and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed: `make deepspeed` installs it")

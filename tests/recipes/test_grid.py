@@ -187,6 +187,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_a_killed_study_goes_on_and_makes_the_same_runs(tmp_path):
     script, path = tmp_path / "study.py", tmp_path / "tiny.csv"
     script.write_text(KILLED)

@@ -193,7 +193,7 @@ def test_the_log_says_how_fast_it_goes_and_what_the_model_writes(tmp_path, capsy
     assert before == {e["step"]: e["loss"] for e in after if "loss" in e}  # samples leave the random numbers alone
 
 
-@pytest.mark.parametrize(("objective", "steps"), [("clm", 150), ("mlm", 500)])
+@pytest.mark.parametrize(("objective", "steps"), [("clm", 150), pytest.param("mlm", 500, marks=pytest.mark.long)])
 def test_both_objectives_learn_more_than_frequencies(objective, steps, tmp_path):
     options = ["--max_steps", str(steps), "--warmup_steps", "30", "--eval_strategy", "no", "--vocab_size", "512"]
     args, recipe = arguments.parse(small(objective, tmp_path / "run", *options))

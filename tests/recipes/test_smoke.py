@@ -86,6 +86,7 @@ def two(tmp_path_factory):
     return folders, done.returncode
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_a_recipe_runs_on_two_processes(path, two):
     folders, status = two

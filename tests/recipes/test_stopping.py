@@ -102,7 +102,7 @@ def assert_same_run(unbroken, broken):
     assert sorted(losses(broken)) == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_a_streaming_run_killed_at_any_step_sees_the_same_batches_and_losses(workers, start, unbroken, tmp_path):
     options, broken = ["--dataloader_num_workers", str(workers)], tmp_path / "broken"
     step = random.Random(workers).randrange(1, STEPS - 1)
@@ -117,7 +117,7 @@ def test_a_streaming_run_killed_at_any_step_sees_the_same_batches_and_losses(wor
     assert_same_run(unbroken(workers), broken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(number, start, unbroken, tmp_path):
     options, broken = ["--save_steps", "100"], tmp_path / "broken"
     process = start(broken, *options)

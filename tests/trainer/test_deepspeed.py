@@ -78,8 +78,10 @@ def run(one):
     return get
 
 
-every_stage = pytest.mark.parametrize("backend", ["zero1", "zero2", "zero3"])
-sharded = pytest.mark.parametrize("backend", ["zero2", "zero3"])
+ZERO1, ZERO2 = (pytest.param(backend, marks=pytest.mark.long) for backend in ("zero1", "zero2"))
+every_stage = pytest.mark.parametrize("backend", [ZERO1, ZERO2, "zero3"])
+sharded = pytest.mark.parametrize("backend", [ZERO2, "zero3"])
+low_precision = [pytest.param(f"{backend}_bf16", marks=pytest.mark.long) for backend in ("zero2", "zero3")]
 
 
 @every_stage
@@ -115,6 +117,7 @@ def test_critical_sharpness_is_that_of_one_process_and_leaves_no_trace(backend, 
     assert_equal(seen.weights, run(backend, "given").weights)
 
 
+@pytest.mark.long
 def test_warmup_and_sharpness_watch_the_engine_that_a_retry_has_made(run):
     seen = run("zero2", "retried")
     steps = [[e["step"] for e in seen.history if name in e] for name in ("warmup/init_lr", "sharpness/critical")]
@@ -122,6 +125,7 @@ def test_warmup_and_sharpness_watch_the_engine_that_a_retry_has_made(run):
     assert seen.numbers("learning_rate")[0] == pytest.approx(3e-4)
 
 
+@pytest.mark.long
 def test_the_hessian_is_refused_under_deepspeed(run):
     assert "kind=hessian cannot be measured with Trainer here" in run("zero2", "refused").processes[0]["error"]
 
@@ -132,7 +136,7 @@ def test_guided_warmup_is_that_of_one_process(backend, run, one):
     assert_same_rule(run(backend, "guided"), Seen(one, "guided"))
 
 
-@pytest.mark.parametrize("backend", ["zero2", "zero3", "zero2_bf16", "zero3_bf16"])
+@pytest.mark.parametrize("backend", [ZERO2, "zero3", *low_precision])
 def test_a_search_leaves_no_trace_in_masters_or_low_precision_weights(backend, run):
     # A training step makes the next losses from the low-precision weights and the masters from themselves.
     searched, given = run(backend, "linear"), run(backend, "given")

@@ -382,7 +382,7 @@ class Overflows(Gaps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cls", [Gaps, Overflows])
+@pytest.mark.parametrize("cls", [Gaps, pytest.param(Overflows, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_without_a_gradient_are_made_at_the_learning_rate_that_there_is_and_resume_exactly(
     make_trainer, tmp_path, kind, cls

@@ -137,7 +137,9 @@ def same(left, right):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(0, NUM_TRAININGS, PER_TEST))
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(n, marks=pytest.mark.long) for n in range(PER_TEST, NUM_TRAININGS, PER_TEST))]
+)
 def test_trainings_drawn_at_random_have_no_trace_of_what_was_tried(first, tmp_path):
     refused = []
     for seed in range(first, first + PER_TEST):

@@ -121,7 +121,7 @@ def test_critical_sharpness_is_two_over_the_critical_learning_rate(clip, make_tr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("learning_rate", [1e-2, 5e-2])
+@pytest.mark.parametrize("learning_rate", [1e-2, pytest.param(5e-2, marks=pytest.mark.long)])
 def test_a_later_measurement_costs_few_passes_and_is_near_what_a_fine_search_gives(
     learning_rate, make_trainer, monkeypatch
 ):
