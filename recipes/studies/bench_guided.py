@@ -52,9 +52,9 @@ def make_turns(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], 
     return {"training step": step, "slope": slope}, sum(p.numel() for p in model.parameters())
 
 
-def num_slopes(num_steps: int, num_params: int) -> int:
+def num_slopes(num_steps: int) -> int:
     """Slopes of a run of N steps: one in each of the t* steps to the valley."""
-    return round(GuidedWarmup.usual_ramp_steps(num_steps, num_params))
+    return round(GuidedWarmup.usual_ramp_steps(num_steps))
 
 
 def report(made: list[dict[str, Any]], num_params: int, args: argparse.Namespace, commit: str) -> str:
@@ -70,8 +70,8 @@ def report(made: list[dict[str, Any]], num_params: int, args: argparse.Namespace
     whole = [
         {
             "steps": num_steps,
-            "slopes": num_slopes(num_steps, num_params),
-            "of the run's time": f"{num_slopes(num_steps, num_params) * medians['slope'] / step / num_steps:.3%}",
+            "slopes": num_slopes(num_steps),
+            "of the run's time": f"{num_slopes(num_steps) * medians['slope'] / step / num_steps:.3%}",
         }
         for num_steps in LENGTHS
     ]

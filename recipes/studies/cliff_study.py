@@ -20,7 +20,7 @@ from hf_warmup import GuidedWarmup
 
 import figures
 from evidence import Claim, Curve, Row, at_best, best, curve, ended, groups, select, table
-from grid import command, weights_of
+from grid import command
 
 NAME = "cliff_study"
 SIZES = {64: ".28M", 96: "1.1M", 160: "4.2M"}
@@ -107,7 +107,7 @@ def edge_table(of: dict[tuple[str, int], list[Row]]) -> str:
             cells = groups(select(rows, rule="linear", optimizer="AdamW", target=times * target), LENGTH)
             safe = [length for length, cell in sorted(cells.items()) if not any(row["lost"] for row in cell)]
             line[f"{times} x"] = str(safe[0]) if safe else f"> {max(cells)}" if cells else ""
-        ramp = GuidedWarmup.usual_ramp_steps(steps, weights_of(rows[0]))
+        ramp = GuidedWarmup.usual_ramp_steps(steps)
         lines.append(line | {"guided's ramp": f"{ramp:.0f}"})
     return table(lines)
 
