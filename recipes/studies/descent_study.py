@@ -11,13 +11,14 @@ import statistics
 
 from matplotlib.figure import Figure
 
+from hf_warmup import GuidedWarmup
+
 import figures
 from evidence import Claim, Row, ended, groups, table
 from grid import command, weights_of
 
 NAME = "descent_study"
 DAMAGED = 0.2  # nats
-LEAST, MOST = 0.5, 2.0  # fourth roots of the number of weights, between which what a model needs is to lie
 
 Runs = dict[float, list[float]]  # losses by t*
 
@@ -51,12 +52,12 @@ def needed(runs: Runs) -> float:
 def report(rows: list[Row]) -> str:
     lines = []
     for size, (name, runs) in models(rows).items():
-        line = {"model": name, "weights": f"{size / 1e6:.2f}M", "fourth root": f"{size**0.25:.0f}"}
+        line = {"model": name, "weights": f"{size / 1e6:.2f}M"}
         counts = damaged(runs)
         for t, losses in runs.items():
             words = f"{statistics.mean(losses) - least(runs):+.2f}, worst {max(losses) - least(runs):+.2f}"
             line[f"{t:g} steps"] = words + f" ({counts[t]} of {len(losses)})" * (counts[t] > 0)
-        lines.append(line | {"needs": f"{needed(runs):g}", "in fourth roots": f"{needed(runs) / size**0.25:.1f}"})
+        lines.append(line | {"needs": f"{needed(runs):g}"})
     words = (
         "Loss above that of the best number of steps, mean and worst of the seeds, and in brackets how many runs are "
         "damaged."
@@ -65,33 +66,27 @@ def report(rows: list[Row]) -> str:
 
 
 def claims(rows: list[Row]) -> list[Claim]:
-    """Whether what a model needs goes with the fourth root of its size."""
-    roots = [needed(runs) / size**0.25 for size, (_, runs) in models(rows).items()]
-    return [
-        Claim(
-            f"The steps that the first descent needs are {LEAST:g} to {MOST:g} fourth roots of the number of weights",
-            f"{len(roots)} models",
-            "ours",
-            NAME,
-            f"{min(roots):.1f} to {max(roots):.1f}",
-            "holds" if LEAST <= min(roots) and max(roots) <= MOST else "does not hold",
-        )
-    ]
+    """Whether guided warmup has as many as each model needs."""
+    of = [needed(runs) for _, runs in models(rows).values()]
+    most = GuidedWarmup.STEPS
+    verdict = "holds" if max(of) <= most else "does not hold"
+    text = f"The first descent needs no more than {most:g} steps"
+    return [Claim(text, f"{len(of)} models", "ours", NAME, f"{min(of):g} to {max(of):g}", verdict)]
 
 
 def plot(rows: list[Row]) -> Figure:
-    """Loss above the best over t* in fourth roots, a line per model."""
+    """Loss above the best over t*, a line per model."""
     figure = figures.new(3.6)
     axes = figure.subplots()
     for color, (size, (name, runs)) in zip(figures.CYCLE, models(rows).items(), strict=False):
-        at = [t / size**0.25 for t in runs]
-        axes.plot(at, [statistics.mean(losses) - least(runs) for losses in runs.values()], color=color)
-        for x, losses in zip(at, runs.values(), strict=True):
-            label = {"label": f"{name}, {size / 1e6:.2f}M"} if x == at[0] else {}
-            axes.plot([x] * len(losses), [loss - least(runs) for loss in losses], "o", ms=4, color=color, **label)
+        axes.plot(runs.keys(), [statistics.mean(losses) - least(runs) for losses in runs.values()], color=color)
+        for t, losses in runs.items():
+            label = {"label": f"{name}, {size / 1e6:.2f}M"} if t == min(runs) else {}
+            axes.plot([t] * len(losses), [loss - least(runs) for loss in losses], "o", ms=4, color=color, **label)
     axes.axhline(DAMAGED, color="gray", linestyle=":")
-    axes.set(xlabel="t*, in fourth roots of the number of weights", ylabel="loss above that of the best t*")
+    axes.set(xlabel="t*, steps of the first descent", ylabel="loss above that of the best t*")
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.legend(fontsize=7)
     return figure
 

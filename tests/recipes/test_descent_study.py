@@ -2,17 +2,19 @@ import pytest
 
 from descent_study import NAME, claims, models, needed, plot, report
 from grid import COLUMNS, KEYS, appending, load, rows
-from warmup_cases import num_weights
+
+
+def needs_of(depth):
+    return 20 + 2 * depth
 
 
 @pytest.fixture
 def made(tmp_path):
-    """The best are 64 steps; below the fourth root of the weights one seed of three ends a nat above them."""
+    """The best are 64 steps; below its needs one seed of three ends a nat above them."""
     with appending(tmp_path / f"{NAME}.csv") as write:
         for job in load(NAME).jobs:
-            size = num_weights(job.setting)
             steps = job.options["ramp_steps"]
-            loss = 4.0 + 0.001 * abs(steps - 64) + (job.seed == 1 and steps < size**0.25)
+            loss = 4.0 + 0.001 * abs(steps - 64) + (job.seed == 1 and steps < needs_of(job.setting.depth))
             numbers = {"loss": loss, "first": 9.0, "entropy": 5.5, "peak": 1, "probes": 0, "seconds": 1}
             line = dict.fromkeys(COLUMNS, "") | dict(zip(KEYS, job.key(), strict=True)) | {"conditions": "x."}
             write(line | {k: f"{v:.9g}" for k, v in numbers.items()})
@@ -20,8 +22,9 @@ def made(tmp_path):
 
 
 def test_a_model_needs_the_smallest_number_of_steps_from_which_on_no_run_is_damaged(made):
-    for size, (_, runs) in models(made).items():
-        assert needed(runs) == min(t for t in runs if t >= size**0.25)
+    for name, runs in models(made).values():
+        depth = int(name.split()[1])
+        assert needed(runs) == min(t for t in runs if t >= needs_of(depth))
 
 
 @pytest.mark.parametrize(
