@@ -25,10 +25,11 @@ TWO := -n 2 --dist loadfile
 test: $(READY)
 	$(BIN)/python -m pytest $(TWO) -m 'not slow' --ignore tests/recipes
 
-# Many processes, trainings of more than a few steps; recipes, all of them for three steps on one process and on two;
-# launches that fail, kills and signals; studies: twenty minutes. DeepSpeed's are those of `make test-deepspeed`.
+# Which of the slow tests: .ci/run leaves out those that are `long` too.
 SLOW := slow
 
+# Many processes, trainings of more than a few steps; recipes, all of them for three steps on one process and on two;
+# launches that fail, kills and signals; studies. It takes twenty minutes. DeepSpeed's are those of `make test-deepspeed`.
 test-slow: $(READY)
 	@# In the order of tests/conftest.py, and not by the number of tests in a file.
 	$(BIN)/python -m pytest $(TWO) --no-loadscope-reorder -m '$(SLOW)' -k 'not deepspeed'
@@ -51,7 +52,8 @@ test-gpu: $(READY)
 	HF_WARMUP_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/python -m pytest -n 4 -W default $(GPU_TESTS)
 
 test-deepspeed: $(DEEPSPEED)
-	$(BIN)/python -m pytest $(TWO) -m '$(SLOW)' -k deepspeed tests/trainer/test_deepspeed.py tests/recipes/test_pretrain.py
+	$(BIN)/python -m pytest $(TWO) -m '$(SLOW)' -k deepspeed tests/trainer/test_deepspeed.py \
+		tests/recipes/test_pretrain.py tests/recipes/test_commands.py
 
 # The extra, from source and without compiling its kernels: none is needed on a CPU, and on a GPU they compile when used.
 deepspeed: $(DEEPSPEED)

@@ -54,13 +54,13 @@ class GuidedWarmup(Rule):
         >>> class Falling:  # a step whose loss falls by 20 per learning rate, on this batch and along the momentum
         ...     loss, slope, momentum_slope = lambda self: 6.0, lambda self: 20.0, lambda self: 20.0
         >>> [round(rule(Falling()), 8) for _ in range(3)]
-        [1.25e-05, 2.165e-05, 3.354e-05]
+        [3.673e-05, 6.364e-05, 9.861e-05]
 
     Args:
         num_training_steps: N, all steps of the run.
         learning_rate: Bounds η; None to let the run find its own.
-        ramp_steps: t*, the steps that the way to the valley is to take. More is safer and slower. If None those of
-            `usual_ramp_steps`, which has fewer for Muon.
+        ramp_steps: t*, the steps that the way to the valley is to take. More is safer and slower. If None
+            `usual_ramp_steps(num_training_steps)`; with Muon give `usual_ramp_steps(num_training_steps, "Muon")`.
         decoder: Whether the model is a causal language model: its way ends earlier, and its climb does not wait for
             the loss to fall again.
 

@@ -26,6 +26,7 @@ BLOCKS = [
 LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 SCRIPTS = [line for line in LINES if re.search(r"recipes/\w+\.py", line)]
 LOCAL = [line for line in SCRIPTS if "recipes/tiny/" in line and "srun" not in line]
+LONG = ("bert", "deepspeed")
 
 
 def words(line):
@@ -71,7 +72,9 @@ def test_a_command_names_files_that_are_there_and_options_that_are_known(line, t
         finetuning.parse([*argv, "--use_cpu", "--bf16", "false"], config)
 
 
-@pytest.mark.parametrize("line", [LOCAL[0], *(pytest.param(line, marks=pytest.mark.long) for line in LOCAL[1:])])
+@pytest.mark.parametrize(
+    "line", [pytest.param(line, marks=[pytest.mark.long] * any(word in line for word in LONG)) for line in LOCAL]
+)
 def test_a_command_that_needs_no_hub_runs(line, tmp_path):
     if "deepspeed" in line and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed: `make deepspeed` installs it")

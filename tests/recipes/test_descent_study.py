@@ -35,10 +35,12 @@ def test_too_many_steps_say_nothing_of_too_few(damaged_at, least):
     assert needed(runs) == least
 
 
-def test_the_report_has_a_line_per_model_and_the_claim_holds(made):
+def test_the_report_has_a_line_per_model_and_the_claim_holds_where_70_steps_are_enough(made):
     text = report(made)
     assert text.count("| Llama, ") == 5
     assert "| GPT, 4 x 128 " in text
     (claim,) = claims(made)
     assert claim.verdict == "holds"
+    late = [row | {"loss": 9.0} if row["ramp_steps"] < 90 and row["depth"] == 16 else row for row in made]
+    assert [claim.verdict for claim in claims(late)] == ["does not hold"]
     assert len(plot(made).axes[0].get_lines()) > 6

@@ -14,7 +14,6 @@ def run(folder, *argv):
         return list(reader), (folder / "sharpness_study.md").read_text()
 
 
-@pytest.mark.long
 def test_every_training_is_measured_against_its_threshold_and_foretold(tmp_path):
     before, alone = run(tmp_path, "--parts", "warmup")
     rows, text = run(tmp_path, "--parts", "diagnose")  # what is there is kept

@@ -117,7 +117,7 @@ def test_a_streaming_run_killed_at_any_step_sees_the_same_batches_and_losses(wor
     assert_same_run(unbroken(workers), broken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGINT])
 def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(number, start, unbroken, tmp_path):
     options, broken = ["--save_steps", "100"], tmp_path / "broken"
     process = start(broken, *options)

@@ -214,7 +214,7 @@ def test_what_would_be_something_else_is_refused(refused, message):
     assert message in refused[message]
 
 
-@sharded
+@pytest.mark.parametrize("backend", ["zero2", pytest.param("zero3", marks=pytest.mark.long)])
 def test_a_process_that_fails_in_the_search_ends_all_with_its_reason_and_the_weights_restored(backend, tmp_path):
     done = launch(tmp_path, 2, {"name": "run", "backend": backend, "fails": "loss", "warmup_steps": 4}, fails=True)
     assert "RuntimeError: CUDA out of memory, they say" in done.stderr

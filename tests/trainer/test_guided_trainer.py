@@ -380,8 +380,13 @@ class Overflows(Gaps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cls", [Gaps, pytest.param(Overflows, marks=pytest.mark.long)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("cls", "kind"),
+    [
+        *(pytest.param(Gaps, kind, marks=[pytest.mark.long] * (kind == "guided")) for kind in KINDS),
+        *(pytest.param(Overflows, kind, marks=[pytest.mark.long] * (kind != "guided")) for kind in KINDS),
+    ],
+)
 def test_steps_without_a_gradient_are_made_at_the_learning_rate_that_there_is_and_resume_exactly(
     make_trainer, tmp_path, kind, cls
 ):
