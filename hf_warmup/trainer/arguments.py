@@ -66,8 +66,9 @@ class WarmupArguments:
     ramp_steps: float | None = field(
         default=None,
         metadata={
-            "help": "Steps that guided warmup takes for the first descent of the loss. If not set 70 (14 with "
-            "Muon), at most a third of the run; but at least 5%% of the run, up to 120 (not with Muon). More is gentler."
+            "help": "Steps that guided warmup takes for the first descent of the loss. If not set 70 (with "
+            "Muon 14), at most a third of the run; but at least 5%% of the run, up to 120 (not with Muon). More is "
+            "gentler."
         },
     )
     gi_adam: bool = field(
