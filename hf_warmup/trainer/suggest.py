@@ -25,7 +25,7 @@ class LearningRate:
 
     Attributes:
         value: The peak that guided warmup would go to. Tuned linear warmup was best at half to twice of it in 17
-            settings of 20, and at .4 to .5 of it in three of decoders (2,000 to 6,000 steps); nanoGPT's
+            settings of 20, and at .34 to .5 of it in three of decoders (2,000 to 6,000 steps); nanoGPT's
             shakespeare_char bears twice as much.
         valley_lr: The learning rate at which the first descent was over.
         steps: Training steps that were made to find it.
