@@ -52,7 +52,7 @@ RUNS = {
         "guided, to at most 3e-2",
     ),
     "tiny/gpt_muon.yaml": ("as it is",),
-    "llama_tiny.yaml": ("Trainer's own, 10%", "as it is"),  # with auto_lr
+    "llama_tiny.yaml": ("Trainer's own, 10%", "as it is", "auto_lr"),
     "tiny/bert.yaml": ("Trainer's own, 10%", "as it is", "auto_lr"),
     CHARACTERS: ("as it is", "guided", "auto_lr", "Trainer's own, 20%, to 4e-3"),
 }
