@@ -61,7 +61,7 @@ def main() -> None:
     torch.set_num_threads(1)
     observed = Observed()
     made: dict[str, Any] = train(GPT, "AdamW", observed, 10)
-    plot(observed).savefig(reporting.RESULTS / "guided_run.png", dpi=120)
+    plot(observed).savefig(reporting.RESULTS / "guided_run.png", dpi=120, bbox_inches="tight")
     print(f"valley in step {observed.guided.valley_step}, S = {observed.guided.valley_path:.3g}, {made}")
 
 
