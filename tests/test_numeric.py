@@ -80,6 +80,9 @@ WRONG = {
         *(lambda v=v: LinearWarmup(9, 1.0, v) for v in [*NUMBERS, 0, -1, 10, math.nan]),
     ],
     "ramp_steps": [lambda v=v: GuidedWarmup(9, ramp_steps=v) for v in ["x", [1.0], True, 0, math.nan, math.inf]],
+    "num_weights": [
+        lambda v=v: GuidedWarmup.usual_ramp_steps(9, "Muon", v) for v in [*NUMBERS, "AdamW", -1, 2.5, math.nan]
+    ],
     "decoder": [lambda v=v: GuidedWarmup(9, decoder=v) for v in ["x", None, 1, [True]]],
     "learning_rate": [
         *(lambda v=v: GuidedWarmup(9, v) for v in ["x", [1.0], True, 10**400, 0, math.nan, math.inf]),

@@ -26,6 +26,7 @@ from hf_warmup.trainer.console import begins, ends, gi_adam_warning, log, say
 from hf_warmup.trainer.deepspeed import prepare_optimizer
 from hf_warmup.trainer.model_card import RunCard
 from hf_warmup.trainer.optimizers import use_gi_adam
+from hf_warmup.trainer.processes import num_elements
 from hf_warmup.trainer.report import has_trained, warmup_report
 from hf_warmup.trainer.sharpness import SharpnessCallback
 from hf_warmup.trainer.step import NotMeasurable, TrainerStep
@@ -204,7 +205,9 @@ class WarmupCallback(TrainerCallback):
         if kind == "guided":
             bound = None if arguments.auto_lr else target
             name = type(unwrap_optimizer(self.trainer.optimizer)).__name__
-            ramp_steps = arguments.ramp_steps or GuidedWarmup.usual_ramp_steps(steps, name)
+            model: Any = self.trainer.model
+            size = num_elements(p for p in model.parameters() if p.requires_grad)
+            ramp_steps = arguments.ramp_steps or GuidedWarmup.usual_ramp_steps(steps, name, size)
             return GuidedWarmup(steps, bound, ramp_steps=ramp_steps, decoder=_is_decoder(self.trainer))
         return PersistentCatapult(steps, target, init_lr=arguments.fixed_init_lr or min(1e-4, target))
 

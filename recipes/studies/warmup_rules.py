@@ -109,7 +109,7 @@ def guided(
     """Ours; with other constants than it has."""
     decoder = setting.family in ("gpt", "llama", "llama-gqa", "qwen3")  # as the Trainer has it
     kind: type[GuidedWarmup] = type("GuidedWarmup", (GuidedWarmup,), constants)
-    ramp_steps = ramp_steps or kind.usual_ramp_steps(setting.steps, optimizer)
+    ramp_steps = ramp_steps or kind.usual_ramp_steps(setting.steps, optimizer, num_weights(setting))
     return Ruled(setting, kind(setting.steps, None if auto_lr else target, ramp_steps=ramp_steps, decoder=decoder))
 
 

@@ -84,9 +84,12 @@ def test_it_takes_70_steps_and_a_third_of_the_run_at_most_and_5_percent_up_to_12
 
 
 @pytest.mark.parametrize("name", ["Muon", "MuonAdamW", "MuonWithAuxAdam", "NorMuon"])
-@pytest.mark.parametrize(("num_steps", "line"), [(2, 1), (12, 4), (42, 14), (10**6, 14)])
-def test_with_muon_it_takes_14_and_a_third_of_the_run_at_most(name, num_steps, line):
-    assert GuidedWarmup.usual_ramp_steps(num_steps, name) == pytest.approx(line)
+@pytest.mark.parametrize(
+    ("num_steps", "num_weights", "line"),
+    [(2, 30**4, 1), (12, 30**4, 4), (10**4, 5**4, 6), (10**4, 30**4, 24), (10**6, 16 * 10**8, 160)],
+)
+def test_with_muon_it_takes_fewer_and_at_least_the_slopes_that_tell_the_valley(name, num_steps, num_weights, line):
+    assert GuidedWarmup.usual_ramp_steps(num_steps, name, num_weights) == pytest.approx(line)
 
 
 @pytest.mark.parametrize("valley", [1e-4, 0.05, 30.0])
