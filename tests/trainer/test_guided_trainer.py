@@ -385,8 +385,9 @@ class Overflows(Gaps):
 @pytest.mark.parametrize(
     ("cls", "kind"),
     [
-        *(pytest.param(Gaps, kind, marks=[pytest.mark.long] * (kind == "guided")) for kind in KINDS),
-        *(pytest.param(Overflows, kind, marks=[pytest.mark.long] * (kind != "guided")) for kind in KINDS),
+        pytest.param(cls, kind, marks=[pytest.mark.long] * ((cls is Overflows) != (kind == "guided")))
+        for cls in (Gaps, Overflows)
+        for kind in KINDS
     ],
 )
 def test_steps_without_a_gradient_are_made_at_the_learning_rate_that_there_is_and_resume_exactly(
