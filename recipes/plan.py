@@ -46,12 +46,14 @@ def search_cost(args: WarmupTrainingArguments) -> str:
     return f"1 to {SEARCH_PASSES} forward passes{share(SEARCH_PASSES)}"
 
 
-def warmup_words(args: WarmupTrainingArguments, optimizer: str, num_weights: int) -> str:
+def warmup_words(args: WarmupTrainingArguments, decoder: bool, optimizer: str, num_weights: int) -> str:
     kind = args.kind(args.warmup_steps)
     if kind == "guided":
         steps = args.ramp_steps
         if steps is None and args.max_steps > 0:
-            steps = GuidedWarmup.usual_ramp_steps(args.max_steps, optimizer, num_weights)
+            steps = GuidedWarmup.usual_ramp_steps(
+                args.max_steps, decoder=decoder, optimizer=optimizer, num_weights=num_weights
+            )
         about = "some steps" if steps is None else f"about {steps:.0f} steps"
         return f"guided: {about} to the valley, and at most half of the run"
     if kind == "persistent":
@@ -141,7 +143,7 @@ def plan(args: WarmupTrainingArguments, recipe: RecipeArguments) -> str:
             if args.max_steps > 0
             else []
         ),
-        ("warmup", warmup_words(args, recipe.optim_factory, parameters)),
+        ("warmup", warmup_words(args, recipe.objective == "clm", recipe.optim_factory, parameters)),
         ("search", search_cost(args)),
     ]
     kind = args.kind(args.warmup_steps)

@@ -81,9 +81,13 @@ WRONG = {
     ],
     "ramp_steps": [lambda v=v: GuidedWarmup(9, ramp_steps=v) for v in ["x", [1.0], True, 0, math.nan, math.inf]],
     "num_weights": [
-        lambda v=v: GuidedWarmup.usual_ramp_steps(9, "Muon", v) for v in [*NUMBERS, "AdamW", -1, 2.5, math.nan]
+        lambda v=v: GuidedWarmup.usual_ramp_steps(9, optimizer="Muon", num_weights=v)
+        for v in [*NUMBERS, "AdamW", -1, 2.5, math.nan]
     ],
-    "decoder": [lambda v=v: GuidedWarmup(9, decoder=v) for v in ["x", None, 1, [True]]],
+    "decoder": [
+        *(lambda v=v: GuidedWarmup(9, decoder=v) for v in ["x", None, 1, [True]]),
+        *(lambda v=v: GuidedWarmup.usual_ramp_steps(9, decoder=v) for v in ["x", None, 1, [True]]),
+    ],
     "learning_rate": [
         *(lambda v=v: GuidedWarmup(9, v) for v in ["x", [1.0], True, 10**400, 0, math.nan, math.inf]),
         *(lambda v=v: PersistentCatapult(9, v) for v in [*NUMBERS, 0, math.nan]),

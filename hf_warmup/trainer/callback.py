@@ -207,8 +207,9 @@ class WarmupCallback(TrainerCallback):
             name = type(unwrap_optimizer(self.trainer.optimizer)).__name__
             model: Any = self.trainer.model
             size = num_elements(p for p in model.parameters() if p.requires_grad)
-            ramp_steps = arguments.ramp_steps or GuidedWarmup.usual_ramp_steps(steps, name, size)
-            return GuidedWarmup(steps, bound, ramp_steps=ramp_steps, decoder=_is_decoder(self.trainer))
+            decoder = _is_decoder(self.trainer)
+            usual = GuidedWarmup.usual_ramp_steps(steps, decoder=decoder, optimizer=name, num_weights=size)
+            return GuidedWarmup(steps, bound, ramp_steps=arguments.ramp_steps or usual, decoder=decoder)
         return PersistentCatapult(steps, target, init_lr=arguments.fixed_init_lr or min(1e-4, target))
 
     def _check_target(self, schedule: WarmupSchedule) -> None:

@@ -54,7 +54,7 @@ def make_turns(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], 
 
 def num_slopes(num_steps: int) -> int:
     """Slopes of a run of N steps: one in each of the t* steps to the valley."""
-    return round(GuidedWarmup.usual_ramp_steps(num_steps))
+    return round(GuidedWarmup.usual_ramp_steps(num_steps, decoder=True))
 
 
 def report(made: list[dict[str, Any]], num_params: int, args: argparse.Namespace, commit: str) -> str:

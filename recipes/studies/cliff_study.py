@@ -107,7 +107,7 @@ def edge_table(of: dict[tuple[str, int], list[Row]]) -> str:
             cells = groups(select(rows, rule="linear", optimizer="AdamW", target=times * target), LENGTH)
             safe = [length for length, cell in sorted(cells.items()) if not any(row["lost"] for row in cell)]
             line[f"{times} x"] = str(safe[0]) if safe else f"> {max(cells)}" if cells else ""
-        ramp = GuidedWarmup.usual_ramp_steps(steps)
+        ramp = GuidedWarmup.usual_ramp_steps(steps, decoder=True)
         lines.append(line | {"guided's ramp": f"{ramp:.0f}"})
     return table(lines)
 

@@ -78,9 +78,12 @@ def test_the_first_learning_rate_is_that_of_a_line_that_makes_the_distance_in_it
     ("num_steps", "line"),
     [(2, 1), (3, 1), (150, 50), (210, 70), (1400, 70), (1500, 75), (2400, 120), (10**6, 120)],
 )
-def test_it_takes_70_steps_and_a_third_of_the_run_at_most_and_5_percent_up_to_120_at_least(num_steps, line):
-    assert GuidedWarmup.usual_ramp_steps(num_steps) == pytest.approx(line)
-    assert GuidedWarmup(num_steps).ramp_steps == pytest.approx(line)
+def test_it_takes_70_steps_and_a_third_of_the_run_at_most_and_of_no_decoder_5_percent_up_to_120_at_least(
+    num_steps, line
+):
+    for decoder, steps in ((False, line), (True, min(line, 70))):
+        assert GuidedWarmup.usual_ramp_steps(num_steps, decoder=decoder) == pytest.approx(steps)
+        assert GuidedWarmup(num_steps, decoder=decoder).ramp_steps == pytest.approx(steps)
 
 
 @pytest.mark.parametrize("name", ["Muon", "MuonAdamW", "MuonWithAuxAdam", "NorMuon"])
@@ -89,7 +92,7 @@ def test_it_takes_70_steps_and_a_third_of_the_run_at_most_and_5_percent_up_to_12
     [(2, 30**4, 1), (12, 30**4, 4), (10**4, 5**4, 6), (10**4, 30**4, 24), (10**6, 16 * 10**8, 160)],
 )
 def test_with_muon_it_takes_fewer_and_at_least_the_slopes_that_tell_the_valley(name, num_steps, num_weights, line):
-    assert GuidedWarmup.usual_ramp_steps(num_steps, name, num_weights) == pytest.approx(line)
+    assert GuidedWarmup.usual_ramp_steps(num_steps, optimizer=name, num_weights=num_weights) == pytest.approx(line)
 
 
 @pytest.mark.parametrize("valley", [1e-4, 0.05, 30.0])
@@ -216,7 +219,7 @@ def test_the_peak_is_a_part_of_the_way_to_the_valley():
 
 
 def test_of_a_decoder_it_is_a_larger_part_of_a_shorter_way():
-    rule = GuidedWarmup(4000, decoder=True)
+    rule = GuidedWarmup(4000, ramp_steps=120, decoder=True)
     lrs = World(0.05, slope=lambda path: 100 * (1 - path / 0.05), loss=learning_on).run(rule)
     # The mean over the path s is 1 - s/2 of the first slope, so the slope is .4 of it at s = 3/4; the six slopes of
     # the mean are some steps late.
@@ -273,7 +276,7 @@ def test_a_long_wait_looks_at_the_last_quarter_of_its_losses():
 
 
 def test_a_decoder_climbs_at_once():
-    rule = GuidedWarmup(4000, decoder=True)
+    rule = GuidedWarmup(4000, ramp_steps=120, decoder=True)
     lrs = World(0.05, loss=lambda path: max(5.0, learning_on(path))).run(rule)
     assert rule.climb_step == rule.valley_step
     rise = (rule.peak - rule.valley_lr) / (1999 - rule.valley_step)
