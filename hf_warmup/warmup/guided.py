@@ -22,11 +22,11 @@ optimizer step on copies per training step until the valley, and no forward pass
                 took if they are more: then it ends below p
     end         at p, at `learning_rate` if that is a bound, or at half of the run
 
-with t* = min(70, N/3) steps in a run of N, of no decoder at least min(N/20, 120) (with Muon 0.8 P^(1/4) in a model
-of P trained weights, from 6 to N/3). L/G is Polyak's step: the learning rate that would bring the loss to zero if it
-fell on at its present slope; 0.3 of it is about what is left of the first descent. L is the loss in nats: one that
-begins above 12, more than an even guess among 160,000 tokens, is divided by a twelfth of its start, as the slope of
-a gradient whose norm is more than 1 does not grow with it. If the estimate is off by a factor of 2, the valley comes
+with t* = min(70, N/3) steps in a run of N, of no decoder at least N/20 (with Muon 0.8 P^(1/4) in a model of P
+trained weights, from 6 to N/3). L/G is Polyak's step: the learning rate that would bring the loss to zero if it fell
+on at its present slope; 0.3 of it is about what is left of the first descent. L is the loss in nats: one that begins
+above 12, more than an even guess among 160,000 tokens, is divided by a twelfth of its start, as the slope of a
+gradient whose norm is more than 1 does not grow with it. If the estimate is off by a factor of 2, the valley comes
 after t*/√2 or √2 t* steps. A training without such a descent, as fine-tuning mostly is, has a small G beside its
 loss: the line is steep, and reaches `learning_rate` within a few steps.
 
@@ -78,7 +78,7 @@ class GuidedWarmup(Rule):
 
     DISTANCE = 0.3  # of Polyak's step: how far the valley is
     STEPS, MOST_SHARE = 70.0, 1 / 3  # t*, but at most that part of the run
-    SHARE, FLOOR = 0.05, 120.0  # and, of no decoder, at least that part, up to so many steps
+    SHARE = 0.05  # and, of no decoder, at least that part
     MUON_ROOTS = 0.8  # with Muon: in fourth roots of the number of weights
     SLOPES = 6  # in the mean, which tell the valley
     POWER = 2  # η rises no faster than t to this power
@@ -145,14 +145,14 @@ class GuidedWarmup(Rule):
             num_weights: P, the elements of all parameters that are trained; of Muon alone, and must be given there.
 
         Returns:
-            min(70, N/3), of no decoder at least min(N/20, 120), with Muon 0.8 P^(1/4) from 6 to N/3; at least 1.
+            min(70, N/3), of no decoder at least N/20, with Muon 0.8 P^(1/4) from 6 to N/3; at least 1.
 
         Raises:
             ValueError: If N is not whole and positive, `decoder` no bool, or with Muon P not whole and at least 0.
 
         Example:
             >>> GuidedWarmup.usual_ramp_steps(10_000), GuidedWarmup.usual_ramp_steps(10_000, decoder=True)
-            (120.0, 70.0)
+            (500.0, 70.0)
             >>> round(GuidedWarmup.usual_ramp_steps(10_000, optimizer="Muon", num_weights=124_000_000))
             84
         """
@@ -161,7 +161,7 @@ class GuidedWarmup(Rule):
         if "muon" in optimizer.lower():
             root = whole("num_weights", num_weights, 0) ** 0.25
             return min(most, max(cls.MUON_ROOTS * root, cls.SLOPES))  # which tell the valley
-        return max(min(cls.STEPS, most), 0.0 if decoder else min(cls.SHARE * steps, cls.FLOOR))
+        return max(min(cls.STEPS, most), 0.0 if decoder else cls.SHARE * steps)
 
     @property
     def peak(self) -> float:

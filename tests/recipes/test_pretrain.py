@@ -568,7 +568,7 @@ def test_a_plan_says_what_a_run_would_be_and_does_nothing(tmp_path, capsys):
     memory = {row[0]: row[1:] for row in re.findall(5 * r"│ ([^│]*?) +" + "│", printed)}
     assert memory["memory per process"] == tuple(expected)
     assert memory["in all"] == tuple(f"{size * 124439808 / 2**30:.2f} GiB" for size in expected.values())
-    assert rows["warmup"] == "guided: about 120 steps to the valley, and at most half of the run"
+    assert rows["warmup"] == "guided: about 70 steps to the valley, and at most half of the run"
     assert rows["search"].startswith("no forward pass")
     assert not folder.exists()
     with pytest.raises(ValueError, match="plan must be at least 0 processes, got -1"):

@@ -76,11 +76,9 @@ def test_the_first_learning_rate_is_that_of_a_line_that_makes_the_distance_in_it
 
 @pytest.mark.parametrize(
     ("num_steps", "line"),
-    [(2, 1), (3, 1), (150, 50), (210, 70), (1400, 70), (1500, 75), (2400, 120), (10**6, 120)],
+    [(2, 1), (3, 1), (150, 50), (210, 70), (1400, 70), (1500, 75), (2400, 120), (10**5, 5000)],
 )
-def test_it_takes_70_steps_and_a_third_of_the_run_at_most_and_of_no_decoder_5_percent_up_to_120_at_least(
-    num_steps, line
-):
+def test_it_takes_70_steps_and_a_third_of_the_run_at_most_and_of_no_decoder_5_percent_at_least(num_steps, line):
     for decoder, steps in ((False, line), (True, min(line, 70))):
         assert GuidedWarmup.usual_ramp_steps(num_steps, decoder=decoder) == pytest.approx(steps)
         assert GuidedWarmup(num_steps, decoder=decoder).ramp_steps == pytest.approx(steps)
