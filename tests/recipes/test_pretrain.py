@@ -519,6 +519,7 @@ def test_what_needs_whole_weights_is_refused_under_deepspeed(option, message, tm
     assert f"error: {message}" in done.stderr
 
 
+@pytest.mark.long
 def test_sharding_that_accelerate_ignores_without_a_gpu_is_refused(tmp_path):
     done = launched_on_two_processes("fsdp2.yaml", tmp_path / "run")
     assert done.returncode != 0

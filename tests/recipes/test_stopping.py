@@ -102,7 +102,8 @@ def assert_same_run(unbroken, broken):
     assert sorted(losses(broken)) == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_streaming_run_killed_at_any_step_sees_the_same_batches_and_losses(workers, start, unbroken, tmp_path):
     options, broken = ["--dataloader_num_workers", str(workers)], tmp_path / "broken"
     step = random.Random(workers).randrange(1, STEPS - 1)
@@ -131,6 +132,7 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(number, start,
     assert_same_run(unbroken(0), broken)
 
 
+@pytest.mark.long
 def test_a_signal_stops_all_processes_in_the_same_step(start, tmp_path):
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     finish(start(unbroken, processes=2))

@@ -225,7 +225,10 @@ def test_the_search_on_shards_holds_one_copy_of_them(fsdp2):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "fails"), [("ddp", "loss"), ("fsdp2", "loss"), ("ddp", "step")])
+@pytest.mark.parametrize(
+    ("backend", "fails"),
+    [("ddp", "loss"), *(pytest.param(*case, marks=pytest.mark.long) for case in [("fsdp2", "loss"), ("ddp", "step")])],
+)
 def test_a_process_that_fails_in_the_search_ends_all_with_its_reason_and_the_weights_restored(
     backend, fails, tmp_path
 ):
