@@ -141,7 +141,7 @@ class GuidedWarmup(Rule):
         Args:
             num_training_steps: N.
             decoder: Whether the model is a causal language model.
-            optimizer: The name of its class; Muon's, of any library, shortens t*.
+            optimizer: The name of its class; with Muon, of any library, t* goes by P.
             num_weights: P, the elements of all parameters that are trained; of Muon alone, and must be given there.
 
         Returns:
