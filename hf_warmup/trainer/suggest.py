@@ -24,8 +24,8 @@ class LearningRate:
     """A learning rate to train with from scratch, and how it was found.
 
     Attributes:
-        value: The peak that guided warmup would go to. Tuned linear warmup was best at half to twice of it in 17
-            settings of 20, and at .34 to .5 of it in three of decoders (2,000 to 6,000 steps); nanoGPT's
+        value: The peak that guided warmup would go to. Tuned linear warmup was best at half to twice of it in 18
+            settings of 20, and at .34 to .47 of it in two of decoders (2,000 and 6,000 steps); nanoGPT's
             shakespeare_char bears twice as much.
         valley_lr: The learning rate at which the first descent was over.
         steps: Training steps that were made to find it.
