@@ -59,7 +59,7 @@ TITLES = {
     "gpu": "GPT of 14M parameters on a GPU, 1000 steps",
 }
 PARTS = (*TITLES, "random", "ablation", "rivals")
-ABLATED = ("gpt", "long", "modernbert")  # the parts whose settings the ablation has
+ABLATED = ("gpt", "modernbert")  # the parts whose settings the ablation has
 
 
 def study(part: str, smoke: bool = False) -> Study:
