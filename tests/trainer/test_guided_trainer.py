@@ -223,6 +223,11 @@ def test_a_resumed_run_of_persistent_warmup_is_bitwise_the_same(resumes):
     resumes([10], **GUIDED | {"warmup": "persistent", "ramp_steps": None})
 
 
+class StopAtOnce(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
 @pytest.mark.parametrize(("trains", "muon"), [(True, False), (False, True), (True, True)])
 def test_the_way_to_the_valley_grows_with_the_weights_that_are_trained_if_they_are_muons(make_trainer, trains, muon):
     trainer = make_trainer(**{**GUIDED, "max_steps": 1000, "ramp_steps": None})
@@ -231,14 +236,18 @@ def test_the_way_to_the_valley_grows_with_the_weights_that_are_trained_if_they_a
         trainer.optimizer_cls_and_kwargs = muon_cls_and_kwargs(trainer.args)
     size = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     callback = WarmupCallback.attach(trainer)
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = True
-
-    trainer.add_callback(Stop())
+    trainer.add_callback(StopAtOnce())
     trainer.train()
     assert callback.rule.ramp_steps == pytest.approx(max(6, 0.8 * size**0.25) if muon else 70)
+
+
+@pytest.mark.parametrize(("model", "steps"), [(make_model, 70), (Hidden, 150)])
+def test_in_a_long_run_only_what_is_no_decoder_takes_a_part_of_it(make_trainer, model, steps):
+    trainer = make_trainer(model=model(), **{**GUIDED, "max_steps": 3000, "ramp_steps": None})
+    callback = WarmupCallback.attach(trainer)
+    trainer.add_callback(StopAtOnce())
+    trainer.train()
+    assert callback.rule.ramp_steps == pytest.approx(steps)
 
 
 class Script(Last):
