@@ -67,8 +67,8 @@ class WarmupArguments:
         default=None,
         metadata={
             "help": "Steps that guided warmup takes for the first descent of the loss. If not set 70, at most "
-            "a third of the run; of no decoder at least 5%%. With Muon .8 times the fourth root of the number of "
-            "trained weights. More is gentler."
+            "a third of the run; of no decoder at least 5%% of the run. With Muon .8 times the fourth root of the "
+            "number of trained weights. More is gentler."
         },
     )
     gi_adam: bool = field(
