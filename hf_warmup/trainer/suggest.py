@@ -25,8 +25,7 @@ class LearningRate:
 
     Attributes:
         value: The peak that guided warmup would go to. Tuned linear warmup was best at half to twice of it in 18
-            settings of 20, and at .34 to .47 of it in two of decoders (2,000 and 6,000 steps); nanoGPT's
-            shakespeare_char bears twice as much.
+            settings of 20, and at .34 to .47 of it in two of decoders (2,000 and 6,000 steps).
         valley_lr: The learning rate at which the first descent was over.
         steps: Training steps that were made to find it.
         history: Of every step its learning rate and its loss.
