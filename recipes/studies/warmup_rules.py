@@ -109,10 +109,10 @@ def guided(
     """Ours; with other constants than it has."""
     decoder = setting.family in ("gpt", "llama", "llama-gqa", "qwen3")  # as the Trainer has it
     kind: type[GuidedWarmup] = type("GuidedWarmup", (GuidedWarmup,), constants)
-    size = num_weights(setting)
-    usual = kind.usual_ramp_steps(setting.steps, decoder=decoder, optimizer=optimizer, num_weights=size)
-    bound = None if auto_lr else target
-    return Ruled(setting, kind(setting.steps, bound, ramp_steps=ramp_steps or usual, decoder=decoder))
+    ramp_steps = ramp_steps or kind.usual_ramp_steps(
+        setting.steps, decoder=decoder, optimizer=optimizer, num_weights=num_weights(setting)
+    )
+    return Ruled(setting, kind(setting.steps, None if auto_lr else target, ramp_steps=ramp_steps, decoder=decoder))
 
 
 def persistent(setting: Setting, optimizer: str, target: float, delta: float = 0.01) -> Rule:
